@@ -1,0 +1,21 @@
+"""Backbones for dense prediction: five ways to mix pixels in one Swin-shaped pyramid.
+
+Importing this package registers the models with timm::
+
+    import backbones, timm
+    model = timm.create_model("i_d_dw_conv_tiny", num_classes=1000, drop_path_rate=0.2)
+"""
+
+from backbones.checkpoints import CheckpointError, LoadReport, load_checkpoint, read_checkpoint
+from backbones.models import FAMILIES, MODEL_NAMES
+from backbones.pyramid import Pyramid
+
+__all__ = [
+    "FAMILIES",
+    "MODEL_NAMES",
+    "CheckpointError",
+    "LoadReport",
+    "Pyramid",
+    "load_checkpoint",
+    "read_checkpoint",
+]

@@ -1,0 +1,15 @@
+"""The five ways to mix pixels, one file each; every mixer maps ``(B, H, W, C)`` to the same shape."""
+
+from backbones.mixers.d_dw_conv import DynamicDepthwiseConv
+from backbones.mixers.dw_conv import DepthwiseConv
+from backbones.mixers.i_d_dw_conv import InhomogeneousDynamicDepthwiseConv
+from backbones.mixers.local_mlp import LocalMLP
+from backbones.mixers.window_attention import WindowAttention
+
+__all__ = [
+    "DepthwiseConv",
+    "DynamicDepthwiseConv",
+    "InhomogeneousDynamicDepthwiseConv",
+    "LocalMLP",
+    "WindowAttention",
+]

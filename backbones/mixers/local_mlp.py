@@ -1,0 +1,73 @@
+"""Swin-Local-MLP: Swin's windows, the attention weights learned parameters."""
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from backbones import ops
+from backbones.mixers.windowed import WindowedMixer
+from backbones.ops.window import Size, resize_window_grid
+
+
+class LocalMLP(WindowedMixer):
+    """Learned static mixing in shifted windows; no query, no key, no softmax (appendix E).
+
+    Table 2's form has a weight matrix of its own for each window of the training image and each
+    head; on an image of another size the grid of windows is resized bilinearly. Table 4's shared
+    form has one matrix a head, used in every window.
+
+    Args:
+        feat_size: rows and columns of the map at the training size, which fix the window grid.
+        shared: one matrix a head for all windows instead of one a window.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int | Size = 7,
+        shifted: bool = False,
+        feat_size: Size = (56, 56),
+        shared: bool = False,
+    ):
+        super().__init__(dim, num_heads, window_size, shifted)
+        positions = self.window_size[0] * self.window_size[1]
+        grid = () if shared else self._grid(*feat_size)
+        self.weight = nn.Parameter(torch.empty(*grid, num_heads, positions, positions))
+        # The bound of a linear layer over the positions of a window.
+        nn.init.uniform_(self.weight, -(positions**-0.5), positions**-0.5)
+        self.value = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all windows use the same weights."""
+        return self.weight.ndim == 3
+
+    def mix(self, x: Tensor, shift: Size) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, H, W, C)``, H and W multiples of the window."""
+        weight = self.weight
+        if not self.shared:
+            weight = resize_window_grid(weight, self._grid(*x.shape[1:3]))
+        x = ops.local_mlp(self.value(x), weight, self.bias(), self.window_size, shift)
+        return self.proj(x)
+
+    def set_input_size(self, feat_size: Size, window_size: int | Size | None = None) -> None:
+        """Prepare for maps of ``feat_size``: resize the window grid, once and for good.
+
+        Raises:
+            ValueError: ``window_size`` differs; the learned weights of a window have no
+                counterpart in a window of another size.
+        """
+        if window_size is not None and self.window_size != to_2tuple(window_size):
+            raise ValueError(
+                f"Swin-Local-MLP's window cannot change from {self.window_size} to {window_size}: "
+                "its weights are learned for each pair of positions; build it with window_size"
+            )
+        if not self.shared:
+            weight = resize_window_grid(self.weight.detach(), self._grid(*feat_size))
+            self.weight = nn.Parameter(weight)
+
+    def _grid(self, height: int, width: int) -> Size:
+        rows, columns = self.window_size
+        return -(-height // rows), -(-width // columns)

@@ -1,0 +1,82 @@
+"""What the two windowed mixers share: padding, shifting and the relative position bias."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resize_rel_pos_bias_table, to_2tuple, trunc_normal_
+from torch import Tensor, nn
+
+from backbones.ops.window import Size, relative_position_bias, relative_position_index
+
+
+class WindowedMixer(nn.Module):
+    """Pads to whole windows, shifts, mixes inside the windows, shifts back and crops.
+
+    Args:
+        dim: C.
+        num_heads: heads that share the channels.
+        window_size: rows and columns of a window, an int for both.
+        shifted: whether the windows are shifted by half their size. An axis that one window covers
+            is not shifted, whatever this says.
+    """
+
+    norm_layer = nn.LayerNorm
+
+    def __init__(self, dim: int, num_heads: int, window_size: int | Size, shifted: bool):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the {dim} channels")
+        self.num_heads = num_heads
+        self.shifted = shifted
+        self.window_size = to_2tuple(window_size)
+        rows, columns = self.window_size
+        self.relative_position_bias_table = nn.Parameter(
+            torch.empty((2 * rows - 1) * (2 * columns - 1), num_heads)
+        )
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        index = relative_position_index(self.window_size)
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
+        height, width = x.shape[1:3]
+        rows, columns = self.window_size
+        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+        x = self.mix(x, self._shift(*x.shape[1:3]))
+        return x[:, :height, :width]
+
+    def mix(self, x: Tensor, shift: Size) -> Tensor:
+        """Mix a map of whole windows, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it mixes a window")
+
+    def bias(self) -> Tensor:
+        """``(heads, N, N)`` relative position bias."""
+        return relative_position_bias(
+            self.relative_position_bias_table, self.relative_position_index
+        )
+
+    def set_window_size(self, window_size: int | Size) -> None:
+        """Change the window, the bias table upsampled to it (Table 14)."""
+        window_size = to_2tuple(window_size)
+        if window_size == self.window_size:
+            return
+        rows, columns = window_size
+        table = resize_rel_pos_bias_table(
+            self.relative_position_bias_table.detach(),
+            new_window_size=window_size,
+            new_bias_shape=((2 * rows - 1) * (2 * columns - 1), self.num_heads),
+            old_window_size=self.window_size,
+        )
+        self.relative_position_bias_table = nn.Parameter(table)
+        self.relative_position_index = relative_position_index(window_size).to(table.device)
+        self.window_size = window_size
+
+    def set_input_size(self, feat_size: Size, window_size: int | Size | None = None) -> None:
+        """Prepare for maps of ``feat_size``, which only per-window weights need."""
+        if window_size is not None:
+            self.set_window_size(window_size)
+
+    def _shift(self, height: int, width: int) -> Size:
+        if not self.shifted:
+            return 0, 0
+        rows, columns = self.window_size
+        return rows // 2 if height > rows else 0, columns // 2 if width > columns else 0

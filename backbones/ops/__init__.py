@@ -1,0 +1,18 @@
+"""The operators that mix pixels, one function each, on channels-last maps.
+
+Every function takes and returns ``(B, H, W, C)``; each is the single place where its operator is
+computed, so a faster path can be put behind the name without touching a module. The plain forms
+that define them stand in :mod:`backbones.ops.reference`.
+"""
+
+from backbones.ops.depthwise import depthwise_conv, dynamic_depthwise_conv
+from backbones.ops.inhomogeneous import inhomogeneous_dynamic_depthwise_conv
+from backbones.ops.window import local_mlp, window_attention
+
+__all__ = [
+    "depthwise_conv",
+    "dynamic_depthwise_conv",
+    "inhomogeneous_dynamic_depthwise_conv",
+    "local_mlp",
+    "window_attention",
+]

@@ -1,0 +1,139 @@
+"""Attention and learned static mixing inside shifted windows (Swin, Swin-Local-MLP)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+def window_attention(
+    qkv: Tensor, bias: Tensor, num_heads: int, window_size: Size, shift: Size
+) -> Tensor:
+    """Multi-head attention inside (shifted) windows.
+
+    ``softmax(q k^T / sqrt(C / heads) + bias) v`` in every window; after a shift, pairs of
+    positions that were not neighbours before it do not see each other.
+
+    Args:
+        qkv: ``(B, H, W, 3*C)``, query, key and value side by side, each of them head-major; H and
+            W are multiples of the window.
+        bias: ``(heads, N, N)`` relative position bias, N the positions of a window.
+        num_heads: the heads that share the channels.
+        window_size: rows and columns of a window.
+        shift: rows and columns of the cyclic shift; 0 along an axis that one window covers.
+
+    Returns:
+        ``(B, H, W, C)``.
+    """
+    height, width = qkv.shape[1:3]
+    channels = qkv.shape[-1] // 3
+    # (3, B, nH, nW, heads, N, C/heads)
+    query, key, value = (
+        partition(_roll(qkv, shift, -1), window_size, 3 * num_heads)
+        .unflatten(3, (3, num_heads))
+        .unbind(3)
+    )
+    query = query * (channels // num_heads) ** -0.5
+    scores = query @ key.transpose(-2, -1) + bias.to(query.dtype)
+    if any(shift):
+        same_region = region_mask(height, width, window_size, shift, qkv.device)
+        # Every row keeps its diagonal, so -inf is safe; the usual -100 costs denormals.
+        scores = scores.masked_fill(~same_region[:, :, None], float("-inf"))
+    out = scores.softmax(dim=-1) @ value
+    return _roll(reverse(out, window_size), shift, 1)
+
+
+def local_mlp(
+    value: Tensor, weight: Tensor, bias: Tensor, window_size: Size, shift: Size
+) -> Tensor:
+    """Learned static mixing inside (shifted) windows: ``out = (weight + bias) v``.
+
+    No query, no key, no softmax; pairs of positions that the shift brought together weigh zero.
+
+    Args:
+        value: ``(B, H, W, C)``, H and W multiples of the window.
+        weight: ``(heads, N, N)`` shared by all windows, or ``(nH, nW, heads, N, N)``, one for each
+            window of the image, N the positions of a window.
+        bias: ``(heads, N, N)`` relative position bias.
+        window_size: rows and columns of a window.
+        shift: rows and columns of the cyclic shift; 0 along an axis that one window covers.
+
+    Returns:
+        ``(B, H, W, C)``.
+    """
+    height, width = value.shape[1:3]
+    mixing = weight + bias
+    if any(shift):
+        same_region = region_mask(height, width, window_size, shift, value.device)
+        mixing = mixing * same_region[:, :, None]
+    windows = partition(_roll(value, shift, -1), window_size, mixing.shape[-3])
+    return _roll(reverse(mixing @ windows, window_size), shift, 1)
+
+
+def partition(x: Tensor, window_size: Size, num_heads: int) -> Tensor:
+    """``(B, H, W, C)`` to ``(B, nH, nW, heads, N, C/heads)``, windows row by row."""
+    batch, height, width, channels = x.shape
+    rows, columns = window_size
+    x = x.reshape(
+        batch, height // rows, rows, width // columns, columns, num_heads, channels // num_heads
+    )
+    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+
+
+def reverse(windows: Tensor, window_size: Size) -> Tensor:
+    """``(B, nH, nW, heads, N, C/heads)`` back to ``(B, H, W, C)``."""
+    batch, down, across, heads, _, dim = windows.shape
+    rows, columns = window_size
+    x = windows.unflatten(4, (rows, columns)).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(batch, down * rows, across * columns, heads * dim)
+
+
+def region_mask(
+    height: int, width: int, window_size: Size, shift: Size, device: torch.device
+) -> Tensor:
+    """Which pairs of a shifted window were neighbours before the shift.
+
+    Returns:
+        ``(nH, nW, N, N)`` bool, True where both positions come from the same side of the seam.
+    """
+    region = (
+        2 * _region(height, window_size[0], shift[0], device)[:, None]
+        + _region(width, window_size[1], shift[1], device)[None]
+    )
+    region = partition(region[None, :, :, None], window_size, 1)[0, :, :, 0, :, 0]
+    return region[:, :, :, None] == region[:, :, None, :]
+
+
+def _region(length: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """``(length,)``: 1 for the positions that the shift wrapped around, the last ``shift`` ones."""
+    # Only the last window straddles the seam, so two regions an axis tell all pairs apart.
+    return (torch.arange(length, device=device) >= length - shift).long()
+
+
+def _roll(x: Tensor, shift: Size, sign: int) -> Tensor:
+    if not any(shift):
+        return x
+    return torch.roll(x, (sign * shift[0], sign * shift[1]), (1, 2))
+
+
+def relative_position_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Look up ``(heads, N, N)`` biases in a ``((2h-1)*(2w-1), heads)`` table by an ``(N, N)`` index."""
+    return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
+
+
+def relative_position_index(window_size: Size) -> Tensor:
+    """``(N, N)``: the row of the bias table for each pair of positions of a window."""
+    rows, columns = window_size
+    grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    y, x = (axis.flatten() for axis in grid)
+    return (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
+
+
+def resize_window_grid(weight: Tensor, grid: Size) -> Tensor:
+    """Resize the window grid of ``(nH, nW, heads, N, N)`` weights to ``grid``, bilinearly."""
+    if tuple(weight.shape[:2]) == grid:
+        return weight
+    planes = weight.flatten(2).movedim(-1, 0)[None]
+    resized = F.interpolate(planes.float(), grid, mode="bilinear", align_corners=False)
+    return resized[0].to(weight.dtype).movedim(0, -1).unflatten(-1, weight.shape[2:])

@@ -1,0 +1,311 @@
+"""The four-stage pyramid that all families share: Swin's skeleton with the mixer left open.
+
+Maps are ``(B, H, W, C)`` from the patch embedding to the last norm, so that a linear layer, a layer
+norm and a (channels-last) convolution all read the same memory.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates as drop_path_rates
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from backbones.mixers.norm import batch_norm, paused_statistics
+from backbones.ops.window import Size
+
+
+class Pyramid(nn.Module):
+    """Swin's pyramid (Table 8, appendix D) around any mixer, speaking timm's protocol.
+
+    Args:
+        mixer: called as ``mixer(dim, stage, block, feat_size)`` for each block, with its position
+            and the rows and columns of its map at the training size; what it returns has a
+            ``norm_layer`` (LayerNorm or BatchNorm2d), the family's norm in the blocks.
+        img_size: rows and columns of the training image in pixels. Any size can be run; only
+            per-window weights depend on it.
+        in_chans: channels of the image.
+        num_classes: outputs of the classifier, 0 for none.
+        global_pool: pooling before the classifier, ``"avg"`` or ``""``.
+        embed_dim: C of the first stage; it doubles from stage to stage.
+        depths: blocks in each stage.
+        mlp_ratio: hidden width of the blocks' MLPs over C.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all blocks.
+    """
+
+    def __init__(
+        self,
+        mixer: Callable[..., nn.Module],
+        img_size: int | Size = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.patch_embed = PatchEmbed(in_chans, embed_dim)
+
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        self.stages = nn.ModuleList()
+        self.feature_info = []
+        for i, depth in enumerate(depths):
+            dim = embed_dim * 2**i
+            feat_size = _feat_size(img_size, i)
+            blocks = [
+                Block(dim, mixer(dim, i, j, feat_size), mlp_ratio, next(rates))
+                for j in range(depth)
+            ]
+            self.stages.append(Stage(PatchMerging(dim // 2) if i else nn.Identity(), blocks))
+            info = dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}")
+            self.feature_info.append(info)
+
+        self.num_features = self.head_hidden_size = dim
+        self.norm = nn.LayerNorm(dim)
+        self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate, input_fmt="NHWC")
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Swin's initialisation of attention, MLPs and classifier.
+
+        The linears of the convolutional mixers keep PyTorch's own, as a 1x1 convolution has it.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not _in_conv_mixer(self, name):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that are never decayed beside norms and biases: the bias tables."""
+        return {n for n, _ in self.named_parameters() if "relative_position_bias_table" in n}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """How timm groups parameters into layers, for layer-wise learning rates."""
+        return dict(
+            stem=r"^patch_embed",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of storing their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one, or by none if ``num_classes`` is 0."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+        if global_pool is not None:
+            self.global_pool = global_pool
+
+    def set_input_size(
+        self, img_size: int | Size | None = None, window_size: int | Size | None = None
+    ) -> None:
+        """Adapt what was learned to another image, window or kernel size (Table 14).
+
+        Args:
+            img_size: pixels; resizes the window grid of per-window weights, nothing else.
+            window_size: positions; the window of the windowed mixers, the kernel of the others.
+
+        Raises:
+            ValueError: the mixer cannot change its window or kernel once built.
+        """
+        for i, stage in enumerate(self.stages):
+            for block in stage.blocks:
+                if img_size is not None or window_size is not None:
+                    size = _feat_size(img_size, i) if img_size is not None else None
+                    block.mixer.set_input_size(size, window_size)
+        if img_size is not None:
+            update_model_input_size(self, to_2tuple(img_size), window_size=window_size)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps of the stages that ``indices`` names.
+
+        Args:
+            x: ``(B, 3, H, W)``.
+            indices: stages to return; an int n for the last n, None for all.
+            norm: apply the final norm to the last stage's map.
+            stop_early: do not run the stages after the last one that is returned.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            A list of ``(B, C, ceil(H/stride), ceil(W/stride))`` in channels-last memory, and before
+            it the final ``(B, H/32, W/32, C)`` features unless ``intermediates_only``.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: NCHW and NHWC are valid")
+        take, last = feature_take_indices(len(self.stages), indices)
+        x = self.patch_embed(x)
+        intermediates = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                taken = self.norm(x) if norm and i == len(self.stages) - 1 else x
+                intermediates.append(taken.permute(0, 3, 1, 2) if output_fmt == "NCHW" else taken)
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if i == len(self.stages) - 1 else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what :meth:`forward_intermediates` does not need for ``indices``."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if prune_head or shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, ceil(H/32), ceil(W/32), C)``, normalised."""
+        x = self.patch_embed(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, num_classes)``, or to ``(B, C)`` with ``pre_logits``."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, num_classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+
+class PatchEmbed(nn.Module):
+    """4x4 patches projected to C channels and normalised."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 4, stride=4)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, ceil(H/4), ceil(W/4), C)``."""
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % 4, 0, -height % 4))
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """2x2 positions side by side, normalised and projected to twice the channels."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``."""
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        # Column by column of the 2x2, the order of Swin's released weights.
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
+class Stage(nn.Module):
+    """Patch merging (none in the first stage) and the blocks at one resolution."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``, the same shape in stage 1."""
+        x = self.downsample(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                contexts = partial(_checkpoint_contexts, block)
+                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            else:
+                x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    """A mixer and an MLP, each with a residual.
+
+    Layer-norm families normalise before both. Batch-norm families normalise inside the mixer and
+    before the MLP only: ``x + mix(x)``, then ``x + MLP(BN x)``.
+    """
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.mixer = mixer
+        self.norm1 = nn.LayerNorm(dim) if mixer.norm_layer is nn.LayerNorm else nn.Identity()
+        self.norm2 = mixer.norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        normed = (
+            self.norm2(x) if isinstance(self.norm2, nn.LayerNorm) else batch_norm(self.norm2, x)
+        )
+        return x + self.drop_path(self.mlp(normed))
+
+
+def _checkpoint_contexts(block: nn.Module):
+    return nullcontext(), paused_statistics(block)
+
+
+def _feat_size(img_size: int | Size, stage: int) -> Size:
+    """Rows and columns of a stage's map, ``ceil(image / stride)``."""
+    stride = 4 * 2**stage
+    height, width = to_2tuple(img_size)
+    return -(-height // stride), -(-width // stride)
+
+
+def _in_conv_mixer(model: nn.Module, name: str) -> bool:
+    path = name.split(".")
+    if "mixer" not in path:
+        return False
+    mixer = model.get_submodule(".".join(path[: path.index("mixer") + 1]))
+    return mixer.norm_layer is nn.BatchNorm2d

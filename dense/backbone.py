@@ -1,0 +1,186 @@
+"""The pyramid as a backbone for dense prediction; both framework adapters are this and a few lines."""
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import backbones
+from backbones.mixers.norm import batch_norm
+
+_logger = logging.getLogger(__name__)
+NORMS = ("BN", "SyncBN", "FrozenBN")
+
+
+class DenseBackbone(nn.Module):
+    """A pyramid that hands out normalised feature maps of chosen stages.
+
+    Its state dict has a classifier's names (``patch_embed``, ``stages``) and ``norms``, so that
+    pretraining, detection and segmentation checkpoints initialise it alike.
+
+    Args:
+        name: one of ``backbones.MODEL_NAMES``.
+        out_indices: stages to return, 0 to 3, ascending; later stages are not built.
+        init: what :meth:`init_weights` reads: a ``.pth`` or ``.safetensors`` file, a URL, or a tag
+            of released weights. None starts from random weights.
+        drop_path_rate: stochastic depth of the last block, growing linearly over all blocks.
+        frozen_stages: the patch embedding and the first so many stages neither learn nor update
+            statistics; -1 freezes nothing, 0 the embedding.
+        norm: ``"BN"``, ``"SyncBN"`` or ``"FrozenBN"`` for all batch norms; SyncBN becomes BN where
+            there is no CUDA. The norms of the outputs are LayerNorm for Swin and Swin-Local-MLP.
+        grad_checkpointing: recompute blocks in the backward pass to save memory.
+        window_size: another window, or kernel of the convolutional families; None keeps 7.
+        **model_kwargs: anything else of the model, ``shared=True`` of Swin-Local-MLP for one.
+
+    Raises:
+        ValueError: an unknown name, norm, index or stage; the message lists the valid ones.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        init: str | None = None,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm: str = "SyncBN",
+        grad_checkpointing: bool = False,
+        window_size: int | None = None,
+        **model_kwargs,
+    ):
+        super().__init__()
+        self.name = _checked_name(name)
+        self.out_indices = _checked_indices(out_indices)
+        if frozen_stages not in range(-1, 5):
+            raise ValueError(f"frozen_stages={frozen_stages!r}: -1 (none) to 4 (all) are valid")
+        if norm not in NORMS:
+            raise ValueError(f"norm={norm!r}: {', '.join(NORMS)} are valid")
+        self.init = init
+        self.frozen_stages = frozen_stages
+
+        if window_size is not None:
+            model_kwargs["window_size"] = window_size
+        pyramid = timm.create_model(
+            name, num_classes=0, drop_path_rate=drop_path_rate, **model_kwargs
+        )
+        pyramid.set_grad_checkpointing(grad_checkpointing)
+        self.patch_embed = pyramid.patch_embed
+        self.stages = pyramid.stages[: self.out_indices[-1] + 1]
+        infos = [pyramid.feature_info[i] for i in self.out_indices]
+        self.channels = tuple(info["num_chs"] for info in infos)
+        self.strides = tuple(info["reduction"] for info in infos)
+        # The paper's downstream models: batch norm for the convolutional families.
+        norm_layer = pyramid.stages[0].blocks[0].mixer.norm_layer
+        self.norms = nn.ModuleDict(
+            {str(i): norm_layer(c) for i, c in zip(self.out_indices, self.channels, strict=True)}
+        )
+        _set_batch_norms(self, norm)
+        self.train()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``(B, 3, H, W)`` to one ``(B, C, ceil(H/stride), ceil(W/stride))`` a chosen stage."""
+        x = self.patch_embed(x)
+        outputs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                norm = self.norms[str(i)]
+                out = norm(x) if isinstance(norm, nn.LayerNorm) else batch_norm(norm, x)
+                outputs.append(out.permute(0, 3, 1, 2))
+        return tuple(outputs)
+
+    def init_weights(self) -> None:
+        """Load ``init`` if there is one and report what fitted.
+
+        Raises:
+            backbones.CheckpointError: it does not exist, is unsafe to read, or does not fit.
+        """
+        if self.init is not None:
+            backbones.load_checkpoint(self, _resolve(self.name, self.init))
+
+    def train(self, mode: bool = True) -> "DenseBackbone":
+        """As ever, but for the frozen stages, which stay in evaluation mode without gradients."""
+        super().train(mode)
+        if self.frozen_stages >= 0:
+            for module in (self.patch_embed, *self.stages[: self.frozen_stages]):
+                module.eval().requires_grad_(False)
+            # The output norm of a frozen stage follows it: its input no longer changes.
+        return self
+
+
+def step_back_norms(model: nn.Module) -> nn.Module:
+    """Replace every SyncBN of a whole detector or segmentor by BN where there is no CUDA.
+
+    Args:
+        model: any module; changed in place.
+
+    Returns:
+        The model, itself replaced if it is a SyncBN.
+    """
+    if torch.cuda.is_available():
+        return model
+    if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        _say_stepping_back()
+        model = _map_batch_norms(model, nn.BatchNorm2d)
+    return model
+
+
+def _checked_name(name: str) -> str:
+    if name not in backbones.MODEL_NAMES:
+        raise ValueError(f"no backbone {name!r}: {', '.join(backbones.MODEL_NAMES)} are valid")
+    return name
+
+
+def _checked_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    indices = tuple(out_indices)
+    if not indices or list(indices) != sorted(set(indices)) or not set(indices) <= set(range(4)):
+        raise ValueError(
+            f"out_indices={out_indices!r}: one or more of 0, 1, 2, 3 (strides 4, 8, 16, 32), "
+            "ascending, are valid"
+        )
+    return indices
+
+
+def _resolve(name: str, init: str) -> str:
+    """A file or URL as it is; a tag of released weights as the URL that timm has for it."""
+    if init.startswith(("http://", "https://")) or Path(init).expanduser().is_file():
+        return init
+    tags = [n.split(".", 1)[1] for n in timm.list_models(f"{name}.*", pretrained=True)]
+    if init in tags:
+        return timm.models.get_pretrained_cfg(f"{name}.{init}").url
+    raise backbones.CheckpointError(
+        f"init={init!r} is no file, URL or tag of released weights; "
+        f"tags of {name}: {', '.join(tags) or 'none'}"
+    )
+
+
+def _set_batch_norms(model: nn.Module, norm: str) -> None:
+    if norm == "FrozenBN":
+        freeze_batch_norm_2d(model)
+    elif norm == "SyncBN":
+        _map_batch_norms(model, nn.SyncBatchNorm)
+        step_back_norms(model)
+
+
+@cache
+def _say_stepping_back() -> None:
+    _logger.warning("no CUDA here: SyncBN steps back to BN, statistics are per process")
+
+
+def _map_batch_norms(model: nn.Module, cls: type[_BatchNorm]) -> nn.Module:
+    """Replace BN by SyncBN or back, with the same parameters, statistics and options."""
+    if isinstance(model, nn.BatchNorm2d | nn.SyncBatchNorm) and not isinstance(model, cls):
+        options = (model.eps, model.momentum, model.affine, model.track_running_stats)
+        other = cls(model.num_features, *options)
+        other._parameters, other._buffers = model._parameters, model._buffers
+        return other.train(model.training)
+    for name, child in model.named_children():
+        setattr(model, name, _map_batch_norms(child, cls))
+    return model
