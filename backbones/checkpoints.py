@@ -237,7 +237,7 @@ def _rename(state_dict: Mapping[str, Tensor], wanted: Mapping) -> dict[str, Tens
 
 
 def _resize(name: str, value: Tensor, target: Tensor) -> Tensor:
-    """``value`` for another window, kernel, window grid or number of image channels where that is defined, else unchanged."""
+    """``value`` for another window, kernel, window grid or number of image channels, if it can be."""
     same_rank = value.ndim == target.ndim
     if name.endswith("relative_position_bias_table") and value.shape[1:] == target.shape[1:]:
         side = (round(target.shape[0] ** 0.5) + 1) // 2
@@ -254,16 +254,15 @@ def _resize(name: str, value: Tensor, target: Tensor) -> Tensor:
 def _guess(names: Mapping[str, Tensor]) -> str:
     """Which family and size a set of names looks like."""
     text = "\n".join(names)
-    for mark, family in (
-        ("mixer.qkv.", "swin"),
-        ("mixer.value.", "swin_local_mlp"),
-        ("mixer.conv.", "dw_conv"),
-        ("mixer.bias", "d_dw_conv"),
-        ("mixer.expand.", "i_d_dw_conv"),
-    ):
-        if mark in text:
-            break
-    else:
+    marks = {
+        "mixer.qkv.": "swin",
+        "mixer.value.": "swin_local_mlp",
+        "mixer.conv.": "dw_conv",
+        "mixer.bias": "d_dw_conv",
+        "mixer.expand.": "i_d_dw_conv",
+    }
+    family = next((family for mark, family in marks.items() if mark in text), None)
+    if family is None:
         return "no family of this package"
     width = len(names.get("patch_embed.proj.weight", ()))
     depths = [len(set(re.findall(rf"^stages\.{i}\.blocks\.(\d+)\.", text, re.M))) for i in range(4)]

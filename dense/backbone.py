@@ -1,4 +1,4 @@
-"""The pyramid as a backbone for dense prediction; both framework adapters are this and a few lines."""
+"""The pyramid as a backbone for dense prediction; both adapters are this and a few lines."""
 
 import logging
 from collections.abc import Sequence

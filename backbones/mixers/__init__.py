@@ -1,4 +1,4 @@
-"""The five ways to mix pixels, one file each; every mixer maps ``(B, H, W, C)`` to the same shape."""
+"""The five ways to mix pixels, one file each, all on ``(B, H, W, C)`` maps."""
 
 from backbones.mixers.d_dw_conv import DynamicDepthwiseConv
 from backbones.mixers.dw_conv import DepthwiseConv

@@ -105,7 +105,7 @@ class _PredictAndAggregate(torch.autograd.Function):
 
 
 def _pad(planes: Tensor, size: int) -> Tensor:
-    """``(S, B, H, W, G)`` with its zeros around, in the dtype that sums over the taps are held in."""
+    """``(S, B, H, W, G)`` with zeros around it, in the dtype that the taps are summed in."""
     accumulate = torch.promote_types(planes.dtype, torch.float32)
     return F.pad(planes.to(accumulate), (0, 0, *same_padding(size), *same_padding(size)))
 

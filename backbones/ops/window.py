@@ -118,7 +118,7 @@ def _roll(x: Tensor, shift: Size, sign: int) -> Tensor:
 
 
 def relative_position_bias(table: Tensor, index: Tensor) -> Tensor:
-    """Look up ``(heads, N, N)`` biases in a ``((2h-1)*(2w-1), heads)`` table by an ``(N, N)`` index."""
+    """``(heads, N, N)`` from a ``((2h-1)*(2w-1), heads)`` table and an ``(N, N)`` index into it."""
     return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
 
 
