@@ -50,6 +50,35 @@ _RELEASED_NAMES = tuple(
 )
 
 
+# What mmengine's checkpoints hold beside weights: log buffers of numpy numbers.
+_NOT_WEIGHTS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.dtypes.Float64DType",
+    "numpy.dtypes.Float32DType",
+    "numpy.dtypes.Int64DType",
+)
+
+
+class _Ignored:
+    """Stands in for anything in a file that is no weight: takes any arguments, does nothing."""
+
+    def __new__(cls, *args: object) -> "_Ignored":
+        return super().__new__(cls)
+
+    def __init__(self, *args: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or that does not fit the network."""
 
@@ -121,7 +150,8 @@ def read_checkpoint(source: str | Path) -> dict[str, Tensor]:
 
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([(_Ignored, name) for name in _NOT_WEIGHTS]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{source} cannot be read as weights alone: {reason}") from error
@@ -237,7 +267,7 @@ def _rename(state_dict: Mapping[str, Tensor], wanted: Mapping) -> dict[str, Tens
 
 
 def _resize(name: str, value: Tensor, target: Tensor) -> Tensor:
-    """``value`` for another window, kernel, window grid or number of image channels, if it can be."""
+    """``value`` for another window, kernel, grid or number of image channels if it can be."""
     same_rank = value.ndim == target.ndim
     if name.endswith("relative_position_bias_table") and value.shape[1:] == target.shape[1:]:
         side = (round(target.shape[0] ** 0.5) + 1) // 2

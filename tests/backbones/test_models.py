@@ -1,0 +1,222 @@
+"""The networks against the paper's counts, torchvision's Swin, and timm's protocol."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import backbones
+
+NANO = tuple(n for n in backbones.MODEL_NAMES if n.endswith("nano"))
+# Counted in the paper's tables to three decimals, in millions, at 1000 classes.
+PARAMETERS = {
+    "swin_tiny": 28.288,
+    "swin_base": 87.768,
+    "swin_local_mlp_tiny": 26.156,
+    "swin_local_mlp_base": 78.549,
+    "dw_conv_tiny": 24.173,
+    "dw_conv_base": 74.347,
+    "d_dw_conv_tiny": 51.132,
+    "d_dw_conv_base": 161.598,
+    "i_d_dw_conv_tiny": 26.244,
+    "i_d_dw_conv_base": 80.254,
+}
+
+
+def count(model: nn.Module) -> float:
+    return round(sum(p.numel() for p in model.parameters()) / 1e6, 3)
+
+
+def build(name: str, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **{"num_classes": 5, **kwargs})
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_the_papers(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert count(model) == PARAMETERS[name]
+
+
+def test_forms_of_local_mlp():
+    """Table 4: one matrix a head; one a channel, the bias table then 169 x C."""
+    with torch.device("meta"):
+        shared = timm.create_model("swin_local_mlp_tiny", shared=True)
+        own = timm.create_model("swin_local_mlp_tiny", shared=True, num_heads=(96, 192, 384, 768))
+    assert count(shared) == 24.298
+    assert round(count(own), 1) == 35.3
+
+
+def to_torchvision(state_dict: dict) -> dict:
+    """Our names of Swin to torchvision's."""
+    renamed = {}
+    for name, value in state_dict.items():
+        parts = name.split(".")
+        if parts[0] == "patch_embed":
+            name = f"features.0.{0 if parts[1] == 'proj' else 2}.{parts[2]}"
+        elif parts[0] == "stages" and parts[2] == "downsample":
+            name = f"features.{2 * int(parts[1])}.{'.'.join(parts[3:])}"
+        elif parts[0] == "stages":
+            rest = ".".join(parts[4:])
+            rest = rest.replace("mixer", "attn").replace("fc1", "0").replace("fc2", "3")
+            name = f"features.{2 * int(parts[1]) + 1}.{parts[3]}.{rest}"
+        else:
+            name = name.replace("head.fc", "head")
+        renamed[name] = value
+    return renamed
+
+
+@pytest.mark.parametrize("size", [(64, 96), (224, 224), (36, 260), (100, 68), (32, 32)])
+def test_swin_is_torchvisions(size):
+    """Any multiple of 4: padding, shifting and masking in the order that torchvision has."""
+    ours = build("swin_nano", depths=(2, 2, 2, 2)).eval()
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    theirs = torchvision.models.SwinTransformer(
+        [4, 4], 32, [2, 2, 2, 2], [2, 4, 8, 16], [7, 7], num_classes=5
+    ).eval()
+    state_dict = to_torchvision(ours.state_dict())
+    missing, unexpected = theirs.load_state_dict(state_dict, strict=False)
+    assert not unexpected and all("relative_position_index" in name for name in missing)
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_any_size_and_every_gradient(name):
+    model = build(name, num_classes=5)
+    features = model.forward_intermediates(torch.randn(2, 3, 37, 90), intermediates_only=True)
+    sizes = [(10, 23), (5, 12), (3, 6), (2, 3)]
+    assert [f.shape for f in features] == [(2, 32 * 2**i, *size) for i, size in enumerate(sizes)]
+    model(torch.randn(2, 3, 37, 90)).square().sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_a_small_image_leaves_later_ones_alone(name):
+    model = build(name).eval()
+    x = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        before = model(x)
+        model(torch.randn(1, 3, 32, 32))
+        assert model(x).equal(before)
+
+
+@pytest.mark.parametrize("name", ["dw_conv_nano", "i_d_dw_conv_nano"])
+def test_convolutions_do_not_pad_to_windows(name):
+    """Far from the border, a shift of the image by a patch shifts the stage-1 map, no more."""
+    model = build(name, features_only=True, out_indices=(0,)).eval()
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        whole = model(x)[0]
+        shifted = model(x[..., 4:, 4:])[0]
+    torch.testing.assert_close(whole[..., 8:16, 8:16], shifted[..., 7:15, 7:15])
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_gradient_checkpointing_changes_nothing(name):
+    plain, checkpointed = build(name), build(name)
+    checkpointed.set_grad_checkpointing()
+    x = torch.randn(2, 3, 64, 64)
+    outputs = []
+    for model in (plain, checkpointed):
+        output = model(x)
+        output.square().sum().backward()
+        outputs.append(output)
+    assert outputs[0].equal(outputs[1])
+    others = dict(checkpointed.named_parameters())
+    for parameter_name, parameter in plain.named_parameters():
+        torch.testing.assert_close(parameter.grad, others[parameter_name].grad)
+    for key, value in plain.state_dict().items():
+        assert value.equal(checkpointed.state_dict()[key]), key
+
+
+def test_drop_path_grows_linearly():
+    model = build("swin_tiny", drop_path_rate=0.22)
+    rates = [getattr(b.drop_path, "drop_prob", 0.0) for s in model.stages for b in s.blocks]
+    assert rates == pytest.approx([0.02 * i for i in range(12)])
+
+
+def test_one_image_trains_d_dw_conv():
+    model = build("d_dw_conv_nano")
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randn(1, 3, 64, 64)).sum().backward()
+    after = model.state_dict()
+    reduce_norms = [k for k in after if "reduce_norm.running" in k]
+    assert reduce_norms and all(before[k].equal(after[k]) for k in reduce_norms)
+    assert not before["stages.0.blocks.0.mixer.in_norm.running_mean"].equal(
+        after["stages.0.blocks.0.mixer.in_norm.running_mean"]
+    )
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_timm_protocol(name):
+    model = build(name)
+    x = torch.randn(1, 3, 64, 96)
+    model.eval()
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(x, norm=True)
+        assert final.shape == (1, 2, 3, 256) and final.equal(model.forward_features(x))
+        assert maps[-1].permute(0, 2, 3, 1).equal(final)
+        assert maps[0].is_contiguous(memory_format=torch.channels_last)
+
+        two = build(name, features_only=True, out_indices=(1, 3)).eval()
+        assert two.feature_info.channels() == [64, 256]
+        assert two.feature_info.reduction() == [8, 32]
+        assert [o.shape for o in two(x)] == [(1, 64, 8, 12), (1, 256, 2, 3)]
+        for got, expected in zip(
+            two(x), model.forward_intermediates(x, [1, 3], intermediates_only=True), strict=True
+        ):
+            assert got.equal(expected)
+
+    layers = timm.models.group_parameters(model, model.group_matcher())
+    assert sum(map(len, layers.values())) == len(list(model.parameters()))
+    tables = {n for n, _ in model.named_parameters() if "bias_table" in n}
+    assert model.no_weight_decay() == tables
+    assert bool(tables) == name.startswith("swin")
+    model.reset_classifier(3)
+    assert model(x).shape == (1, 3) and model.get_classifier().out_features == 3
+    model.reset_classifier(0)
+    assert model(x).shape == (1, 256)
+    assert model.pretrained_cfg["architecture"] == name
+    assert model.train() is model and model.eval() is model
+    assert pickle.loads(pickle.dumps(model))(x).equal(copy.deepcopy(model)(x))
+
+
+def test_input_size_resizes_what_depends_on_it():
+    model = build("swin_local_mlp_nano").eval()
+    x = torch.randn(1, 3, 448, 224)
+    with torch.no_grad():
+        on_the_fly = model(x)
+        model.set_input_size((448, 224))
+        assert model.stages[0].blocks[0].mixer.weight.shape[:2] == (16, 8)
+        torch.testing.assert_close(model(x), on_the_fly)
+
+
+def test_window_size_upsamples():
+    """Table 14: bias tables and kernels grow from 7 to 12; predicted kernels cannot."""
+    x = torch.randn(1, 3, 96, 96)
+    for name in ("swin_nano", "dw_conv_nano"):
+        model = build(name)
+        model.set_input_size(window_size=12)
+        resized = {k: v.shape for k, v in model.state_dict().items()}
+        assert resized == {k: v.shape for k, v in build(name, window_size=12).state_dict().items()}
+        assert model(x).shape == (1, 5)
+    for name in ("swin_local_mlp_nano", "d_dw_conv_nano", "i_d_dw_conv_nano"):
+        with pytest.raises(ValueError, match="12"):
+            build(name).set_input_size(window_size=12)
+        assert build(name, window_size=12)(torch.randn(2, 3, 96, 96)).shape == (2, 5)
+
+
+def test_wrong_heads_and_groups_are_named():
+    with pytest.raises(ValueError, match="num_heads=5 does not divide the 32"):
+        build("swin_nano", num_heads=(5, 4, 8, 16))
+    with pytest.raises(ValueError, match="num_groups=24 does not divide the 32"):
+        build("i_d_dw_conv_nano", num_groups=24)
