@@ -1,0 +1,198 @@
+"""Loading: what is taken, what is refused, and what the report says."""
+
+import re
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+import backbones
+
+X = torch.randn(1, 3, 64, 64)
+
+
+def build(name: str, seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **{"num_classes": 5, **kwargs}).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+def released_names(state_dict: dict, family: str) -> dict:
+    """Our names as the authors' and Swin's released files have them."""
+    released = {}
+    for name, value in state_dict.items():
+        if match := re.match(r"stages\.(\d)\.downsample\.(.*)", name):
+            name = f"layers.{int(match[1]) - 1}.downsample.{match[2]}"
+        name = name.replace("stages.", "layers.").replace("head.fc.", "head.")
+        if family == "swin":
+            name = name.replace(".mixer.", ".attn.")
+        else:
+            if "norm2" in name:
+                name = name.replace("norm2", "bn")
+            for ours, theirs in {
+                "in_proj": "conv0",
+                "in_norm": "bn0",
+                "mid_norm": "bn",
+                "out_proj": "conv2",
+                "out_norm": "bn2",
+                "conv.weight": "conv.weight",
+                "conv.bias": "conv.bias",
+                "bias": "conv.bias",
+                "reduce_norm": "conv.bn" if family == "d_dw_conv" else "conv.conv1.1",
+                "reduce": "conv.conv1" if family == "d_dw_conv" else "conv.conv1.0",
+                "expand": "conv.conv2" if family == "d_dw_conv" else "conv.conv2.0",
+            }.items():
+                if re.search(rf"\.mixer\.{re.escape(ours)}(\.|$)", name):
+                    name = name.replace(f".mixer.{ours}", f".attn2conv.{theirs}")
+                    break
+            if "attn2conv" in name and value.ndim == 2:
+                value = value[:, :, None, None]
+        released[name] = value
+    if family == "swin":
+        released["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49).long()
+        released["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    return released
+
+
+@pytest.mark.parametrize("family", ["swin", "dw_conv", "d_dw_conv", "i_d_dw_conv"])
+def test_released_names(family, tmp_path):
+    source, target = build(f"{family}_nano"), build(f"{family}_nano", seed=1)
+    path = tmp_path / "released.pth"
+    torch.save({"model": released_names(source.state_dict(), family), "epoch": 299}, path)
+    report = backbones.load_checkpoint(target, path)
+    assert len(report.matched) == len(source.state_dict())
+    assert not (report.missing or report.unexpected or report.resized)
+    with torch.no_grad():
+        assert target(X).equal(source(X))
+
+
+@pytest.mark.parametrize("family", backbones.FAMILIES)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda sd: sd,
+        lambda sd: {"model": sd, "iteration": 7},
+        lambda sd: {"state_dict": {f"backbone.{k}": v for k, v in sd.items()}, "meta": {"a": 1}},
+        lambda sd: {"model": {f"backbone.bottom_up.{k}": v for k, v in sd.items()}},
+        lambda sd: {"state_dict_ema": {f"module.{k}": v for k, v in sd.items()}, "model": {}},
+    ],
+)
+def test_wrappers_and_prefixes(family, wrap, tmp_path):
+    source, target = build(f"{family}_nano"), build(f"{family}_nano", seed=1)
+    torch.save(wrap(source.state_dict()), tmp_path / "file.pth")
+    report = backbones.load_checkpoint(target, tmp_path / "file.pth")
+    assert not (report.missing or report.unexpected)
+    with torch.no_grad():
+        assert target(X).equal(source(X))
+
+
+def test_safetensors(tmp_path):
+    source, target = build("dw_conv_nano"), build("dw_conv_nano", seed=1)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "file.safetensors")
+    backbones.load_checkpoint(target, tmp_path / "file.safetensors")
+    with torch.no_grad():
+        assert target(X).equal(source(X))
+
+
+def test_timm_loads_a_file_through_the_same_code(tmp_path):
+    source = build("d_dw_conv_nano")
+    path = tmp_path / "released.pth"
+    torch.save({"model": released_names(source.state_dict(), "d_dw_conv")}, path)
+    overlay = dict(file=str(path), num_classes=5)
+    loaded = timm.create_model(
+        "d_dw_conv_nano", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5
+    ).eval()
+    with torch.no_grad():
+        assert loaded(X).equal(source(X))
+    with pytest.raises(backbones.CheckpointError, match="d_dw_conv_nano.*swin_nano"):
+        timm.create_model(
+            "swin_nano", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True
+        )
+
+
+def test_a_wrong_network_is_refused_and_left_as_it_was(tmp_path):
+    path = tmp_path / "dw.pth"
+    torch.save(build("dw_conv_nano").state_dict(), path)
+    target = build("i_d_dw_conv_nano")
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    with pytest.raises(backbones.CheckpointError) as error:
+        backbones.load_checkpoint(target, path)
+    message = str(error.value)
+    assert "looks like dw_conv_nano" in message and "network like i_d_dw_conv_nano" in message
+    assert "mixer.reduce.weight" in message and str(path) in message
+    assert all(v.equal(before[k]) for k, v in target.state_dict().items())
+    with pytest.raises(backbones.CheckpointError, match=r"C=32.*C=96"):
+        backbones.load_checkpoint(timm.create_model("dw_conv_tiny"), path)
+
+
+def test_one_missing_weight_is_refused(tmp_path):
+    state_dict = build("swin_nano").state_dict()
+    del state_dict["stages.2.blocks.1.mlp.fc1.bias"]
+    torch.save(state_dict, tmp_path / "file.pth")
+    with pytest.raises(backbones.CheckpointError, match="missing: stages.2.blocks.1.mlp.fc1.bias"):
+        backbones.load_checkpoint(build("swin_nano"), tmp_path / "file.pth")
+
+
+def test_another_classifier_is_left_out_and_reported(tmp_path):
+    torch.save(build("swin_nano", num_classes=7).state_dict(), tmp_path / "file.pth")
+    report = backbones.load_checkpoint(build("swin_nano"), tmp_path / "file.pth")
+    assert report.missing == ("head.fc.weight", "head.fc.bias")
+    assert "2 missing" in str(report) and "head.fc.weight" in str(report)
+
+
+@pytest.mark.parametrize("name", ["swin_nano", "dw_conv_nano"])
+def test_another_window_is_resized(name, tmp_path):
+    source = build(name)
+    torch.save(source.state_dict(), tmp_path / "file.pth")
+    target = build(name, seed=1, window_size=12)
+    report = backbones.load_checkpoint(target, tmp_path / "file.pth")
+    assert len(report.resized) == 5 and "5 resized" in str(report)
+    source.set_input_size(window_size=12)
+    with torch.no_grad():
+        torch.testing.assert_close(target(X), source(X))
+
+
+def test_another_image_resizes_the_window_grid(tmp_path):
+    torch.save(build("swin_local_mlp_nano").state_dict(), tmp_path / "file.pth")
+    target = build("swin_local_mlp_nano", img_size=448)
+    report = backbones.load_checkpoint(target, tmp_path / "file.pth")
+    assert len(report.resized) == 5
+
+
+def test_mmengine_checkpoints_are_read_without_their_logs(tmp_path):
+    history_buffer = pytest.importorskip("mmengine.logging").HistoryBuffer
+    source = build("dw_conv_nano")
+    log = history_buffer()
+    log.update(1.0)
+    content = {"state_dict": source.state_dict(), "message_hub": {"log_scalars": {"loss": log}}}
+    torch.save(content, tmp_path / "iter_1.pth")
+    report = backbones.load_checkpoint(build("dw_conv_nano", seed=1), tmp_path / "iter_1.pth")
+    assert not report.missing
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    torch.save({"model": build("dw_conv_nano").state_dict(), "x": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(backbones.CheckpointError, match="cannot be read as weights alone"):
+        backbones.load_checkpoint(build("dw_conv_nano"), tmp_path / "evil.pth")
+    assert not (tmp_path / "written").exists()
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(backbones.CheckpointError, match="no checkpoint at .*absent.pth"):
+        backbones.read_checkpoint(tmp_path / "absent.pth")
+    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 truncated")
+    with pytest.raises(backbones.CheckpointError, match="broken.pth cannot be read"):
+        backbones.read_checkpoint(tmp_path / "broken.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(backbones.CheckpointError, match="holds no state dict"):
+        backbones.read_checkpoint(tmp_path / "list.pth")

@@ -1,0 +1,138 @@
+"""The dense backbone: one network whoever builds it, and what users ask of it."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import backbones
+from dense.backbone import DenseBackbone, step_back_norms
+
+NANO = tuple(n for n in backbones.MODEL_NAMES if n.endswith("nano"))
+X = torch.randn(2, 3, 70, 101)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_features_are_timms(name):
+    torch.manual_seed(0)
+    classifier = timm.create_model(name).eval()
+    backbone = DenseBackbone(name, norm="BN").eval()
+    backbones.checkpoints.fit(classifier.state_dict(), backbone, "classifier")
+    backbone.load_state_dict(classifier.state_dict(), strict=False)
+    for norm in backbone.norms.values():
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        maps = classifier.forward_intermediates(X, intermediates_only=True)
+        outputs = backbone(X)
+        for i, (got, features) in enumerate(zip(outputs, maps, strict=True)):
+            norm = backbone.norms[str(i)]
+            if name.startswith("swin"):
+                features = features.permute(0, 2, 3, 1)
+                expected = nn.functional.layer_norm(
+                    features, features.shape[-1:], norm.weight, norm.bias
+                ).permute(0, 3, 1, 2)
+            else:
+                weight, bias = norm.weight[:, None, None], norm.bias[:, None, None]
+                expected = features / (1 + norm.eps) ** 0.5 * weight + bias
+            torch.testing.assert_close(got, expected)
+            assert backbone.strides[i] == 4 * 2**i and backbone.channels[i] == got.shape[1]
+
+
+@pytest.mark.parametrize("out_indices", [(0,), (1, 3), (0, 1, 2, 3)])
+def test_only_what_is_asked_for_is_built(out_indices):
+    backbone = DenseBackbone("dw_conv_nano", out_indices=out_indices)
+    outputs = backbone(X)
+    assert [o.shape[1] for o in outputs] == [32 * 2**i for i in out_indices]
+    sum(o.square().sum() for o in outputs).backward()
+    assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("frozen_stages", [0, 2, 4])
+def test_frozen_stages_stay(name, frozen_stages):
+    backbone = DenseBackbone(name, frozen_stages=frozen_stages)
+    before = copy.deepcopy(backbone.state_dict())
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        assert backbone.train() is backbone
+        optimizer.zero_grad()
+        sum(o.square().mean() for o in backbone(X)).backward()
+        optimizer.step()
+    frozen = ("patch_embed", *(f"stages.{i}." for i in range(frozen_stages)))
+    for key, value in backbone.state_dict().items():
+        if key.startswith(frozen):
+            assert value.equal(before[key]), key
+        elif not key.endswith("bias_table"):
+            assert not value.equal(before[key]), key
+    assert backbone.eval() is backbone and not backbone.training
+
+
+def test_init_loads_a_classifier(tmp_path, caplog):
+    classifier = timm.create_model("i_d_dw_conv_nano")
+    torch.save({"model": classifier.state_dict()}, tmp_path / "init.pth")
+    backbone = DenseBackbone("i_d_dw_conv_nano", init=str(tmp_path / "init.pth"))
+    assert not backbone.patch_embed.proj.weight.equal(classifier.patch_embed.proj.weight)
+    with caplog.at_level(logging.INFO):
+        backbone.init_weights()
+    assert backbone.patch_embed.proj.weight.equal(classifier.patch_embed.proj.weight)
+    assert "188 matched, 20 missing, 4 unexpected" in caplog.text
+
+    with pytest.raises(backbones.CheckpointError, match="looks like i_d_dw_conv_nano"):
+        DenseBackbone("dw_conv_nano", init=str(tmp_path / "init.pth")).init_weights()
+
+
+def test_a_shorter_backbone_takes_a_whole_checkpoint(tmp_path):
+    torch.save(timm.create_model("swin_nano").state_dict(), tmp_path / "init.pth")
+    DenseBackbone("swin_nano", out_indices=(1, 2), init=str(tmp_path / "init.pth")).init_weights()
+
+
+def test_init_that_is_nothing_is_named():
+    backbone = DenseBackbone("swin_nano", init="imagenet.pth")
+    with pytest.raises(backbones.CheckpointError, match="'imagenet.pth' is no file, URL or tag"):
+        backbone.init_weights()
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(name="swin_small"), "no backbone 'swin_small': swin_nano, swin_tiny"),
+        (dict(name="swin_nano", out_indices=(0, 4)), r"out_indices=\(0, 4\): .*0, 1, 2, 3"),
+        (dict(name="swin_nano", out_indices=(2, 1)), "ascending"),
+        (dict(name="swin_nano", out_indices=()), "one or more"),
+        (dict(name="swin_nano", norm="GN"), "norm='GN': BN, SyncBN, FrozenBN are valid"),
+        (dict(name="swin_nano", frozen_stages=5), "frozen_stages=5: -1"),
+    ],
+)
+def test_bad_input_is_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DenseBackbone(**kwargs)
+
+
+@pytest.mark.parametrize("name", ["dw_conv_nano", "d_dw_conv_nano", "i_d_dw_conv_nano"])
+def test_frozen_bn_does_not_move(name):
+    backbone = DenseBackbone(name, norm="FrozenBN")
+    before = copy.deepcopy(backbone.state_dict())
+    backbone(X)
+    assert all(v.equal(before[k]) for k, v in backbone.state_dict().items())
+    assert not any(
+        "norm" in n
+        for n, _ in backbone.named_parameters()
+        if "patch" not in n and "downsample" not in n
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="steps back only without CUDA")
+def test_sync_bn_steps_back_with_its_statistics():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3)))
+    plain(X)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    assert isinstance(synced[1][0], nn.SyncBatchNorm)
+    back = step_back_norms(synced)
+    assert type(back[1][0]) is nn.BatchNorm2d
+    assert back.eval()(X).equal(plain.eval()(X))
+    assert isinstance(step_back_norms(nn.SyncBatchNorm(4)), nn.BatchNorm2d)
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in DenseBackbone("dw_conv_nano").modules())
