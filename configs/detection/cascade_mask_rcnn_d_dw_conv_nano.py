@@ -1,0 +1,5 @@
+"""A small Cascade Mask R-CNN for small data and a CPU, D-DW-Conv nano, from random weights."""
+
+from .common.nano import data, dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.bottom_up.update(name="d_dw_conv_nano")

@@ -1,0 +1,56 @@
+"""COCO 2017 in the folder DETECTRON2_DATASETS, or your own COCO-style files named in ``data``."""
+
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.evaluation import COCOEvaluator
+
+# Files of your own; where all are None, COCO is used. ``classes``: a choice of category names.
+data = dict(train_json=None, train_images=None, val_json=None, val_images=None, classes=None)
+
+# DETR's augmentation, as Swin trained with it: flip, half of the time crop, then scale.
+_crop = [
+    L(T.ResizeShortestEdge)(
+        short_edge_length=[400, 500, 600], max_size=1333, sample_style="choice"
+    ),
+    L(T.RandomCrop)(crop_type="absolute_range", crop_size=[384, 600]),
+]
+
+dataloader = dict(
+    train=L(build_detection_train_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
+        mapper=L(DatasetMapper)(
+            is_train=True,
+            augmentations=[
+                L(T.RandomFlip)(horizontal=True),
+                L(T.RandomApply)(tfm_or_aug=L(T.AugmentationList)(augs=_crop), prob=0.5),
+                L(T.ResizeShortestEdge)(
+                    short_edge_length=[*range(480, 801, 32)], max_size=1333, sample_style="choice"
+                ),
+            ],
+            image_format="RGB",
+            use_instance_mask=True,
+            # After a crop the box of what is left is tighter than the cropped box.
+            recompute_boxes=True,
+        ),
+        total_batch_size=16,
+        num_workers=4,
+    ),
+    test=L(build_detection_test_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
+        mapper=L(DatasetMapper)(
+            is_train=False,
+            augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
+            image_format="${...train.mapper.image_format}",
+        ),
+        num_workers=4,
+    ),
+    evaluator=L(COCOEvaluator)(
+        dataset_name="${..test.dataset.names}", output_dir="${train.output_dir}/inference"
+    ),
+)

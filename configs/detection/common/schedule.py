@@ -1,0 +1,44 @@
+"""36 epochs of COCO with AdamW, and what the trainer needs to know beside it."""
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+# 117,266 images of train2017 have an object to learn from; 16 an iteration make 7,329 iterations
+# an epoch, and 117,266 * 36 / 16 = 263,848 iterations 36 epochs.
+_EPOCH = 117_266 // 16
+_ITERATIONS = 117_266 * 36 // 16
+
+train = dict(
+    output_dir="./output",
+    init_checkpoint="",
+    max_iter=_ITERATIONS,
+    amp=dict(enabled=True, precision="float16"),
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=_EPOCH, max_to_keep=5),
+    eval_period=3 * _EPOCH,
+    log_period=20,
+    device="cuda",
+    seed=-1,
+)
+
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1, 0.01], milestones=[27, 33, 36]),
+    # Swin's 500 iterations; the paper takes over its settings.
+    warmup_length=500 / _ITERATIONS,
+    warmup_factor=0.001,
+)
+
+optimizer = L(torch.optim.AdamW)(
+    params=L(get_default_optimizer_params)(
+        base_lr="${..lr}",
+        # Every norm, batch norm included, with its bias; and the position bias tables.
+        weight_decay_norm=0.0,
+        overrides=dict(relative_position_bias_table=dict(weight_decay=0.0)),
+    ),
+    lr=1e-4,
+    betas=(0.9, 0.999),
+    weight_decay=0.05,
+)

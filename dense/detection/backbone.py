@@ -1,0 +1,173 @@
+"""The dense backbone as a Detectron2 ``Backbone``, for LazyConfig and for yacs."""
+
+import logging
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.utils.logger import log_first_n
+from torch import Tensor
+
+from backbones import MODEL_NAMES
+from dense.backbone import DenseBackbone
+
+FEATURES = ("res2", "res3", "res4", "res5")
+# ImageNet's, of RGB values from 0 to 255.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class PyramidBackbone(DenseBackbone, Backbone):
+    """A backbone by name, with Detectron2's feature names.
+
+    Any image size works and none is padded: ``size_divisibility`` and ``padding_constraints`` are
+    Detectron2's defaults, 0 and none. An FPN adds its own, the stride of its last input, because
+    the maps it upsamples and adds must have even sizes.
+
+    Args:
+        name: one of ``backbones.MODEL_NAMES``.
+        out_features: some of ``"res2"`` to ``"res5"`` (strides 4, 8, 16, 32), in that order.
+        init: see :class:`dense.backbone.DenseBackbone`. Read in the first forward pass in training
+            mode or by :meth:`init_weights`, whichever is first, and not at all once a state dict
+            has brought all parameters: resuming, evaluating and predicting do without the file.
+        **kwargs: ``drop_path_rate``, ``frozen_stages``, ``norm``, ``grad_checkpointing``,
+            ``window_size`` and the rest of ``DenseBackbone``'s arguments.
+
+    Raises:
+        ValueError: an unknown name, feature or option; the message lists the valid ones.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        out_features: Sequence[str] = FEATURES,
+        init: str | None = None,
+        **kwargs,
+    ):
+        super().__init__(name, out_indices=_stages(out_features), init=init, **kwargs)
+        self._out_features = list(out_features)
+        self._out_feature_channels = dict(zip(out_features, self.channels, strict=True))
+        self._out_feature_strides = dict(zip(out_features, self.strides, strict=True))
+        self._needs_init = init is not None
+        self.register_load_state_dict_pre_hook(_note_loaded)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """``(B, 3, H, W)`` to ``{feature: (B, C, ceil(H/stride), ceil(W/stride))}``."""
+        if self.training and self._needs_init:
+            self.init_weights()
+        return dict(zip(self._out_features, super().forward(x), strict=True))
+
+    def init_weights(self) -> None:
+        """Load ``init`` if there is one; raises :class:`backbones.CheckpointError`."""
+        super().init_weights()
+        self._needs_init = False
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each feature."""
+        return Backbone.output_shape(self)
+
+
+def add_dense_config(cfg: CfgNode) -> None:
+    """Add the keys under ``MODEL.DENSE`` and set the input the backbones expect.
+
+    The input is RGB with ImageNet's mean and standard deviation, from 0 to 255. A config merged
+    afterwards may change any of it.
+    """
+    cfg.MODEL.DENSE = CfgNode(
+        {
+            "OUT_FEATURES": list(FEATURES),
+            "INIT": "",
+            "DROP_PATH_RATE": 0.0,
+            "FROZEN_STAGES": -1,
+            "NORM": "SyncBN",
+            "GRAD_CHECKPOINTING": False,
+            "WINDOW_SIZE": None,
+        }
+    )
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PIXEL_MEAN = list(PIXEL_MEAN)
+    cfg.MODEL.PIXEL_STD = list(PIXEL_STD)
+
+
+def _stages(out_features: Sequence[str]) -> tuple[int, ...]:
+    """Feature names as stage indices."""
+    stages = [FEATURES.index(f) for f in out_features if f in FEATURES]
+    if len(stages) != len(out_features) or not stages or stages != sorted(set(stages)):
+        raise ValueError(
+            f"out_features={list(out_features)}: one or more of {', '.join(FEATURES)}, "
+            "in that order, are valid"
+        )
+    return tuple(stages)
+
+
+def _note_loaded(module: PyramidBackbone, state_dict: dict, prefix: str, *_) -> None:
+    if all(prefix + name in state_dict for name, _ in module.named_parameters()):
+        module._needs_init = False
+
+
+def _from_yacs(name: str, cfg: CfgNode, used: Sequence[str] = FEATURES) -> PyramidBackbone:
+    if "DENSE" not in cfg.MODEL:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME {name}: call dense.detection.add_dense_config(cfg) on get_cfg() "
+            "before merging the config file"
+        )
+    dense = cfg.MODEL.DENSE
+    log_first_n(
+        logging.INFO,
+        f"MODEL.BACKBONE.FREEZE_AT ({cfg.MODEL.BACKBONE.FREEZE_AT}) is ignored: "
+        f"MODEL.DENSE.FROZEN_STAGES ({dense.FROZEN_STAGES}) says what is frozen",
+        name=__name__,
+        key="message",
+    )
+    return PyramidBackbone(
+        name,
+        out_features=[f for f in dense.OUT_FEATURES if f in used],
+        init=dense.INIT or None,
+        drop_path_rate=dense.DROP_PATH_RATE,
+        frozen_stages=dense.FROZEN_STAGES,
+        norm=dense.NORM,
+        grad_checkpointing=dense.GRAD_CHECKPOINTING,
+        window_size=dense.WINDOW_SIZE,
+    )
+
+
+def _fpn_from_yacs(name: str, cfg: CfgNode) -> FPN:
+    in_features, channels = cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS
+    # A feature that no level uses would have a norm that never gets a gradient: DDP stops at that.
+    bottom_up = _from_yacs(name, cfg, used=in_features)
+    if not in_features or not set(in_features) <= set(bottom_up.output_shape()):
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES {list(in_features)}: one or more of MODEL.DENSE.OUT_FEATURES "
+            f"{list(cfg.MODEL.DENSE.OUT_FEATURES)} are valid"
+        )
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        top_block = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, channels)
+    else:
+        top_block = LastLevelMaxPool()
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=in_features,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _register(name: str) -> None:
+    def build(cfg, input_shape):
+        return _from_yacs(name, cfg)
+
+    def build_fpn(cfg, input_shape):
+        return _fpn_from_yacs(name, cfg)
+
+    build.__name__, build_fpn.__name__ = name, f"{name}_fpn"
+    BACKBONE_REGISTRY.register(build)
+    BACKBONE_REGISTRY.register(build_fpn)
+
+
+for _name in MODEL_NAMES:
+    _register(_name)

@@ -1,0 +1,95 @@
+"""LazyConfig files and their overrides, checked before anything is built."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+from detectron2.config import LazyConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+
+class ConfigError(ValueError):
+    """A config, an override or a data set that cannot work, in one line."""
+
+
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Read a LazyConfig ``.py``, or the ``config.yaml`` of an earlier run, and override its keys.
+
+    Args:
+        config_file: path of the file.
+        overrides: ``"path.to.key=value"`` each, in Hydra's grammar; ``"+path.to.key=value"`` adds
+            a key that is not there.
+
+    Raises:
+        ConfigError: no such file, it cannot be read or lacks a section, or an override names a
+            key that the config does not have.
+    """
+    path = Path(config_file)
+    if not path.is_file():
+        raise ConfigError(f"config file {config_file} does not exist")
+    if path.suffix not in (".py", ".yaml", ".yml"):
+        raise ConfigError(f"config file {config_file}: a LazyConfig .py or a config.yaml is needed")
+    cfg = _read(path)
+    missing = [s for s in SECTIONS if s not in cfg]
+    if missing:
+        raise ConfigError(
+            f"config file {config_file} has no {', '.join(missing)}: this trainer reads LazyConfig "
+            "files (a yacs YAML belongs to Detectron2's own train_net.py)"
+        )
+    for text, override in zip(overrides, _parse(overrides), strict=True):
+        if not override.is_add():
+            _check_key(cfg, override.key_or_group, text)
+    return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def _read(path: Path) -> DictConfig:
+    # A .py config is its author's code: whatever it raises is about that file.
+    try:
+        if path.suffix == ".py":
+            return LazyConfig.load(str(path))
+        content = yaml.safe_load(path.read_text())
+        return OmegaConf.create(content or {}, flags={"allow_objects": True})
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config file {path}: {type(error).__name__}: {reason}") from error
+
+
+def _parse(overrides: Sequence[str]) -> list:
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except OverrideParseException as error:
+            raise ConfigError(f"override {text!r} is not key=value in Hydra's grammar") from error
+    return parsed
+
+
+def _check_key(cfg: DictConfig, key: str, text: str) -> None:
+    node = cfg
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        keys = _keys(node)
+        if part not in keys:
+            close = get_close_matches(part, keys)
+            here = ".".join(parts[:depth]) or "the config"
+            raise ConfigError(
+                f"override {text!r}: {here} has no {part!r}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+                + (f" It has {', '.join(keys)}" if keys else "")
+            )
+        if depth < len(parts) - 1:
+            node = node[int(part) if isinstance(node, ListConfig) else part]
+
+
+def _keys(node: object) -> list[str]:
+    if isinstance(node, DictConfig):
+        return [str(k) for k in node]
+    if isinstance(node, ListConfig):
+        return [str(i) for i in range(len(node))]
+    return []

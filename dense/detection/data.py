@@ -1,0 +1,244 @@
+"""COCO, or any COCO-style JSON, behind a config's data loaders: checked, then named in them."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import register_coco_instances
+from omegaconf import DictConfig, OmegaConf
+
+from dense.detection.config import ConfigError
+
+_logger = logging.getLogger(__name__)
+
+
+class DataError(ConfigError):
+    """A data set that is not there or cannot be trained on, in one line."""
+
+
+def resolve_data(cfg: DictConfig, *, training: bool) -> None:
+    """Check the data a config names and point its loaders, its masks and its classes at it.
+
+    ``cfg.data`` names COCO-style files: ``train_json``, ``train_images``, ``val_json``,
+    ``val_images``, and ``classes``, a choice and order of category names (None takes all of the
+    JSON's). Where it names none, the data sets registered with Detectron2 that the loaders name
+    are used. ``cfg.dataloader.metadata.classes`` holds the class names afterwards.
+
+    Args:
+        cfg: changed in place.
+        training: whether the training data is needed; else the validation data is.
+
+    Raises:
+        DataError: something is missing or not usable; the message names it.
+    """
+    data = cfg.get("data") or {}
+    if any(data.get(key) for key in ("train_json", "train_images", "val_json", "val_images")):
+        classes = _use_json(cfg, data, training)
+    else:
+        classes = _check_registered(cfg, training)
+    for key in ("model.roi_heads.num_classes", "model.num_classes"):
+        if classes and OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, len(classes))
+    cfg.dataloader.metadata = {"classes": classes}
+
+
+def json_dataset(
+    names: str, json_file: str, image_root: str, filter_empty: bool = True
+) -> list[dict]:
+    """Register a COCO-style JSON under a name and load it as Detectron2's dataset dicts.
+
+    Args:
+        names: the name to register, which an evaluator can ask for afterwards.
+        json_file: the annotations.
+        image_root: the folder that their file names start from.
+        filter_empty: leave out images without an object to learn from.
+    """
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if names in catalog.list():
+            catalog.remove(names)
+    register_coco_instances(names, {}, json_file, image_root)
+    return get_detection_dataset_dicts(names, filter_empty=filter_empty)
+
+
+def _use_json(cfg: DictConfig, data: DictConfig, training: bool) -> list[str]:
+    needed = ["train"] if training else ["val"]
+    if training and (data.get("val_json") or data.get("val_images")):
+        needed.append("val")
+    classes = list(data.get("classes") or [])
+    for split in needed:
+        content, images = _read(data, split)
+        names = _category_names(content, data[f"{split}_json"])
+        classes = classes or names
+        _check_classes(classes, names, data[f"{split}_json"], must_have=split == needed[0])
+        _check_annotations(cfg, content, data[f"{split}_json"], images, split)
+        json_file = _with_classes(cfg, content, names, classes, data[f"{split}_json"], split)
+        loader = cfg.dataloader["train" if split == "train" else "test"]
+        loader.dataset = L(json_dataset)(
+            names=json_file, json_file=json_file, image_root=images, filter_empty=split == "train"
+        )
+    if "val" not in needed:
+        _logger.warning("no validation data is named (--val-json): training without evaluation")
+        cfg.dataloader.pop("evaluator", None)
+    return classes
+
+
+def _read(data: DictConfig, split: str) -> tuple[dict, str]:
+    """The parsed JSON of a split and its image folder."""
+    json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
+    for key, value, exists in (
+        (f"{split}_json", json_file, os.path.isfile),
+        (f"{split}_images", images, os.path.isdir),
+    ):
+        if not value:
+            raise DataError(f"data.{key} is not set (--{key.replace('_', '-')}); it is needed here")
+        if not exists(value):
+            kind = "file" if exists is os.path.isfile else "folder"
+            raise DataError(f"data.{key}: there is no {kind} {value}")
+    try:
+        content = json.loads(Path(json_file).read_text())
+    except ValueError as error:
+        raise DataError(f"{json_file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{json_file}: a COCO-style object is needed, this is a {type(content)}")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list):
+            raise DataError(f"{json_file} has no list {key!r}: it is not COCO-style")
+    if not content["images"]:
+        raise DataError(f"{json_file} lists no image")
+    return content, images
+
+
+def _category_names(content: dict, json_file: str) -> list[str]:
+    """The category names by ascending id, the order of Detectron2's class indices."""
+    try:
+        names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    except KeyError as error:
+        raise DataError(f"{json_file}: a category without {error}") from error
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise DataError(f"{json_file} has several categories named {', '.join(twice)}")
+    if not names:
+        raise DataError(f"{json_file} lists no category")
+    return names
+
+
+def _check_classes(
+    classes: Sequence[str], names: Sequence[str], json_file: str, must_have: bool
+) -> None:
+    absent = [c for c in classes if c not in names]
+    if len(set(classes)) < len(classes):
+        raise DataError(f"data.classes names a class twice: {', '.join(classes)}")
+    if absent and (must_have or len(absent) == len(classes)):
+        raise DataError(
+            f"{json_file} has no category {', '.join(absent)}; it has {', '.join(names)}"
+        )
+    if absent:
+        _logger.warning(f"{json_file} has no category {', '.join(absent)}: they count for nothing")
+    others = [n for n in names if n not in classes]
+    if others:
+        _logger.warning(f"{json_file}: objects of {', '.join(others)} are left out")
+
+
+def _check_annotations(
+    cfg: DictConfig, content: dict, json_file: str, images: str, split: str
+) -> None:
+    by_id = {image["id"]: image for image in content["images"]}
+    for image in content["images"]:
+        if not {"file_name", "height", "width"} <= image.keys():
+            raise DataError(f"{json_file}: image {image['id']} lacks file_name, height or width")
+    missing = [
+        i["file_name"]
+        for i in content["images"]
+        if not os.path.isfile(os.path.join(images, i["file_name"]))
+    ]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(by_id)} images that {json_file} lists are not in "
+            f"{images}, {missing[0]} for one"
+        )
+    categories = {c["id"] for c in content["categories"]}
+    objects = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
+    for a in content["annotations"]:
+        if a.get("image_id") not in by_id:
+            raise DataError(f"{json_file}: annotation {a.get('id')} is of no listed image")
+        if a.get("category_id") not in categories:
+            raise DataError(f"{json_file}: annotation {a.get('id')} is of no listed category")
+        if len(a.get("bbox") or ()) != 4:
+            raise DataError(f"{json_file}: annotation {a.get('id')} has no bbox [x, y, w, h]")
+    if not objects:
+        raise DataError(f"{json_file} has no annotation to use")
+    _fit_masks(cfg, objects, json_file, split)
+
+
+def _fit_masks(cfg: DictConfig, objects: list[dict], json_file: str, split: str) -> None:
+    """Refuse boxes without masks for a mask head; read RLE masks as bitmaps."""
+    has_mask_head = OmegaConf.select(cfg, "model.roi_heads.mask_in_features") is not None
+    without = sum(not a.get("segmentation") for a in objects)
+    if has_mask_head and without:
+        raise DataError(
+            f"{json_file}: {without} of {len(objects)} objects have no segmentation, and the model "
+            "has a mask head; model.roi_heads.mask_in_features=null trains boxes alone"
+        )
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
+    if split == "train" and mapper is not None:
+        mapper.use_instance_mask = has_mask_head
+        mapper.recompute_boxes = bool(mapper.get("recompute_boxes")) and has_mask_head
+        if any(isinstance(a.get("segmentation"), dict) for a in objects):
+            mapper.instance_mask_format = "bitmask"
+
+
+def _with_classes(
+    cfg: DictConfig,
+    content: dict,
+    names: Sequence[str],
+    classes: Sequence[str],
+    json_file: str,
+    split: str,
+) -> str:
+    """The JSON whose categories are the classes in their order: itself, or one written so."""
+    if list(names) == list(classes):
+        return str(json_file)
+    indices = {
+        c["id"]: classes.index(c["name"]) + 1 for c in content["categories"] if c["name"] in classes
+    }
+    kept = [
+        {**a, "category_id": indices[a["category_id"]]}
+        for a in content["annotations"]
+        if a["category_id"] in indices
+    ]
+    if split == "train" and not any(not a.get("iscrowd", 0) for a in kept):
+        raise DataError(f"{json_file} has no annotation of {', '.join(classes)}")
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
+    path = Path(cfg.train.output_dir, "annotations", f"{split}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".tmp")
+    written.write_text(json.dumps({**content, "categories": categories, "annotations": kept}))
+    written.replace(path)
+    return str(path)
+
+
+def _check_registered(cfg: DictConfig, training: bool) -> list[str] | None:
+    """Check the files of data sets known to Detectron2; return their class names."""
+    classes = None
+    loaders = ["train"] if training else []
+    loaders += ["test"] if "evaluator" in cfg.dataloader else []
+    for loader in loaders:
+        names = OmegaConf.select(cfg, f"dataloader.{loader}.dataset.names")
+        for name in [names] if isinstance(names, str) else names or []:
+            if name not in DatasetCatalog.list():
+                raise DataError(f"dataloader.{loader}: Detectron2 knows no data set {name!r}")
+            metadata = MetadataCatalog.get(name)
+            for path in (metadata.get("json_file"), metadata.get("image_root")):
+                if path and not os.path.exists(path):
+                    root = os.environ.get("DETECTRON2_DATASETS", "./datasets")
+                    raise DataError(
+                        f"data set {name}: {path} does not exist. DETECTRON2_DATASETS (now {root}) "
+                        "is the folder that holds coco/; your own data goes in with --train-json, "
+                        "--train-images, --val-json, --val-images"
+                    )
+            classes = classes or metadata.get("thing_classes")
+    return list(classes) if classes else None

@@ -1,0 +1,205 @@
+"""Training and evaluation of a LazyConfig on Detectron2's engine, on GPUs or on a CPU."""
+
+import json
+import logging
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import cloudpickle
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+    default_writers,
+    hooks,
+    launch,
+)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+from torch import nn
+
+from dense.backbone import step_back_norms
+from dense.detection.backbone import PyramidBackbone
+from dense.detection.checkpoint import WholeCheckpointer
+from dense.detection.config import ConfigError
+
+_logger = logging.getLogger(__name__)
+
+
+def start(cfg: DictConfig, args: Namespace) -> None:
+    """Run a resolved config in as many processes as the arguments ask for.
+
+    Args:
+        cfg: a config whose data is resolved, see :func:`dense.detection.data.resolve_data`.
+        args: the command line: ``num_gpus`` (None takes one if there is one), ``num_processes``
+            without GPUs, ``num_machines``, ``machine_rank``, ``dist_url``, ``resume``,
+            ``eval_only``, ``config_file``.
+
+    Raises:
+        ConfigError: more GPUs than there are, several machines without a URL to meet at, or an
+            evaluation without a checkpoint.
+    """
+    processes = _processes(args)
+    if args.eval_only and not cfg.train.init_checkpoint:
+        raise ConfigError("--eval-only needs the checkpoint: train.init_checkpoint=PATH")
+    if args.eval_only and "evaluator" not in cfg.dataloader:
+        raise ConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ConfigError("several machines need --dist-url, such as tcp://<first machine>:29500")
+    # By value, so that functions defined in a config file reach the processes too.
+    launch(
+        _run,
+        processes,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(cloudpickle.dumps((cfg, args)), processes),
+    )
+
+
+def train(cfg: DictConfig, *, resume: bool) -> None:
+    """Train as configured; ``resume`` goes on from the last whole checkpoint if there is one.
+
+    Raises:
+        CheckpointError: weights to start from cannot be read or do not fit.
+        ConfigError: the checkpoint to resume from has other classes.
+    """
+    model = step_back_norms(instantiate(cfg.model)).to(cfg.train.device)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    classes = _classes(cfg)
+    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, classes=classes)
+    last = checkpointer.last_whole() if resume else None
+    if last is None:
+        if resume:
+            _logger.info(f"no checkpoint in {cfg.train.output_dir}: training starts fresh")
+        _start_fresh(cfg, model, checkpointer)
+
+    ddp = dict(cfg.train.ddp)
+    if cfg.train.device == "cpu":
+        ddp["device_ids"] = None
+    parallel = create_ddp_model(model, **ddp)
+    trainer = _trainer(cfg, parallel, instantiate(cfg.dataloader.train), optimizer)
+    checkpointer.add_checkpointable("trainer", trainer)
+    is_main = comm.is_main_process()
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if is_main else []
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
+            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, parallel)),
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if is_main else None,
+        ]
+    )
+    first = 0
+    if last is not None:
+        _same_classes(checkpointer.resume(last), classes, last)
+        first = trainer.iter + 1
+    if first >= cfg.train.max_iter:
+        _logger.info(f"{last} is the end of training (train.max_iter={cfg.train.max_iter})")
+        evaluate(cfg, parallel)
+        return
+    trainer.train(first, cfg.train.max_iter)
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
+    """Evaluate on ``cfg.dataloader.test``, print the results and write them to ``results.json``.
+
+    Returns:
+        Detectron2's ``{"bbox": {"AP": ..}, "segm": {..}}``, empty on all but the main process;
+        None where the config names no validation data.
+    """
+    if "evaluator" not in cfg.dataloader:
+        return None
+    # The loader first: it may register the data set that the evaluator asks for.
+    loader = instantiate(cfg.dataloader.test)
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    if comm.is_main_process():
+        print_csv_format(results)
+        Path(cfg.train.output_dir, "results.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def _run(pickled: bytes, processes: int) -> None:
+    """One process of a training or evaluation."""
+    cfg, args = cloudpickle.loads(pickled)
+    for name in ("dense", "backbones"):
+        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name=name)
+    default_setup(cfg, args)
+    _step_back(cfg, processes)
+    if not args.eval_only:
+        train(cfg, resume=args.resume)
+        return
+    model = step_back_norms(instantiate(cfg.model)).to(cfg.train.device)
+    checkpointer = WholeCheckpointer(model)
+    extra = checkpointer.load_weights(cfg.train.init_checkpoint, complete=True)
+    _same_classes(extra, _classes(cfg), cfg.train.init_checkpoint)
+    evaluate(cfg, model)
+
+
+def _processes(args: Namespace) -> int:
+    available = torch.cuda.device_count()
+    if args.num_gpus is None:
+        args.num_gpus = min(1, available)
+    if args.num_gpus > available:
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus}, but there are {available} here; "
+            "--num-gpus 0 trains on the CPU, in --num-processes processes"
+        )
+    if args.num_gpus and args.num_processes > 1:
+        raise ConfigError("--num-processes is for the CPU: with GPUs there is one process for each")
+    return args.num_gpus or args.num_processes
+
+
+def _step_back(cfg: DictConfig, processes: int) -> None:
+    """Where there is no CUDA: the CPU, full precision, and no more threads than cores."""
+    if torch.cuda.is_available():
+        return
+    steps = []
+    if cfg.train.device != "cpu":
+        steps.append(f"train.device {cfg.train.device} becomes cpu")
+        cfg.train.device = "cpu"
+    if cfg.train.amp.enabled:
+        steps.append("AMP steps back to float32")
+        cfg.train.amp.enabled = False
+    if steps and comm.is_main_process():
+        _logger.warning(f"no CUDA here: {', '.join(steps)}")
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def _trainer(cfg: DictConfig, model: nn.Module, loader, optimizer) -> SimpleTrainer:
+    if not cfg.train.amp.enabled:
+        return SimpleTrainer(model, loader, optimizer)
+    precision = getattr(torch, cfg.train.amp.get("precision", "float16"))
+    return AMPTrainer(model, loader, optimizer, precision=precision)
+
+
+def _start_fresh(cfg: DictConfig, model: nn.Module, checkpointer: WholeCheckpointer) -> None:
+    if cfg.train.init_checkpoint:
+        checkpointer.load_weights(cfg.train.init_checkpoint, complete=False)
+        return
+    for module in model.modules():
+        if isinstance(module, PyramidBackbone):
+            module.init_weights()
+
+
+def _classes(cfg: DictConfig) -> list[str] | None:
+    metadata = cfg.dataloader.get("metadata") or {}
+    return list(metadata.get("classes") or []) or None
+
+
+def _same_classes(checkpoint: dict, classes: list[str] | None, path: str) -> None:
+    trained = checkpoint.get("classes")
+    if trained and classes and trained != classes:
+        raise ConfigError(
+            f"{path} knows the classes {','.join(trained)}, the data {','.join(classes)}: "
+            f"--classes {','.join(trained)} puts the data's in that order"
+        )

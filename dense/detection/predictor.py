@@ -1,0 +1,85 @@
+"""A trained detector as a function of one image."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
+
+from dense.backbone import step_back_norms
+from dense.detection.checkpoint import WholeCheckpointer
+from dense.detection.config import load_config
+
+Predictor = Callable[[np.ndarray], dict]
+
+
+def load_predictor(
+    config_file: str | None, checkpoint: str, device: str | torch.device = "cpu"
+) -> Predictor:
+    """A trained detector, ready to look at images.
+
+    Args:
+        config_file: the LazyConfig or the ``config.yaml`` it was trained with; None takes the
+            ``config.yaml`` beside the checkpoint.
+        checkpoint: a ``.pth`` of the trainer.
+        device: where it runs.
+
+    Returns:
+        A function of an RGB image ``(H, W, 3)``, uint8, that returns, best first and in the
+        image's own pixels, ``boxes`` ``(N, 4)`` float32 as x1, y1, x2, y2; ``scores`` ``(N,)``
+        float32; ``classes`` ``(N,)`` int64, indices into ``class_names`` (list of str); ``masks``
+        ``(N, H, W)`` bool, None without a mask head.
+
+    Raises:
+        ConfigError: the config cannot be read.
+        CheckpointError: the checkpoint cannot be read or does not fit.
+    """
+    cfg = load_config(config_file or str(Path(checkpoint).parent / "config.yaml"))
+    names = _class_names(cfg, checkpoint)
+    model = step_back_norms(instantiate(cfg.model)).to(device).eval()
+    WholeCheckpointer(model).load_weights(checkpoint, complete=True)
+    mapper = cfg.dataloader.test.mapper
+    resize = T.AugmentationList(instantiate(mapper.augmentations))
+    bgr = mapper.image_format == "BGR"
+
+    @torch.inference_mode()
+    def predict(image: np.ndarray) -> dict:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                f"an RGB image (H, W, 3) of uint8 is needed, not {image.shape} of {image.dtype}"
+            )
+        height, width = image.shape[:2]
+        seen = T.AugInput(image[:, :, ::-1] if bgr else image)
+        resize(seen)
+        pixels = torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
+        found = model([{"image": pixels, "height": height, "width": width}])[0]["instances"]
+        found = found.to("cpu")
+        return {
+            "boxes": found.pred_boxes.tensor.numpy(),
+            "scores": found.scores.numpy(),
+            "classes": found.pred_classes.numpy(),
+            "masks": found.pred_masks.numpy() if found.has("pred_masks") else None,
+            "class_names": names,
+        }
+
+    return predict
+
+
+def _class_names(cfg: DictConfig, checkpoint: str) -> list[str]:
+    """The names saved with the checkpoint; the config's head is given as many classes."""
+    names = WholeCheckpointer.read_classes(checkpoint)
+    if names is None:
+        names = OmegaConf.select(cfg, "dataloader.metadata.classes")
+    for key in ("model.roi_heads.num_classes", "model.num_classes"):
+        count = OmegaConf.select(cfg, key)
+        if count is None:
+            continue
+        if names is None:
+            coco = MetadataCatalog.get("coco_2017_val").thing_classes
+            names = coco if count == len(coco) else [f"class {i}" for i in range(count)]
+        OmegaConf.update(cfg, key, len(names))
+    return list(names or [])

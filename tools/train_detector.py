@@ -1,0 +1,75 @@
+"""Train or evaluate a detector on COCO or on your own COCO-style data.
+
+On your own data, on a CPU or one GPU:
+    python tools/train_detector.py --output-dir work/mine \\
+        --config-file configs/detection/cascade_mask_rcnn_dw_conv_nano.py \\
+        --train-json train.json --train-images train/ --val-json val.json --val-images val/
+
+On COCO, which lies in $DETECTRON2_DATASETS/coco, with 8 GPUs:
+    python tools/train_detector.py --num-gpus 8 --output-dir work/dw_tiny \\
+        --config-file configs/detection/cascade_mask_rcnn_dw_conv_tiny_3x_coco.py
+
+The same command with --resume goes on after a kill; key=value at the end changes the config.
+"""
+
+import argparse
+import os
+import sys
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, help="a LazyConfig .py, or an earlier run's config.yaml")
+    add("--output-dir", help="log, metrics.json, TensorBoard, checkpoints (train.output_dir)")
+    add("--train-json", help="COCO-style annotations to train on")
+    add("--train-images", help="the folder of their images")
+    add("--val-json", help="COCO-style annotations to evaluate on")
+    add("--val-images", help="the folder of their images")
+    add("--classes", help="comma-separated category names; default: all of the JSON's")
+    add("--resume", action="store_true", help="go on from the last whole checkpoint")
+    add("--eval-only", action="store_true", help="evaluate train.init_checkpoint=PATH and stop")
+    add("--num-gpus", type=int, help="GPUs of this machine; 0 is the CPU; default: 1 if it has one")
+    add("--num-processes", type=int, default=1, help="processes of this machine on the CPU")
+    add("--num-machines", type=int, default=1)
+    add("--machine-rank", type=int, default=0, help="0 on the first machine")
+    add("--dist-url", default="auto", help="where several machines meet: tcp://<first>:<port>")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    return parser.parse_intermixed_args(argv)
+
+
+def main() -> None:
+    """Check everything that can be checked, then train or evaluate."""
+    args = parse_args()
+    if args.num_gpus == 0:
+        # Before anything asks CUDA: the run then is what it would be on a machine without one.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    from backbones import CheckpointError
+    from dense.detection import engine
+    from dense.detection.config import ConfigError, load_config
+    from dense.detection.data import resolve_data
+
+    try:
+        cfg = load_config(args.config_file, args.overrides)
+        if args.output_dir:
+            cfg.train.output_dir = args.output_dir
+        given = {
+            "train_json": args.train_json,
+            "train_images": args.train_images,
+            "val_json": args.val_json,
+            "val_images": args.val_images,
+            "classes": args.classes and args.classes.split(","),
+        }
+        cfg.data = {**(cfg.get("data") or {}), **{k: v for k, v in given.items() if v}}
+        resolve_data(cfg, training=not args.eval_only)
+        engine.start(cfg, args)
+    except (ConfigError, CheckpointError) as error:
+        sys.exit(f"train_detector: {error}")
+
+
+if __name__ == "__main__":
+    main()
