@@ -1,0 +1,224 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense.scenes import MARKER, SHAPES, SceneOptions, polygons, read_marker, write_scenes
+
+TOOL = Path(__file__).parents[1] / "tools" / "make_scenes.py"
+SMALL = SceneOptions(train=12, val=5, size=96, seed=3)
+ADE_SPLITS = {"train": "training", "val": "validation"}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes")
+    assert write_scenes(out, SMALL)
+    return out
+
+
+def run_tool(*args):
+    command = [sys.executable, str(TOOL), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def digests(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def load_coco(out, split):
+    coco_api = pytest.importorskip("pycocotools.coco")
+    return coco_api.COCO(str(out / "coco" / "annotations" / f"instances_{split}2017.json"))
+
+
+def ade_mask(out, split, number):
+    name = f"ADE_{split}_{number:08d}.png"
+    with Image.open(
+        out / "ADEChallengeData2016" / "annotations" / ADE_SPLITS[split] / name
+    ) as mask:
+        assert mask.mode == "L"
+        return np.asarray(mask)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_coco_masks_are_ades_masks(scenes, split):
+    coco = load_coco(scenes, split)
+    assert len(coco.imgs) == getattr(SMALL, split)
+    assert [c["name"] for c in coco.loadCats(sorted(coco.cats))] == list(SHAPES)
+    for number, image_id in enumerate(sorted(coco.imgs), start=1):
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=image_id))
+        labels = np.ones((SMALL.size, SMALL.size), np.uint8)
+        covered = np.zeros_like(labels)
+        for annotation in annotations:
+            mask = coco.annToMask(annotation)
+            covered += mask
+            labels[mask > 0] = annotation["category_id"] + 1
+        assert 1 <= len(annotations) <= 3
+        assert covered.max() == 1, "visible parts must not overlap"
+        np.testing.assert_array_equal(labels, ade_mask(scenes, split, number))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_boxes_are_tight_and_areas_true(scenes, split):
+    from pycocotools import mask as rle
+
+    coco = load_coco(scenes, split)
+    assert len({a["id"] for a in coco.anns.values()}) == len(coco.anns) > 0
+    for annotation in coco.anns.values():
+        encoded = coco.annToRLE(annotation)
+        np.testing.assert_array_equal(annotation["bbox"], rle.toBbox(encoded))
+        assert annotation["area"] == rle.area(encoded)
+        assert annotation["iscrowd"] == 0
+
+
+def test_both_layouts_hold_the_same_pictures(scenes):
+    for split, long_name in ADE_SPLITS.items():
+        coco = load_coco(scenes, split)
+        for number, image_id in enumerate(sorted(coco.imgs), start=1):
+            here = scenes / "coco" / f"{split}2017" / coco.imgs[image_id]["file_name"]
+            there = scenes / "ADEChallengeData2016" / "images" / long_name
+            there = there / f"ADE_{split}_{number:08d}.jpg"
+            assert here.read_bytes() == there.read_bytes()
+            with Image.open(here) as image:
+                assert image.mode == "RGB"
+                assert image.size == (coco.imgs[image_id]["width"], coco.imgs[image_id]["height"])
+
+
+def test_shapes_stand_out_from_their_ground(scenes):
+    coco = load_coco(scenes, "train")
+    for number, image_id in enumerate(sorted(coco.imgs), start=1):
+        path = scenes / "coco" / "train2017" / coco.imgs[image_id]["file_name"]
+        with Image.open(path) as opened:
+            image = np.asarray(opened).astype(float)
+        labels = ade_mask(scenes, "train", number)
+        ground = image[labels == 1]
+        low, high = np.percentile(ground, [5, 95], axis=0)
+        assert (high - low).max() < 30, "the ground is plain"
+        for annotation in coco.loadAnns(coco.getAnnIds(imgIds=image_id)):
+            shape = image[coco.annToMask(annotation) > 0]
+            distance = np.linalg.norm(shape - ground.mean(axis=0), axis=1)
+            assert np.median(distance) > 45
+            assert (shape @ [0.299, 0.587, 0.114]).std() > 20, "the texture shows"
+
+
+def test_same_options_give_the_same_bytes(scenes, tmp_path):
+    write_scenes(tmp_path, SMALL)
+    assert digests(tmp_path) == digests(scenes)
+
+
+def test_another_seed_gives_other_scenes(scenes, tmp_path):
+    write_scenes(tmp_path, SceneOptions(train=12, val=5, size=96, seed=4))
+    mine, theirs = digests(tmp_path), digests(scenes)
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name] != theirs[name] for name in mine)
+
+
+def test_more_scenes_begin_with_the_same_ones(scenes, tmp_path):
+    write_scenes(tmp_path, SceneOptions(train=13, val=5, size=96, seed=3))
+    for number in range(1, 13):
+        np.testing.assert_array_equal(
+            ade_mask(scenes, "train", number), ade_mask(tmp_path, "train", number)
+        )
+
+
+def test_train_and_val_differ(scenes):
+    folder = scenes / "coco"
+    train, val = (set(digests(folder / f"{split}2017").values()) for split in ("train", "val"))
+    assert not train & val
+
+
+def test_polygons_give_back_any_mask_without_holes():
+    from pycocotools import mask as rle
+    from scipy.ndimage import binary_fill_holes
+
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 33):
+        for density in (0.2, 0.5, 0.9):
+            mask = binary_fill_holes(rng.random((size, size)) < density)
+            mask[0, 0] = True
+            decoded = rle.decode(rle.merge(rle.frPyObjects(polygons(mask), size, size)))
+            np.testing.assert_array_equal(decoded.astype(bool), mask)
+
+
+def test_rerun_writes_nothing_and_other_options_replace(tmp_path):
+    options = SceneOptions(train=2, val=1, size=64)
+    assert write_scenes(tmp_path, options)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert not write_scenes(tmp_path, options)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+    assert write_scenes(tmp_path, SceneOptions(train=1, val=1, size=64))
+    assert len(list((tmp_path / "coco" / "train2017").iterdir())) == 1
+
+
+@pytest.mark.parametrize("folder", ["coco", "ADEChallengeData2016"])
+def test_foreign_folders_are_kept_unless_told(tmp_path, folder):
+    foreign = tmp_path / folder / "precious.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("mine")
+    result = run_tool(tmp_path, "--train", 1, "--val", 1, "--size", 64)
+    assert result.returncode == 2
+    assert f"{tmp_path / folder} is there" in result.stderr and "--overwrite" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert foreign.read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == [folder]
+
+    neighbour = tmp_path / "other" / "kept.txt"
+    neighbour.parent.mkdir()
+    neighbour.write_text("kept")
+    result = run_tool(tmp_path, "--train", 1, "--val", 1, "--size", 64, "--overwrite")
+    assert result.returncode == 0, result.stderr
+    assert not foreign.exists() and neighbour.read_text() == "kept"
+
+
+def test_a_kill_leaves_no_half_set(tmp_path):
+    def killed(items, label):
+        for item in items:
+            if label == "val":
+                raise KeyboardInterrupt
+            yield item
+
+    options = SceneOptions(train=2, val=1, size=64)
+    with pytest.raises(KeyboardInterrupt):
+        write_scenes(tmp_path, options, progress=killed)
+    assert list(tmp_path.iterdir()) == []
+
+    # Killed between the two renames: the marker says that what is there is ours, and not whole.
+    write_scenes(tmp_path, options)
+    marker = json.loads((tmp_path / MARKER).read_text())
+    (tmp_path / MARKER).write_text(json.dumps({**marker, "complete": False}))
+    os.rename(tmp_path / "ADEChallengeData2016", tmp_path / "gone")
+    assert write_scenes(tmp_path, options)
+    assert read_marker(tmp_path)["complete"]
+    assert (tmp_path / "ADEChallengeData2016").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--size", "20"], "size is 20; it must be between 64 and 2048"),
+        (["--train", "0"], "train is 0; it must be between 1"),
+        (["--val", "-1"], "val is -1"),
+        (["--seed", "-5"], "seed is -5"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_written(tmp_path, args, message):
+    result = run_tool(tmp_path / "new", *args)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_as_target_is_refused(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("mine")
+    result = run_tool(target)
+    assert result.returncode == 2 and f"{target} is a file" in result.stderr
+    assert target.read_text() == "mine"
