@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from detectron2.config import LazyConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -65,7 +65,7 @@ def _parse(overrides: Sequence[str]) -> list:
     for text in overrides:
         try:
             parsed.append(parser.parse_override(text))
-        except OverrideParseException as error:
+        except HydraException as error:
             raise ConfigError(f"override {text!r} is not key=value in Hydra's grammar") from error
     return parsed
 

@@ -1,0 +1,231 @@
+"""By name into Detectron2's own detectors, in both config systems."""
+
+import logging
+import math
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import get_cfg, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.model_zoo import get_config, get_config_file
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
+from detectron2.utils import logger as detectron2_logger
+
+import backbones
+from dense.detection import PyramidBackbone, add_dense_config
+
+from .steps import eval_step, sample, train_step
+
+FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+
+
+def stock(yaml: str, name: str, **dense):
+    """A YAML of Detectron2's, with nothing but the backbone changed."""
+    cfg = get_cfg()
+    add_dense_config(cfg)
+    cfg.merge_from_file(get_config_file(yaml))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 32
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 50
+    cfg.MODEL.BACKBONE.NAME = name
+    for key, value in dense.items():
+        cfg.MODEL.DENSE[key] = value
+    return cfg
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("yaml", [MASK_RCNN, RETINANET])
+def test_stock_yaml_trains_a_step(yaml, family):
+    torch.manual_seed(0)
+    model = build_model(stock(yaml, f"{family}_nano_fpn"))
+    batch = sample(count=2)
+    assert math.isfinite(train_step(model, batch))
+    # DDP stops at a parameter without a gradient.
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert eval_step(model, batch).image_size == (96, 128)
+
+
+def test_lazy_mask_rcnn_trains_a_step():
+    model_config = get_config("common/models/mask_rcnn_fpn.py").model
+    model_config.backbone.bottom_up = L(PyramidBackbone)(
+        name="i_d_dw_conv_nano", out_features=("res2", "res3", "res4", "res5"), norm="BN"
+    )
+    model = instantiate(model_config)
+    assert math.isfinite(train_step(model, sample()))
+
+
+def test_every_name_is_registered_with_and_without_a_pyramid():
+    for name in backbones.MODEL_NAMES:
+        assert name in BACKBONE_REGISTRY
+        assert f"{name}_fpn" in BACKBONE_REGISTRY
+
+
+@pytest.mark.parametrize("name", ["swin_nano", "dw_conv_nano"])
+def test_features_have_ceil_sizes_and_the_shapes_said(name):
+    backbone = build_backbone(stock(MASK_RCNN, name)).eval()
+    features = backbone(torch.rand(2, 3, 70, 97))
+    assert list(features) == ["res2", "res3", "res4", "res5"]
+    for key, shape in backbone.output_shape().items():
+        size = (math.ceil(70 / shape.stride), math.ceil(97 / shape.stride))
+        assert features[key].shape == (2, shape.channels, *size)
+
+
+def test_the_network_is_timms():
+    model = timm.create_model("d_dw_conv_nano", num_classes=0)
+    backbone = PyramidBackbone("d_dw_conv_nano", norm="BN")
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("norm.")}
+    missing, unexpected = backbone.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(k.startswith("norms.") for k in missing)
+    x = torch.rand(1, 3, 64, 96)
+    stages = model.eval().forward_intermediates(x, intermediates_only=True)
+    ours = PyramidBackbone.forward(backbone.eval(), x)
+    for i, (stage, key) in enumerate(zip(stages, ours, strict=True)):
+        torch.testing.assert_close(backbone.norms[str(i)](stage), ours[key])
+
+
+def test_subset_of_features():
+    backbone = PyramidBackbone("swin_nano", out_features=["res3", "res5"])
+    assert list(backbone(torch.rand(1, 3, 64, 64))) == ["res3", "res5"]
+    assert backbone.output_shape()["res5"] == ShapeSpec(channels=256, stride=32)
+
+
+@pytest.mark.parametrize("features", [[], ["res1"], ["res4", "res3"], ["p2"]])
+def test_wrong_features_name_the_valid_ones(features):
+    with pytest.raises(ValueError, match="res2, res3, res4, res5"):
+        PyramidBackbone("swin_nano", out_features=features)
+
+
+def test_unknown_name_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="swin_tny.*swin_tiny"):
+        PyramidBackbone("swin_tny")
+
+
+def test_pyramid_of_features_that_are_not_built():
+    cfg = stock(MASK_RCNN, "swin_nano_fpn", OUT_FEATURES=["res2", "res3"])
+    with pytest.raises(ValueError, match="MODEL.FPN.IN_FEATURES.*MODEL.DENSE.OUT_FEATURES"):
+        build_backbone(cfg)
+
+
+def test_input_is_rgb_with_imagenets_statistics():
+    model = build_model(stock(MASK_RCNN, "dw_conv_nano_fpn"))
+    assert model.input_format == "RGB"
+    expected = timm.create_model("dw_conv_nano").pretrained_cfg
+    for ours, theirs in ((model.pixel_mean, "mean"), (model.pixel_std, "std")):
+        torch.testing.assert_close(
+            ours.flatten() / 255, torch.tensor(expected[theirs]), atol=1e-3, rtol=0
+        )
+
+
+def test_yacs_keys_reach_the_backbone():
+    cfg = stock(
+        MASK_RCNN,
+        "dw_conv_nano",
+        OUT_FEATURES=["res4"],
+        INIT="weights.pth",
+        DROP_PATH_RATE=0.5,
+        FROZEN_STAGES=1,
+        NORM="FrozenBN",
+        GRAD_CHECKPOINTING=True,
+        WINDOW_SIZE=5,
+    )
+    backbone = build_backbone(cfg)
+    assert backbone.out_indices == (2,)
+    assert backbone.init == "weights.pth"
+    assert backbone.frozen_stages == 1
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in backbone.modules())
+    assert [p.shape[-1] for n, p in backbone.named_parameters() if p.ndim == 4][-1] == 5
+    rates = [m.drop_prob for m in backbone.modules() if hasattr(m, "drop_prob")]
+    assert max(rates) > 0
+
+
+def test_frozen_stages_neither_learn_nor_count():
+    torch.manual_seed(0)
+    model = build_model(stock(MASK_RCNN, "dw_conv_nano_fpn", FROZEN_STAGES=2))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train_step(model, sample())
+    bottom_up = "backbone.bottom_up."
+    frozen = tuple(bottom_up + part for part in ("patch_embed", "stages.0", "stages.1"))
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert not [k for k in changed if k.startswith(frozen)]
+    assert [k for k in changed if k.startswith(bottom_up + "stages.2")]
+
+
+def test_freeze_at_is_ignored_and_that_is_said_once(caplog):
+    detectron2_logger._LOG_COUNTER.clear()
+    with caplog.at_level(logging.INFO, logger="dense"):
+        for _ in range(2):
+            backbone = build_backbone(stock(MASK_RCNN, "dw_conv_nano"))
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert caplog.text.count("FREEZE_AT (2) is ignored") == 1
+
+
+def test_config_without_our_keys():
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "dw_conv_nano"
+    with pytest.raises(ValueError, match="add_dense_config"):
+        build_backbone(cfg)
+
+
+@pytest.fixture
+def init(tmp_path):
+    torch.manual_seed(1)
+    path = tmp_path / "imagenet.pth"
+    torch.save({"model": timm.create_model("dw_conv_nano").state_dict()}, path)
+    return path
+
+
+def weight(backbone):
+    return backbone.stages[0].blocks[0].mixer.in_proj.weight.detach().clone()
+
+
+def test_init_is_read_when_training_starts(init):
+    backbone = PyramidBackbone("dw_conv_nano", init=str(init))
+    random = weight(backbone)
+    x = torch.rand(2, 3, 64, 64)
+    backbone.eval()(x)
+    assert torch.equal(weight(backbone), random)
+    backbone.train()(x)
+    saved = torch.load(init, weights_only=True)["model"]
+    assert torch.equal(weight(backbone), saved["stages.0.blocks.0.mixer.in_proj.weight"])
+
+
+def test_init_is_not_read_after_a_checkpoint_brought_all(init):
+    trained = torch.nn.Sequential(PyramidBackbone("dw_conv_nano"))
+    model = torch.nn.Sequential(PyramidBackbone("dw_conv_nano", init=str(init)))
+    model.load_state_dict(trained.state_dict())
+    init.unlink()
+    model.train()(torch.rand(2, 3, 64, 64))
+    assert torch.equal(weight(model[0]), weight(trained[0]))
+
+
+def test_init_that_does_not_exist():
+    with pytest.raises(backbones.CheckpointError, match="nowhere.pth"):
+        PyramidBackbone("dw_conv_nano", init="nowhere.pth").init_weights()
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_import_needs_no_openmmlab_package():
+    result = run(
+        "import sys\n"
+        "for name in ('mmcv', 'mmengine', 'mmseg', 'mmdet'): sys.modules[name] = None\n"
+        "import dense.detection, dense.detection.engine, dense.detection.data\n"
+        "print(dense.detection.PyramidBackbone('dw_conv_nano').channels)"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "(32, 64, 128, 256)" in result.stdout
+
+
+def test_missing_detectron2_is_named_with_the_command():
+    result = run("import sys; sys.modules['detectron2'] = None; import dense.detection")
+    assert "ImportError: detectron2 is not installed: run pip install" in result.stderr
