@@ -1,0 +1,24 @@
+"""What every run has: the backbones by name, a runner for CPU and GPU, logs for TensorBoard."""
+
+custom_imports = dict(
+    imports=[
+        "dense.segmentation",
+        "dense.segmentation.dataset",
+        "dense.openmmlab.hooks",
+        "dense.openmmlab.runner",
+    ]
+)
+runner_type = "DenseRunner"
+default_scope = "mmseg"
+env_cfg = dict(
+    cudnn_benchmark=True,
+    mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
+    dist_cfg=dict(backend="nccl"),
+)
+custom_hooks = [dict(type="StopOnNonFiniteLoss")]
+vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
+visualizer = dict(type="SegLocalVisualizer", vis_backends=vis_backends, name="visualizer")
+log_processor = dict(by_epoch=False)
+log_level = "INFO"
+load_from = None
+resume = False

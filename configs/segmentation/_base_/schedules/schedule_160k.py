@@ -1,0 +1,26 @@
+"""160k iterations of AdamW, 16 images each (8 GPUs of 2), linear to 0 after 1500 of warm-up."""
+
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+    # Norms by their class, batch norms among them: many here have no "norm" in their name.
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        custom_keys={"relative_position_bias_table": dict(decay_mult=0.0)},
+    ),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=160000),
+]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=160000, val_interval=16000)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=4000, max_keep_ckpts=3),
+    sampler_seed=dict(type="DistSamplerSeedHook"),
+    visualization=dict(type="SegVisualizationHook"),
+)

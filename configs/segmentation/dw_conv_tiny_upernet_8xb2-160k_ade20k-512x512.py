@@ -1,0 +1,9 @@
+"""UPerNet, ADE20K, DW-Conv tiny (Table 3: 45.5 mIoU)."""
+
+_base_ = [
+    "./_base_/models/upernet.py",
+    "./_base_/datasets/ade20k.py",
+    "./_base_/schedules/schedule_160k.py",
+    "./_base_/default_runtime.py",
+]
+model = dict(backbone=dict(type="dw_conv_tiny", init="checkpoints/dw_conv_tiny_in1k.pth"))

@@ -1,0 +1,1 @@
+"""What segmentation and pretraining share on MMEngine; it needs mmengine and no other framework."""

@@ -1,0 +1,142 @@
+"""MMEngine's runner where it falls short: on a CPU, on resuming, on reading and writing files."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import master_only
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS, RUNNERS
+from mmengine.runner import Runner
+from torch import nn
+
+import backbones
+from dense.backbone import DenseBackbone, step_back_norms
+from dense.openmmlab import checkpoints
+
+
+@RUNNERS.register_module()
+class DenseRunner(Runner):
+    """A runner that is at home on a CPU too and loses nothing to a kill.
+
+    ``runner_type = "DenseRunner"`` in a config chooses it, for MMSegmentation's own tools as well.
+    Beyond MMEngine's: SyncBN, AMP and NCCL step back by themselves where there is no CUDA;
+    checkpoints are written whole or not at all, and read with ``weights_only``; ``resume`` finds
+    the newest one that is whole and then reads no ``init``; weights that do not fit are refused.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | dict,
+        work_dir: str,
+        *,
+        load_from: str | None = None,
+        resume: bool = False,
+        **kwargs: Any,
+    ):
+        found, damaged = None, []
+        search = resume and load_from is None
+        if search:
+            found, damaged = checkpoints.newest_whole(work_dir)
+            load_from, resume = (str(found), True) if found else (None, False)
+        super().__init__(model, work_dir, load_from=load_from, resume=resume, **kwargs)
+
+        for path in damaged:
+            self.logger.warning(f"{path} is truncated or damaged and is not used")
+        if search and found is None:
+            self.logger.warning(f"no checkpoint to resume in {work_dir}: training starts afresh")
+        elif resume:
+            self.logger.info(f"resuming from {load_from}")
+            for module in self.model.modules():
+                if isinstance(module, DenseBackbone):
+                    module.init = None
+        if self.distributed and not torch.cuda.is_available():
+            self.logger.info(f"no CUDA here: {self.world_size} processes on the CPU over gloo")
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """As MMEngine's, but processes without CUDA meet over gloo.
+
+        Raises:
+            ValueError: a launcher that hands out GPUs where there is none.
+        """
+        if self.distributed and not torch.cuda.is_available():
+            if self.launcher != "pytorch":
+                raise ValueError(
+                    f"launcher {self.launcher!r} gives every process a GPU and there is none: "
+                    "start CPU processes by torchrun and --launcher pytorch"
+                )
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("gloo")
+        super().setup_env(env_cfg)
+
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """As MMEngine's; an unknown backbone is named beside those there are.
+
+        Raises:
+            ValueError: the backbone's type is in no registry.
+        """
+        if isinstance(model, dict):
+            _refuse_unknown_backbone(model.get("backbone"))
+        return step_back_norms(super().build_model(model))
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """As MMEngine's, but without GPU numbers where there is no GPU."""
+        if self.distributed and not torch.cuda.is_available():
+            model_wrapper_cfg = {
+                "type": "MMDistributedDataParallel",
+                "broadcast_buffers": False,
+                "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
+                **(model_wrapper_cfg or {}),
+                "device_ids": None,
+            }
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def build_optim_wrapper(self, optim_wrapper: OptimWrapper | dict) -> OptimWrapper:
+        """As MMEngine's; AMP steps back to float32 where there is no CUDA."""
+        if (
+            isinstance(optim_wrapper, dict)
+            and optim_wrapper.get("type") == "AmpOptimWrapper"
+            and not torch.cuda.is_available()
+        ):
+            self.logger.warning("no CUDA here: AMP steps back to float32")
+            amp_only = ("loss_scale", "dtype", "use_fsdp")
+            optim_wrapper = {k: v for k, v in optim_wrapper.items() if k not in amp_only}
+            optim_wrapper["type"] = "OptimWrapper"
+        return super().build_optim_wrapper(optim_wrapper)
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: Any = "cpu",
+        strict: bool = True,
+        revise_keys: list = [(r"^module.", "")],  # noqa: B006
+    ) -> dict:
+        """As MMEngine's, read with ``weights_only`` and refused if it does not fit.
+
+        Raises:
+            CheckpointError: the file cannot be read, or leaves part of the model random.
+        """
+        with checkpoints.refusing(filename), checkpoints.safe_reading():
+            return super().load_checkpoint(filename, map_location, strict, revise_keys)
+
+    @master_only
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """As MMEngine's, under another name until it is written: a kill leaves no half file."""
+        partial = f"{filename}.partial"
+        super().save_checkpoint(out_dir, partial, *args, **kwargs)
+        written = Path(out_dir, partial)
+        if written.is_file():
+            written.replace(Path(out_dir, filename))
+
+
+def _refuse_unknown_backbone(backbone: dict | None) -> None:
+    kind = backbone.get("type") if isinstance(backbone, dict) else None
+    if not isinstance(kind, str):
+        return
+    with MODELS.switch_scope_and_registry(None) as registry:
+        known = registry.get(kind) is not None
+    if not known:
+        raise ValueError(
+            f"model.backbone.type={kind!r}: {', '.join(backbones.MODEL_NAMES)} and the framework's "
+            "own are valid"
+        )

@@ -1,0 +1,176 @@
+"""Configs as the command lines take them: read, pointed at data, checked before anything is built.
+
+Nothing here imports MMSegmentation.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from dense.openmmlab.runner import DenseRunner
+from dense.segmentation.data import ConfigError, check_folders, check_masks
+
+_OWN_DATA = ("train_images", "train_masks", "val_images", "val_masks", "classes")
+_OWN_DATA_OPTIONS = ("ignore_index", "reduce_zero_label")
+_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a config of MMSegmentation.
+
+    Args:
+        path: the ``.py`` file.
+        overrides: what ``--cfg-options`` gave, such as ``{"model.backbone.init": None}``.
+
+    Raises:
+        ConfigError: no such file, or it cannot be read as a config.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"no config file at {path}")
+    try:
+        cfg = Config.fromfile(path)
+        if overrides:
+            cfg.merge_from_dict(overrides)
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path}: {reason}") from error
+    return cfg
+
+
+def set_data_root(cfg: Config, data_root: str) -> None:
+    """Point all three data loaders of a config at a copy of its data set elsewhere."""
+    for loader in _LOADERS:
+        cfg[loader].dataset.data_root = data_root
+
+
+def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
+    """Replace the data set by folders of images and masks, and the heads' classes by theirs.
+
+    Args:
+        cfg: changed in place. Its ``data``, a dict, may hold ``train_images``, ``train_masks``,
+            ``val_images``, ``val_masks``, ``classes`` (names, by index), ``ignore_index`` (a value
+            of the masks that counts nowhere; 255 never does) and ``reduce_zero_label`` (0 counts
+            nowhere and the classes begin at 1).
+        given: the same keys from a command line; they win.
+
+    Raises:
+        ConfigError: part of it is missing or makes no sense.
+    """
+    data = {**(cfg.pop("data", None) or {}), **{k: v for k, v in (given or {}).items() if v}}
+    if given and given.get("ignore_index") is not None:
+        data["ignore_index"] = given["ignore_index"]
+    if not data:
+        return
+    if unknown := sorted(set(data) - {*_OWN_DATA, *_OWN_DATA_OPTIONS}):
+        valid = ", ".join((*_OWN_DATA, *_OWN_DATA_OPTIONS))
+        raise ConfigError(f"data has {', '.join(unknown)}: {valid} are valid")
+    if missing := [key for key in _OWN_DATA if not data.get(key)]:
+        raise ConfigError(f"your own data: {', '.join(missing)} not given, all of {_OWN_DATA} are")
+    classes = _checked_classes(data["classes"])
+
+    for loader, split in zip(_LOADERS, ("train", "val", "val"), strict=True):
+        dataset = dict(
+            type="FolderDataset",
+            data_root=None,
+            data_prefix=dict(
+                img_path=str(Path(data[f"{split}_images"]).absolute()),
+                seg_map_path=str(Path(data[f"{split}_masks"]).absolute()),
+            ),
+            metainfo=dict(classes=classes),
+            ignore_index=data.get("ignore_index", 255),
+            reduce_zero_label=bool(data.get("reduce_zero_label", False)),
+            pipeline=[_without_zero_label(step) for step in cfg[loader].dataset.pipeline],
+        )
+        cfg[loader].dataset = dataset
+    for head in _heads(cfg):
+        head.num_classes = len(classes)
+
+
+def check(cfg: Config, training: bool) -> None:
+    """Name what cannot work before anything is built: folders, masks, batches, classes.
+
+    Args:
+        cfg: the final config.
+        training: whether the training and validation data are needed, or the test data.
+
+    Raises:
+        ConfigError: with the first fault found.
+    """
+    for loader in _LOADERS[:2] if training else _LOADERS[2:]:
+        dataset = cfg[loader].dataset
+        pairs = check_folders(dataset, loader)
+        if dataset.type == "FolderDataset":
+            check_masks(
+                pairs,
+                dataset.metainfo["classes"],
+                dataset.ignore_index,
+                dataset.reduce_zero_label,
+            )
+    if training and _pools_to_one_value(cfg) and cfg.train_dataloader.batch_size < 2:
+        raise ConfigError(
+            "train_dataloader.batch_size=1: the head pools an image to one value a channel, of "
+            "which batch norm takes no variance; 2 or more images a process are needed"
+        )
+
+
+def use_amp(cfg: Config) -> None:
+    """Train in mixed precision, with dynamic loss scaling.
+
+    Raises:
+        ConfigError: the config's optimizer wrapper is none that has an AMP twin.
+    """
+    kind = cfg.optim_wrapper.type
+    if kind not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise ConfigError(f"--amp: optim_wrapper.type={kind!r} has no AMP form, OptimWrapper has")
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner of a config, ours whatever the config says.
+
+    Raises:
+        ConfigError: the model cannot be built as the config describes it.
+    """
+    try:
+        return DenseRunner.from_cfg(cfg)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{cfg.filename}: {error.args[0] if error.args else error}") from error
+
+
+def _checked_classes(classes: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(classes.split(",") if isinstance(classes, str) else classes)
+    names = tuple(str(name).strip() for name in names)
+    if len(names) < 2:
+        raise ConfigError(f"classes={names}: two at least; the background is a class of its own")
+    if len(names) > 255:
+        raise ConfigError(f"{len(names)} classes: masks of 8 bits hold 255 at most")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"classes: {', '.join(twice)} twice")
+    if "" in names:
+        raise ConfigError(f"classes={names}: one name is empty")
+    return names
+
+
+def _without_zero_label(step: dict) -> dict:
+    """The data set says whether zero is a label; a pipeline that says so too would contradict."""
+    return {k: v for k, v in step.items() if k != "reduce_zero_label"}
+
+
+def _heads(cfg: Config) -> list:
+    heads = []
+    for key in ("decode_head", "auxiliary_head"):
+        head = cfg.model.get(key) or []
+        heads += head if isinstance(head, list | tuple) else [head]
+    return heads
+
+
+def _pools_to_one_value(cfg: Config) -> bool:
+    """Whether a process that sees one image has one value a channel under some batch norm."""
+    synced = torch.cuda.is_available() and cfg.get("launcher", "none") != "none"
+    return not synced and bool({head.type for head in _heads(cfg)} & {"UPerHead", "PSPHead"})

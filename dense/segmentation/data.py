@@ -1,0 +1,136 @@
+"""Images and their masks on disk: what belongs together, and what is wrong with it."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MASK_SUFFIX = ".png"
+# Values of so many masks are looked at, evenly over all; the files themselves all are.
+_LOOKED_AT = 500
+_INDEX_MODES = ("1", "L", "P", "I", "I;16")
+
+
+class ConfigError(ValueError):
+    """Something a config or a command line names is missing or wrong."""
+
+
+def image_mask_pairs(
+    images: Path, masks: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, mask_suffix=MASK_SUFFIX
+) -> list[tuple[Path, Path]]:
+    """Every image below a folder with the mask of the same relative name, sorted.
+
+    Args:
+        images: the folder of images; folders inside it count.
+        masks: the folder of masks, with the same folders inside.
+        suffixes: what image names end with, in either case.
+        mask_suffix: what takes its place in the mask's name.
+    """
+    suffixes = tuple(suffix.lower() for suffix in suffixes)
+    pairs = []
+    for folder, _, names in os.walk(images, followlinks=True):
+        for name in names:
+            if suffix := next((s for s in suffixes if name.lower().endswith(s)), None):
+                stem = name[: -len(suffix)]
+                mask = masks / Path(folder).relative_to(images) / f"{stem}{mask_suffix}"
+                pairs.append((Path(folder, name), mask))
+    return sorted(pairs)
+
+
+def check_folders(dataset: Any, place: str) -> list[tuple[Path, Path]]:
+    """Check that a data set's folders exist, hold images, and that every image has a mask.
+
+    Args:
+        dataset: a data set of a config, with MMSegmentation's keys.
+        place: where in the config it stands, for messages.
+
+    Returns:
+        The pairs of image and mask; none for a data set without folders of its own.
+
+    Raises:
+        ConfigError: naming the first folder or mask that is missing.
+    """
+    prefix = dataset.get("data_prefix")
+    if prefix is None:
+        return []
+    root = dataset.get("data_root")
+    folders = []
+    for key in ("img_path", "seg_map_path"):
+        folder = Path(root or "", prefix.get(key) or "")
+        if not folder.is_dir():
+            hint = f": data_root is {root!r}, --data-root names another" if root else ""
+            raise ConfigError(f"no folder {folder} ({place}){hint}")
+        folders.append(folder)
+    if dataset.get("ann_file"):
+        return []
+    images, masks = folders
+    suffixes = IMAGE_SUFFIXES
+    if dataset.type != "FolderDataset":
+        suffixes = (dataset.get("img_suffix", ".jpg"),)
+    pairs = image_mask_pairs(images, masks, suffixes, dataset.get("seg_map_suffix", MASK_SUFFIX))
+    if not pairs:
+        raise ConfigError(f"no images in {images} ({place}): {' '.join(suffixes)} are read")
+    if without := [pair for pair in pairs if not pair[1].is_file()]:
+        image, mask = without[0]
+        raise ConfigError(f"{image} has no mask {mask} ({len(without)} of {len(pairs)} have none)")
+    return pairs
+
+
+def check_masks(
+    pairs: Sequence[tuple[Path, Path]],
+    classes: Sequence[str],
+    ignore_index: int = 255,
+    reduce_zero_label: bool = False,
+) -> None:
+    """Look into masks, evenly over all: one class index a pixel, of the image's size.
+
+    Args:
+        pairs: images and masks.
+        classes: names, by index.
+        ignore_index: a value that counts nowhere; 255 never does.
+        reduce_zero_label: 0 counts nowhere and the classes begin at 1.
+
+    Raises:
+        ConfigError: naming the first mask that cannot be used, and why.
+    """
+    first = int(reduce_zero_label)
+    valid = {*range(first, first + len(classes)), ignore_index, 255, *([0] if first else [])}
+    step = max(1, len(pairs) // _LOOKED_AT)
+
+    def fault(pair: tuple[Path, Path]) -> str | None:
+        image, mask = pair
+        try:
+            with Image.open(image) as opened:
+                size = _displayed_size(opened)
+            with Image.open(mask) as opened:
+                mode, mask_size = opened.mode, opened.size
+                values = set(np.unique(np.asarray(opened)).tolist())
+        except (UnidentifiedImageError, OSError) as error:
+            return f"{image} or its mask cannot be read: {error}"
+        if mode not in _INDEX_MODES:
+            return f"{mask} is {mode}: one class index a pixel is needed, a grey or palette PNG"
+        if size != mask_size:
+            return f"{mask} is {mask_size[0]}x{mask_size[1]}, its image {size[0]}x{size[1]}"
+        if wrong := sorted(values - valid):
+            return (
+                f"{mask} holds {', '.join(map(str, wrong[:5]))}: {len(classes)} classes are "
+                f"{first} to {first + len(classes) - 1}, and {ignore_index} is ignored"
+            )
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        for found in pool.map(fault, pairs[::step]):
+            if found:
+                raise ConfigError(found)
+
+
+def _displayed_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after the rotation a photo asks for: OpenCV applies it on reading."""
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (height, width) if turned else (width, height)
