@@ -6,12 +6,17 @@ predicts them again. What stays in memory is the map, the C/4 map that the predi
 handful of maps of the same size, whatever the kernel size.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backbones.ops.depthwise import autocast_dtype, same_padding
+
+# Numbers of the map in a chunk on a CPU: the arrays that a tap touches then stay in its cache.
+_CHUNK = 2**17
 
 
 def inhomogeneous_dynamic_depthwise_conv(
@@ -65,8 +70,11 @@ class _PredictAndAggregate(torch.autograd.Function):
         ctx.size = size
         padded = _pad(planes, size)
         out = torch.zeros_like(planes, dtype=padded.dtype)
-        for k, window in enumerate(_windows(padded, planes.shape, size)):
-            out.addcmul_(window, F.linear(hidden, weight[k], bias[k]).to(out.dtype))
+        for images, rows in _chunks(planes):
+            windows = _windows(padded[:, images], rows, planes.shape[3], size)
+            for k, window in enumerate(windows):
+                kernel = F.linear(hidden[images, rows], weight[k], bias[k])
+                out[:, images, rows].addcmul_(window, kernel.to(out.dtype))
         return out.to(planes.dtype)
 
     @staticmethod
@@ -78,19 +86,22 @@ class _PredictAndAggregate(torch.autograd.Function):
         grad_out = grad_out.to(accumulate).contiguous()
         grad_padded = torch.zeros_like(padded)
         grad_hidden = torch.zeros_like(hidden, dtype=accumulate)
-        grad_weight = torch.empty_like(weight, dtype=accumulate)
-        grad_bias = torch.empty_like(bias, dtype=accumulate)
-        rows = hidden.to(accumulate).flatten(0, 2)
+        grad_weight = torch.zeros_like(weight, dtype=accumulate)
+        grad_bias = torch.zeros_like(bias, dtype=accumulate)
 
-        grad_windows = _windows(grad_padded, planes.shape, ctx.size)
-        windows = _windows(padded, planes.shape, ctx.size)
-        for k, (window, grad_window) in enumerate(zip(windows, grad_windows, strict=True)):
-            kernel = F.linear(hidden, weight[k], bias[k]).to(accumulate)
-            grad_window.addcmul_(grad_out, kernel)
-            grad_kernel = (window * grad_out).sum(0).flatten(0, 2)
-            grad_hidden.flatten(0, 2).addmm_(grad_kernel, weight[k].to(accumulate))
-            torch.mm(grad_kernel.T, rows, out=grad_weight[k])
-            torch.sum(grad_kernel, 0, out=grad_bias[k])
+        for images, rows in _chunks(planes):
+            windows = _windows(padded[:, images], rows, planes.shape[3], ctx.size)
+            grad_windows = _windows(grad_padded[:, images], rows, planes.shape[3], ctx.size)
+            inputs, grad = hidden[images, rows], grad_out[:, images, rows]
+            flat_inputs = inputs.to(accumulate).flatten(0, 2)
+            grad_inputs = grad_hidden[images, rows].flatten(0, 2)
+            for k, (window, grad_window) in enumerate(zip(windows, grad_windows, strict=True)):
+                kernel = F.linear(inputs, weight[k], bias[k]).to(accumulate)
+                grad_window.addcmul_(grad, kernel)
+                grad_kernel = (window * grad).sum(0).flatten(0, 2)
+                grad_inputs.addmm_(grad_kernel, weight[k].to(accumulate))
+                grad_weight[k].addmm_(grad_kernel.T, flat_inputs)
+                grad_bias[k] += grad_kernel.sum(0)
 
         left = same_padding(ctx.size)[0]
         height, width = planes.shape[2:4]
@@ -110,9 +121,20 @@ def _pad(planes: Tensor, size: int) -> Tensor:
     return F.pad(planes.to(accumulate), (0, 0, *same_padding(size), *same_padding(size)))
 
 
-def _windows(padded: Tensor, shape: torch.Size, size: int):
-    """The views of ``padded`` that the taps see, row by row of the kernel."""
-    height, width = shape[2:4]
+def _chunks(planes: Tensor) -> Iterator[tuple[slice, slice]]:
+    """What to work on at a time: blocks of one image's rows on a CPU, else everything."""
+    number, batch, height, width, groups = planes.shape
+    if planes.device.type != "cpu":
+        yield slice(0, batch), slice(0, height)
+        return
+    rows = max(1, _CHUNK // max(1, number * width * groups))
+    for b in range(batch):
+        for start in range(0, height, rows):
+            yield slice(b, b + 1), slice(start, min(start + rows, height))
+
+
+def _windows(padded: Tensor, rows: slice, width: int, size: int) -> Iterator[Tensor]:
+    """The views ``(S, B, rows, W, G)`` of padded images that the taps see at those rows."""
     for row in range(size):
         for column in range(size):
-            yield padded[:, :, row : row + height, column : column + width]
+            yield padded[:, :, rows.start + row : rows.stop + row, column : column + width]

@@ -76,7 +76,10 @@ def test_inhomogeneous(size, kernel):
 
 @pytest.mark.parametrize("groups, shared", [(1, 1), (1, 4), (4, 1), (2, 3)])
 @pytest.mark.parametrize("size", [(1, 1), (5, 9)])
-def test_inhomogeneous_gradients(groups, shared, size):
+@pytest.mark.parametrize("chunk", [2**17, 100])
+def test_inhomogeneous_gradients(groups, shared, size, chunk, monkeypatch):
+    """At once, and in blocks of rows that do not divide the height."""
+    monkeypatch.setattr("backbones.ops.inhomogeneous._CHUNK", chunk)
     args = inhomogeneous_inputs(size, groups, shared, 7)
     leaves = [a.requires_grad_() for a in args[:4]]
     grad = randn(*args[0].shape)
@@ -156,7 +159,7 @@ def test_inhomogeneous_names_a_weight_that_does_not_fit():
 
 
 def windows_by_loops(height, width, window, shift):
-    """For each window the original positions in it, in order, and which side of the seam they are."""
+    """For each window its original positions, in order, and the side of the seam they are on."""
     for top, left in itertools.product(range(0, height, window[0]), range(0, width, window[1])):
         positions = []
         for u, v in itertools.product(range(window[0]), range(window[1])):
