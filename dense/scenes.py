@@ -156,11 +156,13 @@ def _texture(shape: str, outline: _Outline, size: int) -> np.ndarray:
 
 
 def _usable(visible: np.ndarray, full: np.ndarray) -> bool:
-    from scipy.ndimage import binary_fill_holes
+    import cv2
 
     if visible.sum() < _MIN_VISIBLE * full.sum():
         return False
-    return not (binary_fill_holes(visible) & ~visible).any()
+    _, family = cv2.findContours(visible.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    has_holes = (family[0, :, 3] >= 0).any()
+    return not has_holes
 
 
 def _colours(rng: np.random.Generator, background: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,8 @@ def scenes(tmp_path_factory):
 
 def run_tool(*args):
     command = [sys.executable, str(TOOL), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def digests(folder):

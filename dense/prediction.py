@@ -1,0 +1,375 @@
+"""A trained detector or segmentor over photos: what to read, what to write, where.
+
+Neither framework is imported before it is known which one the config belongs to.
+"""
+
+import ast
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+OVERLAYS, DETECTIONS, LABELS = "overlays", "detections", "labels"
+
+
+class PredictionError(ValueError):
+    """A request that cannot be met, in one line."""
+
+
+class UnreadableImage(PredictionError):
+    """One image that cannot be used; the others can."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image and the files written for it.
+
+    Attributes:
+        source: the image.
+        overlay: the picture drawn.
+        result: the JSON of a detector or the label map of a segmentor; written last, so that it
+            says that the image is done.
+    """
+
+    source: Path
+    overlay: Path
+    result: Path
+
+
+def framework_of(config: str | os.PathLike) -> str:
+    """Whose config a file is: ``"detection"`` (LazyConfig) or ``"segmentation"`` (mmengine).
+
+    The file is parsed, not run. mmengine's configs inherit by ``_base_`` or ``read_base()`` or
+    import nothing; LazyConfig's import what they build. A ``.yaml`` is a LazyConfig that a
+    training saved.
+
+    Raises:
+        PredictionError: no such file, or it is neither.
+    """
+    path = Path(config)
+    if not path.is_file():
+        raise PredictionError(f"config {config} does not exist")
+    if path.suffix in (".yaml", ".yml"):
+        return "detection"
+    if path.suffix != ".py":
+        raise PredictionError(f"config {config}: a .py or .yaml file is needed")
+    try:
+        tree = ast.parse(path.read_text())
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise PredictionError(f"config {config} is not Python: {error}") from error
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if names & {"_base_", "read_base"}:
+        return "segmentation"
+    imports = any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
+    return "detection" if imports else "segmentation"
+
+
+def config_beside(checkpoint: str | os.PathLike) -> Path:
+    """The config that a training wrote into the folder of its checkpoints.
+
+    Raises:
+        PredictionError: no such checkpoint, or the folder holds no config or several.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_file():
+        raise PredictionError(f"checkpoint {checkpoint} does not exist")
+    folder = checkpoint.parent
+    saved = folder / "config.yaml"
+    found = [saved] if saved.is_file() else sorted(folder.glob("*.py"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise PredictionError(f"{folder} holds no config; name the one trained with by --config")
+    names = ", ".join(path.name for path in found)
+    raise PredictionError(f"{folder} holds several configs ({names}); name one by --config")
+
+
+def plan(
+    inputs: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    framework: str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> list[Job]:
+    """Find the images and decide where each one's files go, before anything is loaded.
+
+    A folder is searched to its depth for images, and its tree is kept below ``out``. A file is
+    taken whatever it is called.
+
+    Args:
+        inputs: images and folders.
+        out: where to write; what lies in it is never an input.
+        framework: ``"detection"`` or ``"segmentation"``.
+        resume: leave out images that are done.
+        overwrite: write over the results of earlier runs.
+
+    Raises:
+        PredictionError: an input is missing or has no image, two would be written to one place, or
+            a result is there already.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise PredictionError(f"--out {out} is a file; a folder is needed")
+    found: dict[Path, PurePosixPath] = {}
+    for entry in inputs:
+        found.update(_images(Path(entry), out))
+
+    stems = [name.with_suffix("") for name in found.values()]
+    folder, suffix = {"detection": (DETECTIONS, ".json"), "segmentation": (LABELS, ".png")}[
+        framework
+    ]
+    jobs: dict[PurePosixPath, Job] = {}
+    for (source, name), stem in zip(found.items(), stems, strict=True):
+        # a.jpg and a.png in one folder: the whole name tells them apart.
+        key = stem if stems.count(stem) == 1 else name.with_name(name.name.replace(".", "_"))
+        if key in jobs:
+            raise PredictionError(
+                f"{jobs[key].source} and {source} would be written to one place; "
+                "predict them in two runs with an --out each"
+            )
+        jobs[key] = Job(
+            source,
+            out / OVERLAYS / key.with_name(key.name + ".jpg"),
+            out / folder / key.with_name(key.name + suffix),
+        )
+    done = [job for job in jobs.values() if job.result.exists()]
+    if done and not (resume or overwrite):
+        raise PredictionError(
+            f"{done[0].result} is there already ({len(done)} results in all); "
+            "--resume keeps them and does the rest, --overwrite does them again"
+        )
+    return [job for job in jobs.values() if overwrite or not job.result.exists()]
+
+
+def _images(entry: Path, out: Path) -> Iterator[tuple[Path, PurePosixPath]]:
+    """Images of one input, each with its name below it."""
+    if entry.is_file():
+        yield entry, PurePosixPath(entry.name)
+        return
+    if not entry.is_dir():
+        raise PredictionError(f"input {entry} does not exist")
+    own = [(out / name).resolve() for name in (OVERLAYS, DETECTIONS, LABELS)]
+    images = [
+        path
+        for path in sorted(entry.rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(path.resolve().is_relative_to(folder) for folder in own)
+    ]
+    if not images:
+        raise PredictionError(f"input {entry} holds no image ({', '.join(SUFFIXES)})")
+    for path in images:
+        yield path, PurePosixPath(path.relative_to(entry).as_posix())
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """An image as it is meant to be seen: turned as its EXIF data says, in RGB.
+
+    Greyscale, palette and CMYK are converted, 16-bit greyscale keeps its upper 8 bits, an alpha
+    channel is dropped, and an animation gives its first frame.
+
+    Returns:
+        ``(H, W, 3)`` uint8.
+
+    Raises:
+        UnreadableImage: not an image, or damaged.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise UnreadableImage(
+                    f"{path}: 32-bit pixels have no set range; save it with 8 or 16 bits"
+                )
+            elif image.mode in ("P", "PA"):
+                image = image.convert("RGBA")
+            return np.array(image.convert("RGB"))
+    # A damaged file raises whatever its decoder meets first.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        if isinstance(error, UnreadableImage):
+            raise
+        raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
+
+
+def run(
+    jobs: Iterable[Job], predict_and_write: Callable[[np.ndarray, Job], None]
+) -> list[UnreadableImage]:
+    """Do the jobs one after another; returns the images that could not be read."""
+    failed = []
+    for job in jobs:
+        try:
+            image = read_image(job.source)
+        except UnreadableImage as error:
+            failed.append(error)
+            continue
+        for path in (job.overlay, job.result):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        predict_and_write(image, job)
+    return failed
+
+
+def detection_writer(
+    predictor: Callable[[np.ndarray], dict], score_threshold: float
+) -> Callable[[np.ndarray, Job], None]:
+    """What :func:`run` calls for a detector of :func:`dense.detection.load_predictor`.
+
+    The JSON has the image's ``image``, ``height``, ``width``, the ``classes`` by index, and
+    ``instances``, best first, as in COCO's results: ``bbox`` ``[x, y, width, height]`` in pixels,
+    ``score``, ``segmentation`` (RLE of pycocotools), with ``class_id``, the index, and
+    ``class_name``.
+    """
+
+    def write(image: np.ndarray, job: Job) -> None:
+        found = predictor(image)
+        keep = found["scores"] >= score_threshold
+        names = found["class_names"]
+        boxes, scores, classes = (found[key][keep] for key in ("boxes", "scores", "classes"))
+        masks = None if found["masks"] is None else found["masks"][keep]
+        texts = [f"{names[c]} {100 * s:.0f}%" for c, s in zip(classes, scores, strict=True)]
+        _save_image(draw_instances(image, boxes, masks, texts), job.overlay)
+        content = {
+            "image": str(job.source),
+            "height": image.shape[0],
+            "width": image.shape[1],
+            "classes": names,
+            "instances": _instances(boxes, scores, classes, masks, names),
+        }
+        _replace(job.result, lambda path: path.write_text(json.dumps(content, indent=1)))
+
+    return write
+
+
+def _instances(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    classes: np.ndarray,
+    masks: np.ndarray | None,
+    names: Sequence[str],
+) -> list[dict]:
+    from pycocotools import mask as rle
+
+    instances = []
+    for index, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+        instance = {
+            "class_id": int(classes[index]),
+            "class_name": names[classes[index]],
+            "score": round(float(scores[index]), 5),
+            "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
+        }
+        if masks is not None:
+            encoded = rle.encode(np.asfortranarray(masks[index].astype(np.uint8)))
+            encoded["counts"] = encoded["counts"].decode("ascii")
+            instance["segmentation"] = encoded
+        instances.append(instance)
+    return instances
+
+
+def segmentation_writer(
+    predictor: Callable[[np.ndarray], np.ndarray],
+) -> Callable[[np.ndarray, Job], None]:
+    """What :func:`run` calls for a segmentor of :func:`dense.segmentation.load_predictor`.
+
+    The label map is a greyscale PNG of class indices, 0 the first of the predictor's classes, with
+    16 bits where there are more than 256; ``classes.json`` beside the label maps has the names.
+    """
+    drawn = segmentation_drawer(predictor.classes, predictor.palette)
+    dtype = np.uint8 if len(predictor.classes) <= 256 else np.uint16
+
+    def write(image: np.ndarray, job: Job) -> None:
+        labels = np.asarray(predictor(image))
+        _save_image(drawn(image, labels), job.overlay)
+        label_map = Image.fromarray(labels.astype(dtype))
+        _replace(job.result, lambda path: label_map.save(path, format="PNG"))
+
+    return write
+
+
+def write_classes(
+    out: str | os.PathLike, classes: Sequence[str], palette: Sequence[Sequence[int]]
+) -> None:
+    """``classes.json``: what the values in a segmentor's label maps mean, ``index``, ``name`` and
+    the ``colour`` (RGB) in the overlays."""
+    path = Path(out, LABELS, "classes.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [
+        {"index": index, "name": name, "colour": list(colour)}
+        for index, (name, colour) in enumerate(zip(classes, palette, strict=True))
+    ]
+    text = json.dumps(entries, indent=1)
+    _replace(path, lambda partial: partial.write_text(text))
+
+
+def draw_instances(
+    image: np.ndarray, boxes: np.ndarray, masks: np.ndarray | None, texts: Sequence[str]
+) -> np.ndarray:
+    """Boxes, masks and a text each over an image, by Detectron2's visualizer.
+
+    Args:
+        image: ``(H, W, 3)`` uint8, RGB.
+        boxes: ``(N, 4)`` as x1, y1, x2, y2 in pixels.
+        masks: ``(N, H, W)`` bool, or None.
+        texts: N of them.
+
+    Returns:
+        ``(sH, sW, 3)`` uint8; small images are enlarged ``s`` times for the text to be legible.
+    """
+    from detectron2.utils.colormap import colormap
+    from detectron2.utils.visualizer import Visualizer
+
+    colours = colormap(rgb=True, maximum=1)
+    visualizer = Visualizer(image, scale=_enlargement(image))
+    visualizer.overlay_instances(
+        boxes=boxes,
+        masks=None if masks is None else [mask.astype(np.uint8) for mask in masks],
+        labels=list(texts),
+        assigned_colors=[colours[index % len(colours)] for index in range(len(boxes))],
+    )
+    return np.ascontiguousarray(visualizer.output.get_image())
+
+
+def segmentation_drawer(
+    classes: Sequence[str], palette: Sequence[Sequence[int]]
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A function of an image ``(H, W, 3)`` and its labels ``(H, W)`` that draws one over the other,
+    by MMSegmentation's visualizer; small images are enlarged for the text to be legible."""
+    import torch
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+    from mmseg.visualization import SegLocalVisualizer
+
+    visualizer = SegLocalVisualizer(alpha=0.6)
+    # Its constructor takes both too, and swaps them (MMSegmentation 1.2.2).
+    visualizer.set_dataset_meta(list(classes), [list(colour) for colour in palette])
+
+    def draw(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        scale = _enlargement(image)
+        image, labels = (a.repeat(scale, axis=0).repeat(scale, axis=1) for a in (image, labels))
+        data = PixelData(data=torch.from_numpy(labels.astype(np.int64))[None])
+        visualizer.add_datasample("", image, SegDataSample(pred_sem_seg=data), draw_gt=False)
+        return visualizer.get_image()
+
+    return draw
+
+
+def _enlargement(image: np.ndarray) -> int:
+    return max(1, round(480 / max(image.shape[:2])))
+
+
+def _save_image(image: np.ndarray, path: Path) -> None:
+    picture = Image.fromarray(image)
+    _replace(path, lambda partial: picture.save(partial, format="JPEG", quality=92))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside a path, then move the whole file there."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)

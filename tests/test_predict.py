@@ -1,0 +1,417 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dense import prediction
+from dense.prediction import PredictionError, UnreadableImage, framework_of, plan, read_image
+
+ROOT = Path(__file__).parents[1]
+DETECTION_CONFIG = ROOT / "configs/detection/cascade_mask_rcnn_dw_conv_nano.py"
+SEGMENTATION_CONFIG = ROOT / "configs/segmentation/dw_conv_nano_upernet.py"
+COLOURS = ((250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 20))
+
+
+def run_tool(*args):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "predict.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("predict_tool", ROOT / "tools" / "predict.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def quadrants():
+    """A 40x60 image of four flat colours, so that any turn or swap of channels shows."""
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[:20, :30], image[:20, 30:], image[20:, :30], image[20:, 30:] = COLOURS
+    return image
+
+
+def write_photos(folder, image):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(folder / "a.png")
+    (folder / "inside").mkdir()
+    Image.fromarray(image[:, ::-1]).convert("L").save(folder / "inside" / "grey.jpg")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+# Reading
+
+
+def test_exif_orientation_is_followed(quadrants, tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # stored turned: to be shown after a quarter turn clockwise
+    stored = Image.fromarray(np.rot90(quadrants))
+    stored.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), quadrants)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "tolerance"),
+    [("RGB", "png", 0), ("RGBA", "png", 0), ("P", "png", 2), ("P", "gif", 2), ("CMYK", "tif", 2)],
+)
+def test_modes_are_read_as_rgb(quadrants, tmp_path, mode, suffix, tolerance):
+    image = Image.fromarray(quadrants)
+    image = image.quantize(8) if mode == "P" else image.convert(mode)
+    assert image.mode == mode
+    image.save(tmp_path / f"image.{suffix}")
+    found = read_image(tmp_path / f"image.{suffix}")
+    assert found.dtype == np.uint8
+    np.testing.assert_allclose(found.astype(int), quadrants.astype(int), atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "mode", "step"), [(np.uint8, "L", 1), (np.uint16, "I;16", 256)])
+def test_greyscale_of_8_and_16_bits_reads_alike(tmp_path, dtype, mode, step):
+    grey = np.arange(0, 240, dtype=dtype).reshape(12, 20)
+    image = Image.fromarray(grey * dtype(step))
+    assert image.mode == mode
+    image.save(tmp_path / "grey.png")
+    expected = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), expected)
+
+
+def test_unreadable_images_are_named(tmp_path, quadrants):
+    Image.fromarray(quadrants).save(tmp_path / "whole.jpg")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty.png").touch()
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    for name in ("cut.jpg", "text.jpg", "empty.png", "float.tif"):
+        with pytest.raises(UnreadableImage, match=name):
+            read_image(tmp_path / name)
+
+
+# Whose config it is
+
+
+def test_every_config_of_ours_is_told_apart():
+    for framework in ("detection", "segmentation"):
+        configs = list((ROOT / "configs" / framework).glob("*.py"))
+        assert configs
+        assert {framework_of(config) for config in configs} == {framework}
+
+
+@pytest.mark.parametrize(
+    ("text", "framework"),
+    [
+        ("_base_ = './other.py'\nimport os\n", "segmentation"),
+        ("model = dict(type='EncoderDecoder')\n", "segmentation"),
+        ("from mmengine.config import read_base\nwith read_base():\n    pass\n", "segmentation"),
+        ("from .base import model\nmodel.x = 1\n", "detection"),
+        ("from detectron2.config import LazyConfig\n", "detection"),
+    ],
+)
+def test_framework_of_other_styles(tmp_path, text, framework):
+    (tmp_path / "config.py").write_text(text)
+    assert framework_of(tmp_path / "config.py") == framework
+
+
+def test_configs_that_mmengine_and_detectron2_saved_are_told_apart(tmp_path):
+    mmengine = pytest.importorskip("mmengine.config")
+    detectron2 = pytest.importorskip("detectron2.config")
+    mmengine.Config.fromfile(SEGMENTATION_CONFIG).dump(tmp_path / "saved.py")
+    config = detectron2.LazyConfig.load(str(DETECTION_CONFIG))
+    detectron2.LazyConfig.save(config, str(tmp_path / "config.yaml"))
+    assert framework_of(tmp_path / "saved.py") == "segmentation"
+    assert framework_of(tmp_path / "config.yaml") == "detection"
+
+
+def test_config_errors_are_clear(tmp_path):
+    (tmp_path / "broken.py").write_text("model = (")
+    (tmp_path / "config.json").write_text("{}")
+    for name, message in [
+        ("absent.py", "does not exist"),
+        ("broken.py", "is not Python"),
+        ("config.json", "a .py or .yaml file is needed"),
+    ]:
+        with pytest.raises(PredictionError, match=f"{name}.*{message}"):
+            framework_of(tmp_path / name)
+
+
+def test_config_beside_the_checkpoint(tmp_path):
+    checkpoint = tmp_path / "model.pth"
+    with pytest.raises(PredictionError, match=r"model\.pth does not exist"):
+        prediction.config_beside(checkpoint)
+    checkpoint.touch()
+    with pytest.raises(PredictionError, match="holds no config"):
+        prediction.config_beside(checkpoint)
+    (tmp_path / "upernet.py").touch()
+    assert prediction.config_beside(checkpoint) == tmp_path / "upernet.py"
+    (tmp_path / "other.py").touch()
+    with pytest.raises(PredictionError, match=r"other\.py, upernet\.py"):
+        prediction.config_beside(checkpoint)
+
+
+# What is predicted and where it goes
+
+
+def test_plan_keeps_the_tree_and_tells_equal_stems_apart(tmp_path, quadrants):
+    photos = write_photos(tmp_path / "photos", quadrants)
+    Image.fromarray(quadrants).save(photos / "a.jpg")
+    out = tmp_path / "out"
+    jobs = plan([photos], out, "detection")
+    assert {job.source: job.result for job in jobs} == {
+        photos / "a.jpg": out / "detections/a_jpg.json",
+        photos / "a.png": out / "detections/a_png.json",
+        photos / "inside/grey.jpg": out / "detections/inside/grey.json",
+    }
+    assert {job.result.suffix for job in plan([photos], out, "segmentation")} == {".png"}
+
+
+def test_plan_refuses_two_images_for_one_place(tmp_path, quadrants):
+    first, second = (write_photos(tmp_path / name, quadrants) for name in ("one", "two"))
+    with pytest.raises(PredictionError, match="written to one place"):
+        plan([first, second], tmp_path / "out", "detection")
+
+
+def test_one_image_named_twice_is_one_job(tmp_path, quadrants):
+    photos = write_photos(tmp_path / "photos", quadrants)
+    assert len(plan([photos, photos], tmp_path / "out", "detection")) == 2
+
+
+def test_plan_never_takes_its_own_overlays_for_photos(tmp_path, quadrants):
+    photos = write_photos(tmp_path / "photos", quadrants)
+    before = plan([photos], photos, "segmentation")
+    for job in before:
+        for path in (job.overlay, job.result):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(quadrants).save(path)
+    assert plan([photos], photos, "segmentation", overwrite=True) == before
+
+
+def test_results_are_not_replaced_unless_told(tmp_path, quadrants):
+    photos = write_photos(tmp_path / "photos", quadrants)
+    jobs = plan([photos], tmp_path / "out", "detection")
+    jobs[0].result.parent.mkdir(parents=True)
+    jobs[0].result.write_text("{}")
+    with pytest.raises(PredictionError, match=r"a\.json is there already \(1 results"):
+        plan([photos], tmp_path / "out", "detection")
+    assert plan([photos], tmp_path / "out", "detection", resume=True) == jobs[1:]
+    assert plan([photos], tmp_path / "out", "detection", overwrite=True) == jobs
+
+
+def test_missing_and_empty_inputs_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PredictionError, match="absent does not exist"):
+        plan([tmp_path / "absent"], tmp_path / "out", "detection")
+    with pytest.raises(PredictionError, match="empty holds no image"):
+        plan([tmp_path / "empty"], tmp_path / "out", "detection")
+
+
+# What is written
+
+
+def fake_detector(image):
+    masks = np.zeros((3, *image.shape[:2]), bool)
+    masks[0, 2:12, 5:25] = True
+    masks[1, 20:40, 30:60] = True
+    return {
+        "boxes": np.array([[5, 2, 25, 12], [30, 20, 60, 40], [0, 0, 1, 1]], np.float32),
+        "scores": np.array([0.9, 0.6, 0.1], np.float32),
+        "classes": np.array([1, 0, 1]),
+        "masks": masks,
+        "class_names": ["cat", "dog"],
+    }
+
+
+def test_detections_are_cocos_results(tmp_path, quadrants):
+    rle = pytest.importorskip("pycocotools.mask")
+    pytest.importorskip("detectron2")
+    photos = write_photos(tmp_path / "photos", quadrants)
+    jobs = plan([photos / "a.png"], tmp_path / "out", "detection")
+    assert prediction.run(jobs, prediction.detection_writer(fake_detector, 0.5)) == []
+    content = json.loads(jobs[0].result.read_text())
+    assert (content["height"], content["width"]) == (40, 60)
+    assert content["classes"] == ["cat", "dog"]
+    first, second = content["instances"]
+    assert (first["class_id"], first["class_name"], first["bbox"]) == (1, "dog", [5, 2, 20, 10])
+    assert (second["class_name"], second["bbox"]) == ("cat", [30, 20, 30, 20])
+    assert first["score"] == pytest.approx(0.9, abs=1e-5)
+    for instance, mask in zip(
+        content["instances"], fake_detector(quadrants)["masks"], strict=False
+    ):
+        np.testing.assert_array_equal(rle.decode(instance["segmentation"]), mask)
+        np.testing.assert_array_equal(rle.toBbox(instance["segmentation"]), instance["bbox"])
+
+    with Image.open(jobs[0].overlay) as overlay:
+        drawn = np.asarray(overlay.resize((60, 40), Image.Resampling.BOX)).astype(int)
+    changed = np.abs(drawn - quadrants).max(axis=2) > 40
+    assert changed[22:38, 32:58].mean() > 0.9, "the mask is drawn where it is"
+    assert changed[2:18, 34:58].mean() < 0.2, "and nothing where there is none"
+
+
+def test_an_image_without_detections_has_an_empty_list(tmp_path, quadrants):
+    pytest.importorskip("detectron2")
+    photos = write_photos(tmp_path / "photos", quadrants)
+    jobs = plan([photos / "a.png"], tmp_path / "out", "detection")
+    prediction.run(jobs, prediction.detection_writer(fake_detector, 0.95))
+    assert json.loads(jobs[0].result.read_text())["instances"] == []
+    with Image.open(jobs[0].overlay) as overlay:
+        drawn = np.asarray(overlay.resize((60, 40), Image.Resampling.NEAREST)).astype(int)
+    assert np.abs(drawn - quadrants)[5:15, 5:25].mean() < 12
+
+
+class FakeSegmentor:
+    def __init__(self, count):
+        self.classes = [f"class {i}" for i in range(count)]
+        self.palette = [(i % 256, 3, 7) for i in range(count)]
+
+    def __call__(self, image):
+        return np.arange(image.shape[0] * image.shape[1]).reshape(image.shape[:2]) % len(
+            self.classes
+        )
+
+
+@pytest.mark.parametrize("count", [4, 300])
+def test_label_maps_hold_class_indices(tmp_path, quadrants, count):
+    pytest.importorskip("mmseg")
+    segmentor = FakeSegmentor(count)
+    photos = write_photos(tmp_path / "photos", quadrants)
+    jobs = plan([photos / "a.png"], tmp_path / "out", "segmentation")
+    prediction.run(jobs, prediction.segmentation_writer(segmentor))
+    with Image.open(jobs[0].result) as labels:
+        np.testing.assert_array_equal(np.asarray(labels), segmentor(quadrants))
+
+
+def test_segmentation_is_drawn_in_its_colours(quadrants):
+    pytest.importorskip("mmseg")
+    draw = prediction.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
+    labels = np.zeros((40, 60), np.int32)
+    labels[:, 30:] = 1
+    drawn = draw(quadrants, labels)
+    scale = drawn.shape[0] // 40
+    bottom = drawn[::scale, ::scale][30:38].astype(int)
+    expected = quadrants[30:38] * 0.4 + np.where(labels[30:38, :, None], 200, 0) * 0.6
+    np.testing.assert_allclose(bottom, expected, atol=2)
+
+
+# The tool, with networks of random weights
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    pytest.importorskip("detectron2")
+    import torch
+    from detectron2.config import LazyConfig, instantiate
+
+    folder = tmp_path_factory.mktemp("detector")
+    config = LazyConfig.load(str(DETECTION_CONFIG))
+    config.model.roi_heads.num_classes = 2
+    torch.manual_seed(0)
+    weights = instantiate(config.model).state_dict()
+    torch.save({"model": weights, "classes": ["cat", "dog"]}, folder / "model_final.pth")
+    LazyConfig.save(config, str(folder / "config.yaml"))
+    return folder / "model_final.pth"
+
+
+@pytest.fixture(scope="module")
+def segmentor(tmp_path_factory):
+    pytest.importorskip("mmseg")
+    import torch
+    from mmengine.config import Config
+    from mmseg.registry import MODELS
+    from mmseg.utils import register_all_modules
+
+    register_all_modules()
+    folder = tmp_path_factory.mktemp("segmentor")
+    config = Config.fromfile(SEGMENTATION_CONFIG)
+    for head in ("decode_head", "auxiliary_head"):
+        config.model[head].num_classes = 3
+    torch.manual_seed(0)
+    meta = {"classes": ["sky", "road", "tree"], "palette": [[9, 9, 9], [99, 9, 9], [9, 99, 9]]}
+    torch.save(
+        {"state_dict": MODELS.build(config.model).state_dict(), "meta": {"dataset_meta": meta}},
+        folder / "iter_1.pth",
+    )
+    config.dump(folder / "upernet.py")
+    return folder / "iter_1.pth"
+
+
+def test_tool_detects_beside_an_unreadable_photo(detector, tmp_path, quadrants):
+    photos = write_photos(tmp_path / "photos", quadrants)
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    out = tmp_path / "out"
+    result = run_tool(photos, "--checkpoint", detector, "--out", out, "--score-thr", 0)
+    assert result.returncode == 1, result.stderr
+    assert "broken.jpg cannot be read as an image" in result.stderr
+    assert "1 of 3 images were unreadable" in result.stderr and "Traceback" not in result.stderr
+    for name in ("a", "inside/grey"):
+        content = json.loads((out / "detections" / f"{name}.json").read_text())
+        assert content["classes"] == ["cat", "dog"]
+        assert all(i["segmentation"]["size"] == [40, 60] for i in content["instances"])
+        assert (out / "overlays" / f"{name}.jpg").is_file()
+    assert not list(out.rglob("*.partial"))
+
+    result = run_tool(photos / "a.png", "--checkpoint", detector, "--out", out)
+    assert result.returncode == 2
+    assert "a.json is there already" in result.stderr and "Traceback" not in result.stderr
+    result = run_tool(photos / "a.png", "--checkpoint", detector, "--out", out, "--resume")
+    assert result.returncode == 0 and "already" in result.stdout
+
+
+def test_tool_segments(segmentor, tmp_path, quadrants):
+    photos = write_photos(tmp_path / "photos", quadrants)
+    out = tmp_path / "out"
+    result = run_tool(photos, "--checkpoint", segmentor, "--out", out, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    classes = json.loads((out / "labels" / "classes.json").read_text())
+    assert [entry["name"] for entry in classes] == ["sky", "road", "tree"]
+    for name in ("a", "inside/grey"):
+        with Image.open(out / "labels" / f"{name}.png") as labels:
+            assert labels.size == (60, 40) and np.asarray(labels).max() < 3
+        assert (out / "overlays" / f"{name}.jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["gone", "--checkpoint", "DETECTOR"], "gone does not exist"),
+        (["PHOTO", "--checkpoint", "gone.pth"], "gone.pth does not exist"),
+        (["PHOTO", "--checkpoint", "DETECTOR", "--config", "gone.py"], "gone.py does not exist"),
+        (["PHOTO", "--checkpoint", "DETECTOR", "--device", "quantum"], "--device quantum"),
+        (["PHOTO", "--checkpoint", "DETECTOR", "--device", "cuda:77"], "--device cuda:77"),
+        (["PHOTO", "--checkpoint", "DETECTOR", "--score-thr", "7"], "--score-thr 7.0"),
+        (["PHOTO", "--checkpoint", "DETECTOR", "--resume", "--overwrite"], "name one"),
+        (["PHOTO", "--checkpoint", "DETECTOR", "--config", "SEGMENTATION"], "model_final.pth"),
+        (["PHOTO", "--checkpoint", "SEGMENTOR", "--config", "DETECTION"], "iter_1.pth"),
+    ],
+)
+def test_tool_refuses_in_one_line(
+    args, message, detector, segmentor, tmp_path, quadrants, capsys, tool
+):
+    photo = tmp_path / "a.png"
+    Image.fromarray(quadrants).save(photo)
+    names = {
+        "PHOTO": photo,
+        "DETECTOR": detector,
+        "SEGMENTOR": segmentor,
+        "DETECTION": DETECTION_CONFIG,
+        "SEGMENTATION": SEGMENTATION_CONFIG,
+    }
+    args = [str(names.get(word, word)) for word in args]
+    try:
+        status = tool.main([*args, "--out", str(tmp_path / "out")])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,104 @@
+"""Run a trained detector or segmentor over photos.
+
+    python tools/predict.py --checkpoint work_dirs/detector/model_final.pth \\
+        photos/ portrait.jpg --out predictions
+
+Draws every photo into OUT/overlays. A detector's boxes, masks and classes go to OUT/detections, a
+JSON for each photo; a segmentor's label maps to OUT/labels, a PNG for each. The config decides
+which of the two it is; it is taken from beside the checkpoint unless it is named. An unreadable
+photo is named and left out, and the exit status is then 1.
+"""
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from dense import prediction
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="images and folders of images")
+    add("--checkpoint", required=True, help=".pth of train_detector.py or train_segmentor.py")
+    add("--config", help="what it was trained with; default: the one beside the checkpoint")
+    add("--out", required=True, help="folder for the results")
+    add("--score-thr", type=float, default=0.5, help="detections below are left out (0.5)")
+    add("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
+    add("--resume", action="store_true", help="keep the results that are there, do the rest")
+    add("--overwrite", action="store_true", help="do photos that have results again")
+    args = parser.parse_args(argv)
+    if not 0 <= args.score_thr <= 1:
+        parser.error(f"--score-thr {args.score_thr}: a score between 0 and 1 is needed")
+    if args.resume and args.overwrite:
+        parser.error("--resume keeps results and --overwrite replaces them: name one")
+    return args
+
+
+def load(args: argparse.Namespace, framework: str, config: str):
+    """The function that predicts one photo and writes its results."""
+    device = pick_device(args.device)
+    if framework == "detection":
+        from dense.detection import load_predictor
+
+        predictor = load_predictor(config, args.checkpoint, device)
+        return prediction.detection_writer(predictor, args.score_thr)
+
+    from dense.segmentation import load_predictor
+
+    predictor = load_predictor(config, args.checkpoint, device)
+    prediction.write_classes(args.out, predictor.classes, predictor.palette)
+    return prediction.segmentation_writer(predictor)
+
+
+def pick_device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise prediction.PredictionError(f"--device {name}: cpu, cuda or cuda:N is needed")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise prediction.PredictionError(f"--device {name}: there are {count} GPUs here")
+    return name
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        config = args.config or str(prediction.config_beside(args.checkpoint))
+        framework = prediction.framework_of(config)
+        jobs = prediction.plan(
+            args.inputs, args.out, framework, resume=args.resume, overwrite=args.overwrite
+        )
+        if not jobs:
+            print(f"all results are in {args.out} already")
+            return 0
+        write = load(args, framework, config)
+    # The frameworks' loaders report a config or checkpoint that does not fit in these.
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, prediction.PredictionError | ImportError):
+            reason = f"{args.checkpoint} with {config}: {reason}"
+        print(f"predict: {reason}", file=sys.stderr)
+        return 2
+    failed = prediction.run(tqdm(jobs, desc="predicting", unit="image"), write)
+    for error in failed:
+        print(f"predict: {error}", file=sys.stderr)
+    kind = {"detection": prediction.DETECTIONS, "segmentation": prediction.LABELS}[framework]
+    print(f"{len(jobs) - len(failed)} images predicted: {args.out}/{prediction.OVERLAYS}, {kind}")
+    if failed:
+        print(f"predict: {len(failed)} of {len(jobs)} images were unreadable", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
