@@ -1,6 +1,7 @@
 """Their own data: what is checked before anything is built, and what the loaders then read."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -119,19 +120,20 @@ def test_without_validation_data(cfg, caplog):
 
 
 def test_a_five_line_config(coco_files, tmp_path):
-    names = coco_files.named()
-    folder = Path(NANO).parent
-    path = tmp_path / "mine.py"
+    configs = shutil.copytree(Path(NANO).parent, tmp_path / "configs")
+    path = configs / "mine.py"
     path.write_text(
-        "from detectron2.config import LazyConfig\n"
-        f"cfg = LazyConfig.load({str(folder / 'cascade_mask_rcnn_swin_nano.py')!r})\n"
-        "dataloader, lr_multiplier, model, optimizer, train = (\n"
-        "    cfg[k] for k in ('dataloader', 'lr_multiplier', 'model', 'optimizer', 'train'))\n"
-        f"data = {names!r}\n"
+        "from .cascade_mask_rcnn_dw_conv_tiny_3x_coco import (\n"
+        "    dataloader, lr_multiplier, model, optimizer, train)\n"
+        f"data = dict({', '.join(f'{k}={v!r}' for k, v in coco_files.named().items())})\n"
+        "train.update(max_iter=5000)\n"
+        "model.backbone.bottom_up.init = 'mine.pth'\n"
     )
     cfg = load_config(str(path))
     resolve_data(cfg, training=True)
     assert cfg.dataloader.metadata.classes == ["block", "bar"]
+    assert cfg.train.max_iter == 5000
+    assert cfg.model.backbone.bottom_up.init == "mine.pth"
 
 
 def drop(key):
