@@ -1,0 +1,60 @@
+# `make demo` and `make test` do all the set-up themselves; `make help` lists the rest.
+# PYTHON=python3.12 picks the interpreter, WHEELHOUSE=folder offers prebuilt wheels (mmcv's above all).
+
+WORK_DIR ?= work_dirs/demo
+WORKERS ?= 2
+
+ifndef PYTHON
+supported = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+candidates = .venv/bin/python python3 python3.12 python3.11
+# None of them supported: python3 then says itself what is wrong with it.
+PYTHON := $(shell for p in $(candidates); do \
+	$$p -c '$(supported)' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+endif
+export WHEELHOUSE
+
+.PHONY: help setup demo test test-e2e lint lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       scenes drawn, a detector and a segmentor trained on them: $(WORK_DIR)/index.html"
+	@echo "make test       the test suite, $(WORKERS) processes (WORKERS=n)"
+	@echo "make test-e2e   the long tests; DENSE_SAMPLE_DATA=folder names the photos"
+	@echo "make setup      builds .venv; the others do so too"
+	@echo "make lint       ruff: rules and format"
+	@echo "make lock       resolves requirements/lock.txt again (LOCK_FLAGS=--upgrade for newer versions)"
+	@echo "make clean      removes .venv, the wheels built for it and caches; never work_dirs"
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { echo "setup: there is no $(PYTHON); install Python 3.11 or 3.12" \
+		"(Debian, Ubuntu: apt install python3 python3-venv) or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) tools/setup_environment.py
+
+demo: setup
+	.venv/bin/python tools/demo.py --out $(WORK_DIR)
+
+# Many small networks: a process each is faster than threads that share one.
+test: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not e2e" -n $(WORKERS) --durations=15
+
+test-e2e: setup
+	.venv/bin/python -m pytest -m e2e -v -s --durations=0
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+compile = .venv/bin/uv pip compile --quiet pyproject.toml --all-extras requirements/pins.in \
+	--python-platform linux --python .venv/bin/python --no-build-isolation $(LOCK_FLAGS)
+
+# One file for both Pythons: what is resolved for 3.11 must be what 3.12 would get beside it.
+lock: export UV_CUSTOM_COMPILE_COMMAND = make lock
+lock: setup
+	$(compile) --python-version 3.11 --output-file requirements/lock.txt >/dev/null
+	cp requirements/lock.txt .venv/lock-3.12.txt
+	$(compile) --python-version 3.12 --output-file .venv/lock-3.12.txt >/dev/null
+	diff requirements/lock.txt .venv/lock-3.12.txt
+
+clean:
+	rm -rf .venv .whl build *.egg-info .pytest_cache .ruff_cache
+	find backbones dense configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
