@@ -88,7 +88,8 @@ def set_up(wheelhouse):
     install_mmcv(wheelhouse)
     install_detectron2()
     say("dense-backbones itself")
-    pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT)
+    quiet = dict(os.environ, PYTHONWARNINGS="ignore")  # setuptools, on editable installations
+    pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT, env=quiet)
     shutil.rmtree(str(temporary))
 
     run("pip check", VENV_PYTHON, "-m", "pip", "check")
