@@ -56,7 +56,7 @@ def test_full_size_has_the_papers_parameters(name, capsys):
     paper = TABLE_3.get(backbone)
     theirs = ours + TWO_MORE_MASK_HEADS + CLASS_SPECIFIC_BOXES
     with capsys.disabled():
-        print(f"\n{name}: {ours:.2f}M, as the paper counts {theirs:.2f}M, Table 3: {paper or '-'}M")
+        print(f"\n{name}: {ours:.2f}M, as the paper counts {theirs:.2f}M, Table 3: {paper or '-'}")
     assert isinstance(model.backbone.bottom_up, PyramidBackbone)
     assert backbone in name.replace("_in22k", "")
     assert paper is None or round(theirs) == paper
