@@ -49,11 +49,15 @@ compile = .venv/bin/uv pip compile --quiet pyproject.toml --all-extras requireme
 
 # One file for both Pythons: what is resolved for 3.11 must be what 3.12 would get beside it.
 lock: export UV_CUSTOM_COMPILE_COMMAND = make lock
-lock: setup
+lock: .venv/bin/uv
 	$(compile) --python-version 3.11 --output-file requirements/lock.txt >/dev/null
 	cp requirements/lock.txt .venv/lock-3.12.txt
 	$(compile) --python-version 3.12 --output-file .venv/lock-3.12.txt >/dev/null
 	diff requirements/lock.txt .venv/lock-3.12.txt
+
+# Not `setup`, which may fail until a package new in pyproject.toml is in the lock.
+.venv/bin/uv:
+	$(MAKE) setup
 
 clean:
 	rm -rf .venv .whl build *.egg-info .pytest_cache .ruff_cache
