@@ -106,12 +106,11 @@ class DenseBackbone(nn.Module):
             backbones.load_checkpoint(self, _resolve(self.name, self.init))
 
     def train(self, mode: bool = True) -> "DenseBackbone":
-        """As ever, but for the frozen stages, which stay in evaluation mode without gradients."""
+        """As ever, but frozen stages stay in evaluation mode without gradients; norms of outputs learn."""
         super().train(mode)
         if self.frozen_stages >= 0:
             for module in (self.patch_embed, *self.stages[: self.frozen_stages]):
                 module.eval().requires_grad_(False)
-            # The output norm of a frozen stage follows it: its input no longer changes.
         return self
 
 
