@@ -28,8 +28,9 @@ class StopOnNonFiniteLoss(Hook):
         outputs: dict | None = None,
     ) -> None:
         """Look at the losses of one iteration."""
-        losses = {name: float(value) for name, value in (outputs or {}).items() if "loss" in name}
-        bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
+        losses = {name: value for name, value in (outputs or {}).items() if "loss" in name}
+        values = {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()}
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         anywhere = torch.tensor(float(bool(bad)))
         all_reduce(anywhere, "max")
         if anywhere:

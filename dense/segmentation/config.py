@@ -70,7 +70,8 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
         valid = ", ".join((*_OWN_DATA, *_OWN_DATA_OPTIONS))
         raise ConfigError(f"data has {', '.join(unknown)}: {valid} are valid")
     if missing := [key for key in _OWN_DATA if not data.get(key)]:
-        raise ConfigError(f"your own data: {', '.join(missing)} not given, all of {_OWN_DATA} are")
+        needed = ", ".join(_OWN_DATA)
+        raise ConfigError(f"{', '.join(missing)} not given: your own data needs {needed}")
     classes = _checked_classes(data["classes"])
 
     for loader, split in zip(_LOADERS, ("train", "val", "val"), strict=True):

@@ -105,13 +105,13 @@ def check_masks(
     def fault(pair: tuple[Path, Path]) -> str | None:
         image, mask = pair
         try:
-            with Image.open(image) as opened:
+            with Image.open(path := image) as opened:
                 size = _displayed_size(opened)
-            with Image.open(mask) as opened:
+            with Image.open(path := mask) as opened:
                 mode, mask_size = opened.mode, opened.size
                 values = set(np.unique(np.asarray(opened)).tolist())
         except (UnidentifiedImageError, OSError) as error:
-            return f"{image} or its mask cannot be read: {error}"
+            return f"{path} cannot be read: {error}"
         if mode not in _INDEX_MODES:
             return f"{mask} is {mode}: one class index a pixel is needed, a grey or palette PNG"
         if size != mask_size:

@@ -1,0 +1,180 @@
+"""Folders of images and masks: what is paired, what the labels become, what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from PIL import Image
+
+from dense.segmentation.config import check, load_config, use_own_data
+from dense.segmentation.data import ConfigError, check_masks, image_mask_pairs
+from dense.segmentation.dataset import FolderDataset
+
+NANO = Path(__file__).parents[2] / "configs/segmentation/i_d_dw_conv_nano_upernet.py"
+CLASSES = ("ground", "box", "bar")
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8)).save(path, **options)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    image, mask = tmp_path / "images/a.png", tmp_path / "masks/a.png"
+    save(image, np.zeros((4, 6, 3)))
+    save(mask, np.zeros((4, 6)))
+    return image, mask
+
+
+def test_pairs_by_name_whatever_the_format_and_depth(tmp_path):
+    for name in ("b.PNG", "sub/a.JPEG", "c.tif", "d.jpg"):
+        save(tmp_path / "images" / name, np.zeros((4, 4, 3)))
+    (tmp_path / "images/notes.txt").write_text("no image")
+    pairs = image_mask_pairs(tmp_path / "images", tmp_path / "masks")
+    assert [mask.relative_to(tmp_path / "masks").as_posix() for _, mask in pairs] == [
+        "b.png",
+        "c.png",
+        "d.png",
+        "sub/a.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "ignore_index, reduce_zero_label, expected",
+    [
+        (255, False, [0, 1, 2, 3, 255]),
+        (2, False, [0, 1, 255, 3, 255]),
+        (255, True, [255, 0, 1, 2, 255]),
+        (3, True, [255, 0, 1, 255, 255]),
+        (254, False, [0, 1, 2, 3, 255]),
+    ],
+)
+@pytest.mark.parametrize("palette", [False, True])
+def test_labels_of_masks(tmp_path, ignore_index, reduce_zero_label, expected, palette):
+    save(tmp_path / "images/a.jpg", np.zeros((2, 5, 3)))
+    mask = Image.fromarray(np.array([[0, 1, 2, 3, 255]] * 2, np.uint8))
+    if palette:
+        mask = mask.convert("L")
+        mask.putpalette([v for i in range(256) for v in (255 - i, i, 7)])
+        assert mask.mode == "P"
+    (tmp_path / "masks").mkdir()
+    mask.save(tmp_path / "masks/a.png")
+    init_default_scope("mmseg")
+    dataset = FolderDataset(
+        data_prefix=dict(img_path=str(tmp_path / "images"), seg_map_path=str(tmp_path / "masks")),
+        metainfo=dict(classes=("a", "b", "c", "d")),
+        ignore_index=ignore_index,
+        reduce_zero_label=reduce_zero_label,
+        pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")],
+    )
+    assert dataset[0]["gt_seg_map"].tolist() == [expected] * 2
+
+
+def test_masks_that_fit_pass(pair):
+    image, mask = pair
+    save(mask, np.array([[0, 1, 2, 255, 9, 0]] * 4))
+    check_masks([pair], CLASSES, ignore_index=9)
+    save(mask, np.array([[0, 1, 2, 3, 255, 0]] * 4))
+    check_masks([pair], CLASSES, reduce_zero_label=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(image, np.zeros((6, 4, 3)), exif=exif)
+    check_masks([pair], CLASSES, reduce_zero_label=True)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (np.full((4, 6), 3), r"a\.png holds 3: 3 classes are 0 to 2"),
+        (np.zeros((6, 4)), r"a\.png is 4x6, its image 6x4"),
+        (np.zeros((4, 6, 3)), r"a\.png is RGB: one class index a pixel"),
+    ],
+)
+def test_masks_that_do_not_fit_are_named(pair, mask, message):
+    save(pair[1], mask)
+    with pytest.raises(ConfigError, match=message):
+        check_masks([pair], CLASSES)
+
+
+def test_unreadable_files_are_named(pair):
+    pair[1].write_bytes(b"not a PNG")
+    with pytest.raises(ConfigError, match=r"masks/a\.png.* cannot be read"):
+        check_masks([pair], CLASSES)
+
+
+def test_own_data_reaches_every_head_and_loader(shapes):
+    cfg = load_config(NANO)
+    # As MMSegmentation's own ADE20K pipelines have it.
+    cfg.train_dataloader.dataset.pipeline[1].reduce_zero_label = True
+    cfg.model.auxiliary_head = [cfg.model.auxiliary_head]
+    use_own_data(cfg, shapes)
+    check(cfg, training=True)
+    assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head[0].num_classes == 3
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.metainfo.classes == CLASSES
+        assert "reduce_zero_label" not in loader.dataset.pipeline[1]
+    assert cfg.train_dataloader.dataset.data_prefix.img_path == shapes["train_images"]
+    assert cfg.test_dataloader.dataset.data_prefix.seg_map_path == shapes["val_masks"]
+
+
+def test_five_lines_of_config_are_enough(shapes, tmp_path):
+    folders = {k: v for k, v in shapes.items() if k != "classes"}
+    (tmp_path / "mine.py").write_text(
+        f"_base_ = {str(NANO)!r}\ndata = dict(classes={list(CLASSES)}, **{folders})\n"
+    )
+    mine, named = load_config(tmp_path / "mine.py"), load_config(NANO)
+    use_own_data(mine, {"ignore_index": None, "classes": None})
+    use_own_data(named, shapes)
+    for key in ("train_dataloader", "val_dataloader", "test_dataloader", "model"):
+        assert mine[key] == named[key]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(val_masks=None), "val_masks not given"),
+        (dict(classes="one"), "the background is a class of its own"),
+        (dict(classes="a,b,a"), "a twice"),
+        (dict(classes="a,,b"), "empty"),
+        (dict(train_images="/nowhere"), r"no folder /nowhere \(train_dataloader\)"),
+        (dict(class_names="a,b"), "data has class_names"),
+    ],
+)
+def test_bad_own_data_is_named(shapes, change, message):
+    cfg = load_config(NANO)
+    with pytest.raises(ConfigError, match=message):
+        use_own_data(cfg, {**shapes, **change})
+        check(cfg, training=True)
+
+
+def test_a_missing_mask_is_named(shapes, tmp_path):
+    cfg = load_config(NANO)
+    (tmp_path / "masks").mkdir()
+    use_own_data(cfg, {**shapes, "train_masks": str(tmp_path / "masks")})
+    with pytest.raises(ConfigError, match=r"0\.jpg has no mask .*0\.png \(6 of 6 have none\)"):
+        check(cfg, training=True)
+
+
+def test_a_missing_data_root_is_named_before_anything_is_built():
+    cfg = load_config(NANO.parent / "swin_tiny_upernet_8xb2-160k_ade20k-512x512.py")
+    with pytest.raises(ConfigError, match=r"no folder data/ade/.* data_root is 'data/ade"):
+        check(cfg, training=True)
+
+
+def test_one_image_a_batch_is_refused(shapes):
+    cfg = load_config(NANO, {"train_dataloader.batch_size": 1})
+    use_own_data(cfg, shapes)
+    with pytest.raises(ConfigError, match="batch_size=1"):
+        check(cfg, training=True)
+
+
+def test_unreadable_configs_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no config file at nowhere.py"):
+        load_config("nowhere.py")
+    (tmp_path / "bad.py").write_text("model = dict(\n")
+    with pytest.raises(ConfigError, match="bad.py: "):
+        load_config(tmp_path / "bad.py")
+    assert isinstance(load_config(NANO), Config)

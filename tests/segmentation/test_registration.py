@@ -1,0 +1,113 @@
+"""One name in OpenMMLab's registry, by their conventions, without anybody else's framework."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from mmengine.registry import MODELS, Registry
+from mmseg.registry import MODELS as MMSEG_MODELS
+
+import backbones
+import dense.segmentation  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_blocking(packages, code):
+    blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in packages)
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys\n{blocked}{code}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """The registry of a package that knows nothing of us, as MMDetection's is."""
+    return Registry("model", parent=MODELS, scope="another_package")
+
+
+@pytest.mark.parametrize("name", backbones.MODEL_NAMES)
+def test_every_openmmlab_package_sees_the_name(name, elsewhere):
+    assert MMSEG_MODELS.get(name) is MODELS.get(name) is elsewhere.get(name) is not None
+
+
+def test_a_config_builds_what_timm_builds():
+    cfg = dict(
+        type="i_d_dw_conv_nano",
+        out_indices=(0, 1, 2, 3),
+        drop_path_rate=0.3,
+        frozen_stages=-1,
+        norm="SyncBN",
+    )
+    backbone = MMSEG_MODELS.build(cfg)
+    classifier = timm.create_model("i_d_dw_conv_nano", drop_path_rate=0.3)
+    ours = {k: v.shape for k, v in backbone.state_dict().items() if not k.startswith("norms.")}
+    theirs = {k: v.shape for k, v in classifier.state_dict().items() if k in ours}
+    assert ours == theirs
+    assert backbone.train() is backbone and backbone.eval() is backbone
+    assert [o.shape[1] for o in backbone(torch.rand(1, 3, 50, 60))] == [32, 64, 128, 256]
+
+
+def test_mmengine_alone_suffices():
+    code = (
+        "import dense.segmentation, torch\n"
+        "from mmengine.registry import MODELS\n"
+        "print(len(MODELS.build(dict(type='dw_conv_nano'))(torch.rand(1, 3, 64, 64))))"
+    )
+    done = run_blocking(["detectron2", "mmseg", "mmcv", "mmdet"], code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("4")
+
+
+def test_missing_frameworks_are_named_with_the_command():
+    done = run_blocking(["mmengine"], "import dense.segmentation")
+    assert "mmengine is not installed" in done.stderr
+    assert "pip install 'dense-backbones[segmentation]'" in done.stderr
+    code = "import dense.segmentation as s; s.load_predictor('config.py', 'weights.pth')"
+    done = run_blocking(["mmseg"], code)
+    assert "mmseg is not installed" in done.stderr
+
+
+@pytest.mark.parametrize("spelling", ["init", "init_cfg", "pretrained"])
+def test_init_is_read_by_init_weights_only(spelling, tmp_path):
+    file = str(tmp_path / "weights.pth")
+    backbone = MODELS.build(
+        dict(
+            type="dw_conv_nano",
+            **{spelling: dict(type="Pretrained", checkpoint=file)}
+            if spelling == "init_cfg"
+            else {spelling: file},
+        )
+    )
+    classifier = timm.create_model("dw_conv_nano")
+    torch.save({"state_dict": classifier.state_dict()}, file)
+    weights = classifier.state_dict()
+    shared = [key for key in backbone.state_dict() if key in weights]
+    assert len(shared) > 100
+    before = backbone.state_dict()["patch_embed.proj.weight"]
+    assert not before.equal(weights["patch_embed.proj.weight"])
+    backbone.init_weights()
+    for key in shared:
+        torch.testing.assert_close(backbone.state_dict()[key], weights[key], rtol=0, atol=0)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    torch.save(timm.create_model("swin_nano").state_dict(), tmp_path / "swin.pth")
+    backbone = MODELS.build(dict(type="dw_conv_nano", init=str(tmp_path / "swin.pth")))
+    with pytest.raises(backbones.CheckpointError, match=r"swin_nano.*dw_conv_nano"):
+        backbone.init_weights()
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ValueError, match="different weights"):
+        MODELS.build(dict(type="dw_conv_nano", init="a.pth", pretrained="b.pth"))
+    with pytest.raises(ValueError, match=r"dict\(type='Pretrained', checkpoint=...\) is valid"):
+        MODELS.build(dict(type="dw_conv_nano", init_cfg=dict(type="Normal", std=0.1)))
+    with pytest.raises(ValueError, match=r"0, 1, 2, 3"):
+        MODELS.build(dict(type="dw_conv_nano", out_indices=(0, 4)))
