@@ -293,15 +293,24 @@ def test_label_maps_hold_class_indices(tmp_path, quadrants, count):
 
 
 def test_segmentation_is_drawn_in_its_colours(quadrants):
-    pytest.importorskip("mmseg")
+    pytest.importorskip("mmengine")
     draw = prediction.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
     labels = np.zeros((40, 60), np.int32)
     labels[:, 30:] = 1
     drawn = draw(quadrants, labels)
+    assert drawn.shape[0] % 40 == 0 and drawn.shape[1] % 60 == 0
     scale = drawn.shape[0] // 40
     bottom = drawn[::scale, ::scale][30:38].astype(int)
     expected = quadrants[30:38] * 0.4 + np.where(labels[30:38, :, None], 200, 0) * 0.6
     np.testing.assert_allclose(bottom, expected, atol=2)
+
+
+def test_labels_without_a_class_are_left_alone(quadrants):
+    pytest.importorskip("mmengine")
+    draw = prediction.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
+    drawn = draw(quadrants, np.full((40, 60), 255))
+    scale = drawn.shape[0] // 40
+    np.testing.assert_array_equal(drawn[::scale, ::scale], quadrants)
 
 
 # The tool, with networks of random weights
