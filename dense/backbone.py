@@ -106,7 +106,7 @@ class DenseBackbone(nn.Module):
             backbones.load_checkpoint(self, _resolve(self.name, self.init))
 
     def train(self, mode: bool = True) -> "DenseBackbone":
-        """As ever, but frozen stages stay in evaluation mode without gradients; norms of outputs learn."""
+        """As ever, but frozen stages stay in evaluation mode and get no gradients."""
         super().train(mode)
         if self.frozen_stages >= 0:
             for module in (self.patch_embed, *self.stages[: self.frozen_stages]):
