@@ -43,7 +43,10 @@ def command(ade_slice, work_dir, *options, launcher=()):
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    # One thread: two that wait for each other on a busy machine are slower by far.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    extra = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
+    return {**os.environ, **extra}
 
 
 def losses(work_dir):
@@ -120,7 +123,7 @@ def test_two_processes_train_on_a_cpu(ade_slice, tmp_path):
         ),
         capture_output=True,
         text=True,
-        env={**environment(), "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-3000:]
@@ -135,7 +138,8 @@ def test_two_processes_train_on_a_cpu(ade_slice, tmp_path):
 def test_tiny_trains_a_step_and_evaluates_one(family, ade_slice):
     cfg = load_config(CONFIGS / f"{family}_tiny_upernet_8xb2-160k_ade20k-512x512.py")
     cfg.model.data_preprocessor.size = (128, 128)
-    cfg.model.backbone.init = None
+    # Drop path may leave a whole block without gradients in a single step.
+    cfg.model.backbone.update(init=None, drop_path_rate=0.0)
     init_default_scope("mmseg")
     torch.manual_seed(0)
     model = step_back_norms(MODELS.build(cfg.model))

@@ -54,7 +54,7 @@ def stock(path, backbone, **heads):
 )
 def test_stock_heads_train_a_step(path, heads, family):
     torch.manual_seed(0)
-    cfg = stock(path, dict(type=f"{family}_nano", drop_path_rate=0.1), **heads)
+    cfg = stock(path, dict(type=f"{family}_nano"), **heads)
     init_default_scope("mmseg")
     model = step_back_norms(MODELS.build(cfg.model))
     model.init_weights()
