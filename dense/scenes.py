@@ -146,13 +146,14 @@ def _inside(shape: str, outline: _Outline, size: int) -> np.ndarray:
 
 
 def _texture(shape: str, outline: _Outline, size: int) -> np.ndarray:
-    """Where the lighter colour goes: ``(size, size)`` bool."""
-    u, v = (axis / (size / 16) for axis in _own_axes(outline, size))
+    """Where the lighter colour goes: ``(size, size)`` bool. Fine stripes, coarse squares, dots."""
+    u, v = (axis / size for axis in _own_axes(outline, size))
     if shape == "disc":
-        return u % 1 < 0.5
+        return (16 * u) % 1 < 0.5
     if shape == "box":
-        return (np.floor(u) + np.floor(v)) % 2 == 0
-    return (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.1
+        return (np.floor(10 * u) + np.floor(10 * v)) % 2 == 0
+    u, v = (14 * u) % 1 - 0.5, (14 * v) % 1 - 0.5
+    return u**2 + v**2 < 0.08
 
 
 def _usable(visible: np.ndarray, full: np.ndarray) -> bool:
