@@ -1,5 +1,6 @@
 """Small data and nano configs for the segmentation tests."""
 
+import itertools
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ collect_ignore_glob = [] if find_spec("mmseg") else ["test_*.py"]
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/segmentation"
+_RUNS = itertools.count()
 CLASSES = ("ground", "box", "bar")
 
 
@@ -78,6 +80,8 @@ def nano_cfg(shapes, tmp_path):
         ]
         cfg.model.data_preprocessor.size = (64, 64)
         cfg.randomness = dict(seed=0)
+        # MMEngine names a run by the second it began in, and runs of one name share a log.
+        cfg.experiment_name = f"run_{next(_RUNS)}"
         cfg.merge_from_dict(
             {
                 "train_cfg.max_iters": max_iters,
