@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKBONE = "i_d_dw_conv_nano"
 DETECTION_CONFIG = f"configs/detection/cascade_mask_rcnn_{BACKBONE}.py"
 SEGMENTATION_CONFIG = f"configs/segmentation/{BACKBONE}_upernet.py"
-DETECTION_ITERATIONS = 640
+# Three quarters of the config's: 77 AP50 after 480 iterations, 88 after all 640.
+DETECTION_ITERATIONS = 480
 SEGMENTATION_ITERATIONS = 600
 LEAST_BOX_AP50 = 60.0
 LEAST_MIOU = 70.0
@@ -60,7 +61,8 @@ STEPS = (
         f"train Cascade Mask R-CNN on {BACKBONE}",
         "tools/train_detector.py --config-file {detection_config}"
         " --train-json {coco}/annotations/instances_train2017.json"
-        " --train-images {coco}/train2017 --output-dir {out}/detector --resume",
+        " --train-images {coco}/train2017 --output-dir {out}/detector --resume"
+        f" train.max_iter={DETECTION_ITERATIONS}",
         DETECTION_ITERATIONS,
         lambda out: last_step(lambda: report.detectron2_losses(out / "detector" / "metrics.json")),
     ),
