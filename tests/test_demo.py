@@ -267,7 +267,7 @@ COUNTING = "import sys, pathlib; open(pathlib.Path(sys.argv[1], 'made'), 'a').wr
 def test_done_steps_are_not_done_again_until_the_code_changes(tmp_path):
     step, out = script(tmp_path, "counting", COUNTING), tmp_path / "out"
     state = run([step], out)
-    assert state.done(step) and state.seconds(step) > 0
+    assert state.done(step)
     run([step], out)
     assert (out / "made").read_text() == "x"
     (out / "theirs").write_text("kept")
