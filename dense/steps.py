@@ -19,9 +19,6 @@ from tqdm import tqdm
 
 STATE = "steps.json"
 LOGS = "logs"
-# Threads that spin while they wait take the core from the one they wait for as soon as anything
-# else runs on the machine: five to ten times slower on two cores.
-_QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class StepError(Exception):
@@ -212,7 +209,6 @@ def _run(
         process = subprocess.Popen(
             [sys.executable, *step.argv(places)],
             cwd=cwd,
-            env=_QUIET_THREADS | os.environ,
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=[lock],
