@@ -1,97 +1,55 @@
-"""Reading weights into the networks: unwrapping, renaming, resizing, and a report of what fitted.
+"""Weights into the networks: found in what was saved, renamed, resized, and reported.
 
 A file may hold a bare state dict or a training checkpoint around it, of a classifier or of a whole
-detector or segmentor with the backbone inside. Loading never leaves a network partly random in
-silence: beyond the classifier and the norms of the outputs, anything that does not fit is an error
-that names it.
+detector or segmentor with the backbone inside, by the names of any of :data:`layouts.LAYOUTS`.
+Loading never leaves a network partly random in silence: beyond the classifier and the norms of the
+outputs, anything that does not fit is an error that names it.
 """
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
+from timm.data import ImageNetInfo
 from timm.layers import resize_rel_pos_bias_table
 from timm.models import adapt_input_conv
-from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
+from backbones.layouts import ANCHORS, family_of, to_ours
 from backbones.ops.window import resize_window_grid
+from backbones.reading import CheckpointError, read_with_classes
 
 _logger = logging.getLogger(__name__)
 
-# Where training scripts put the weights inside a checkpoint, EMA first.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What may be absent from a file, or left over in it, without leaving the pyramid random.
 _OPTIONAL = re.compile(r"^(norm|norms\.\d+|head(\.fc)?)\.|num_batches_tracked$")
-_BUFFERS = re.compile(r"(relative_position_index|relative_coords_table|attn_mask)$")
-
-# Names in the released Swin, DW-Conv and D-DW-Conv files, and ours. The block's batch norm before
-# the MLP is ``bn``; the mixer's three are ``bn0``, ``bn`` and ``bn2``.
-_RELEASED_NAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^(stages\.\d+\.blocks\.\d+)\.bn\.", r"\1.norm2."),
-        (r"\.attn2conv\.conv0\.", ".mixer.in_proj."),
-        (r"\.attn2conv\.bn0\.", ".mixer.in_norm."),
-        (r"\.attn2conv\.conv\.conv1(\.0)?\.(?=weight|bias)", ".mixer.reduce."),
-        (r"\.attn2conv\.conv\.(conv1\.1|bn)\.", ".mixer.reduce_norm."),
-        (r"\.attn2conv\.conv\.conv2(\.0)?\.", ".mixer.expand."),
-        (r"\.attn2conv\.bn\.", ".mixer.mid_norm."),
-        (r"\.attn2conv\.conv2\.", ".mixer.out_proj."),
-        (r"\.attn2conv\.bn2\.", ".mixer.out_norm."),
-        (r"\.attn\.", ".mixer."),
-        (r"^norm(\d)\.", r"norms.\1."),
-        (r"^head\.(?=weight|bias)", "head.fc."),
-    )
-)
-
-
-# What mmengine's checkpoints hold beside weights: log buffers of numpy numbers.
-_NOT_WEIGHTS = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "builtins.getattr",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "numpy.dtypes.Float64DType",
-    "numpy.dtypes.Float32DType",
-    "numpy.dtypes.Int64DType",
-)
-
-
-class _Ignored:
-    """Stands in for anything in a file that is no weight: takes any arguments, does nothing."""
-
-    def __new__(cls, *args: object) -> "_Ignored":
-        return super().__new__(cls)
-
-    def __init__(self, *args: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or that does not fit the network."""
+_CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint gave to a network, by the names of the network's state dict."""
+    """What a checkpoint gave to a network, by the names of the network's state dict.
+
+    Attributes:
+        source: the file or URL.
+        matched: entries that were loaded, the resized ones among them.
+        missing: entries of the network that the file does not fill.
+        unexpected: entries of the file's backbone that the network has no place for.
+        resized: entries that were fitted to another window, kernel, grid or number of channels.
+        elsewhere: how many entries of the file belong to something else, a detector's heads say.
+        classifier: how the classifier's rows were found, empty where they are the file's.
+    """
 
     source: str
     matched: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     resized: tuple[str, ...]
+    elsewhere: int = 0
+    classifier: str = ""
 
     def __str__(self) -> str:
         lines = [
@@ -102,15 +60,28 @@ class LoadReport:
             names = getattr(self, kind)
             if names:
                 lines.append(f"  {kind}: {_some(names)}")
+        if self.classifier:
+            lines.append(f"  classifier: {self.classifier}")
+        if self.elsewhere:
+            lines.append(f"  {self.elsewhere} entries outside of the backbone were not needed")
         return "\n".join(lines)
 
 
-def load_checkpoint(model: nn.Module, source: str | Path) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module,
+    source: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    weights_only: bool = True,
+) -> LoadReport:
     """Load a checkpoint into a pyramid, or into a module that has a pyramid's names.
 
     Args:
         model: a :class:`backbones.Pyramid` or a dense-prediction backbone over one.
         source: a ``.pth`` or ``.safetensors`` file, or the URL of one.
+        classes: names of the classifier's outputs, ImageNet's wnids say, by which rows are found in
+            a file of other classes; 1000 outputs are ImageNet-1K's unless this says otherwise.
+        weights_only: False reads files that cannot be read safely too; only for those you trust.
 
     Returns:
         What matched, is missing, was not used and was resized; it is logged too.
@@ -119,7 +90,8 @@ def load_checkpoint(model: nn.Module, source: str | Path) -> LoadReport:
         CheckpointError: the file cannot be read, needs more than weights to be unpickled, or does
             not fill the pyramid; the network is left as it was.
     """
-    state_dict, report = fit(read_checkpoint(source), model, str(source))
+    given, their_classes = read_with_classes(source, weights_only=weights_only)
+    state_dict, report = fit(given, model, str(source), their_classes, classes)
     model.load_state_dict(state_dict, strict=False)
     _logger.info("%s", report)
     return report
@@ -132,36 +104,21 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     return state_dict
 
 
-def read_checkpoint(source: str | Path) -> dict[str, Tensor]:
-    """Read the weights in a file or behind a URL, on the CPU, without unpickling anything else.
-
-    Raises:
-        CheckpointError: no such file, or one that holds no state dict or is not safe to unpickle.
-    """
-    if re.match(r"https?://", str(source)):
-        path = Path(download_cached_file(str(source)))
-    else:
-        path = Path(source).expanduser()
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {source}: a file or a URL is needed")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            with torch.serialization.safe_globals([(_Ignored, name) for name in _NOT_WEIGHTS]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{source} cannot be read as weights alone: {reason}") from error
-    return _unwrap(content, str(source))
-
-
 def fit(
-    state_dict: Mapping[str, Tensor], model: nn.Module, source: str
+    state_dict: Mapping[str, Tensor],
+    model: nn.Module,
+    source: str,
+    their_classes: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Rename and resize a state dict for ``model`` and check that it fills it.
+
+    Args:
+        state_dict: weights by anybody's names.
+        model: a :class:`backbones.Pyramid` or a dense-prediction backbone over one.
+        source: what the report and the error call them.
+        their_classes: names of the outputs of the file's classifier, where they are known.
+        classes: names of the outputs of the model's.
 
     Returns:
         The entries that fit, by the model's names, and the report of all.
@@ -170,14 +127,16 @@ def fit(
         CheckpointError: a weight of the pyramid is missing, has another shape, or is not in it.
     """
     wanted = model.state_dict()
-    given = _rename(_strip_prefix(state_dict), wanted)
+    own = backbone_of(state_dict)
+    given = to_ours(own)
+    classifier = _map_classifier(given, wanted, their_classes, classes)
     fitting, resized, wrong = {}, [], []
     for name, value in given.items():
         if name not in wanted:
             continue
         target = wanted[name]
         if value.shape != target.shape:
-            value = _resize(name, value, target)
+            value = _resize(model, name, value, target)
             resized.append(name)
         if value.shape == target.shape:
             fitting[name] = value
@@ -189,6 +148,8 @@ def fit(
         missing=tuple(name for name in wanted if name not in fitting),
         unexpected=tuple(name for name in given if name not in wanted),
         resized=tuple(name for name in resized if name in fitting),
+        elsewhere=len(state_dict) - len(own),
+        classifier=classifier,
     )
     _refuse_partial(report, wrong, given, wanted)
     return fitting, report
@@ -216,64 +177,86 @@ def _refuse_partial(report: LoadReport, wrong: list[str], given: Mapping, wanted
     raise CheckpointError("\n".join(lines))
 
 
-def _unwrap(content: object, source: str) -> dict[str, Tensor]:
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if isinstance(content, Mapping):
-        weights = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-        if weights:
-            return weights
-    raise CheckpointError(
-        f"{source} holds no state dict: it should be a mapping of names to tensors, bare or under "
-        f"one of {', '.join(_WRAPPERS)}"
-    )
-
-
-def _strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def backbone_of(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of the pyramid, whatever it is called inside the module that was saved."""
-    anchor = "patch_embed.proj.weight"
-    prefixes = [name.removesuffix(anchor) for name in state_dict if name.endswith(anchor)]
+    prefixes = {
+        name.removesuffix(anchor)
+        for name in state_dict
+        for anchor in ANCHORS
+        if _ends(name, anchor)
+    }
     if not prefixes:
         return dict(state_dict)
     prefix = min(prefixes, key=len)
-    return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    # MMPretrain's classifier stands beside its backbone, whose last norm is the classifier's.
+    beside = prefix.removesuffix("backbone.") + "head.fc."
+    if prefix.endswith("backbone.") and f"{beside}weight" in state_dict:
+        own |= {f"head.fc.{k}": state_dict[beside + k] for k in ("weight", "bias")}
+        own = {re.sub(r"^norm3\.", "norm.", k): v for k, v in own.items()}
+    return own
 
 
-def _rename(state_dict: Mapping[str, Tensor], wanted: Mapping) -> dict[str, Tensor]:
-    """Released names to ours; ours pass unchanged."""
-    # Released files keep the merging at the end of a stage, timm at the start of the next.
-    shift = 1 if any(name.startswith("layers.0.downsample") for name in state_dict) else 0
-    renamed = {}
-    for name, value in state_dict.items():
-        if _BUFFERS.search(name):
-            continue
-        name = re.sub(
-            r"^layers\.(\d+)\.downsample",
-            lambda match: f"stages.{int(match[1]) + shift}.downsample",
-            name,
-        )
-        name = re.sub(r"^layers\.", "stages.", name)
-        for pattern, ours in _RELEASED_NAMES:
-            name = pattern.sub(ours, name)
-        # The depth-wise convolution keeps its name; D-DW-Conv's bias belongs to the mixer.
-        conv = "conv." if name.replace("attn2conv", "mixer") in wanted else ""
-        name = name.replace(".attn2conv.conv.", f".mixer.{conv}")
-        if value.ndim == 4 and value.shape[2:] == (1, 1) and ".mixer." in name:
-            value = value.flatten(1)
-        renamed[name] = value
-    return renamed
+def _ends(name: str, anchor: str) -> bool:
+    return name == anchor or name.endswith(f".{anchor}")
 
 
-def _resize(name: str, value: Tensor, target: Tensor) -> Tensor:
+def _map_classifier(
+    given: dict[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    theirs: Sequence[str] | None,
+    ours: Sequence[str] | None,
+) -> str:
+    """Pick the rows of another set of classes by name; says what was done.
+
+    Rows without a counterpart stay as the network has them. Where most have none the classifier is
+    left out of ``given``.
+    """
+    weight, target = given.get(_CLASSIFIER[0]), wanted.get(_CLASSIFIER[0])
+    if weight is None or target is None or weight.shape[1:] != target.shape[1:]:
+        return ""
+    rows, outputs = len(weight), len(target)
+    if rows != outputs:
+        theirs, ours = theirs or _imagenet(rows), ours or _imagenet(outputs)
+    if not theirs or not ours or tuple(theirs) == tuple(ours):
+        return ""
+    for names, count, whose in ((theirs, rows, "file"), (ours, outputs, "network")):
+        if len(names) != count:
+            raise CheckpointError(
+                f"{len(names)} class names for the {count} outputs of the {whose}"
+            )
+    row_of = {name: row for row, name in enumerate(theirs)}
+    found = [row for row, name in enumerate(ours) if name in row_of]
+    if len(found) < outputs / 2:
+        for name in _CLASSIFIER:
+            del given[name]
+        return f"left out: {len(found)} of its {outputs} classes are among the file's {rows}"
+    rows_found = [row_of[ours[row]] for row in found]
+    for name in _CLASSIFIER:
+        value = wanted[name].clone()
+        value[found] = given[name][rows_found].to(value)
+        given[name] = value
+    absent = [name for name in ours if name not in row_of]
+    rest = f", {_some(absent)} not among them" if absent else ""
+    return f"{len(found)} of {outputs} classes found among the file's {rows} by name{rest}"
+
+
+def _imagenet(count: int) -> Sequence[str] | None:
+    """The wnids of as many classes: sorted, as both ImageNets are."""
+    subset = {1000: "imagenet-1k", 21841: "imagenet-22k"}.get(count)
+    return ImageNetInfo(subset).label_names() if subset else None
+
+
+def _resize(model: nn.Module, name: str, value: Tensor, target: Tensor) -> Tensor:
     """``value`` for another window, kernel, grid or number of image channels if it can be."""
-    same_rank = value.ndim == target.ndim
     if name.endswith("relative_position_bias_table") and value.shape[1:] == target.shape[1:]:
-        side = (round(target.shape[0] ** 0.5) + 1) // 2
-        return resize_rel_pos_bias_table(value, (side, side), tuple(target.shape))
-    if name.endswith("mixer.weight") and same_rank and value.shape[2:] == target.shape[2:]:
-        return resize_window_grid(value, tuple(target.shape[:2]))
+        window = model.get_submodule(name.rpartition(".")[0]).window_size
+        return resize_rel_pos_bias_table(value, window, tuple(target.shape))
+    if name.endswith("mixer.weight") and value.shape[-3:] == target.shape[-3:]:
+        if value.ndim == 5 and target.ndim == 5:
+            return resize_window_grid(value, tuple(target.shape[:2]))
+        # Between one matrix a window and one for all: their mean, or each the same.
+        return value.mean((0, 1)) if value.ndim == 5 else value.expand_as(target).clone()
     if name.endswith("mixer.conv.weight") and value.shape[:2] == target.shape[:2]:
         return F.interpolate(value, target.shape[2:], mode="bicubic", align_corners=False)
     if name == "patch_embed.proj.weight" and value.shape[0] == target.shape[0]:
@@ -283,18 +266,11 @@ def _resize(name: str, value: Tensor, target: Tensor) -> Tensor:
 
 def _guess(names: Mapping[str, Tensor]) -> str:
     """Which family and size a set of names looks like."""
-    text = "\n".join(names)
-    marks = {
-        "mixer.qkv.": "swin",
-        "mixer.value.": "swin_local_mlp",
-        "mixer.conv.": "dw_conv",
-        "mixer.bias": "d_dw_conv",
-        "mixer.expand.": "i_d_dw_conv",
-    }
-    family = next((family for mark, family in marks.items() if mark in text), None)
+    family = family_of(names)
     if family is None:
         return "no family of this package"
     width = len(names.get("patch_embed.proj.weight", ()))
+    text = "\n".join(names)
     depths = [len(set(re.findall(rf"^stages\.{i}\.blocks\.(\d+)\.", text, re.M))) for i in range(4)]
     size = {32: "nano", 96: "tiny", 128: "base"}.get(width, "unknown size")
     return f"{family}_{size} (C={width}, depths {' '.join(map(str, depths))})"

@@ -1,0 +1,231 @@
+"""Weights out of a file or from behind a URL, and nothing but weights."""
+
+import json
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models._hub import download_cached_file, get_cache_dir
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+
+# Where training scripts put the weights inside a checkpoint, EMA first. MMEngine writes the
+# averaged ones under "state_dict" and the others under "ema_state_dict".
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What is found beside weights in files of MMEngine, of Swin's and of the authors' code: log buffers
+# of numpy numbers, and the options that a script was run with.
+_NOT_WEIGHTS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.dtypes.Float64DType",
+    "numpy.dtypes.Float32DType",
+    "numpy.dtypes.Int64DType",
+    "yacs.config.CfgNode",
+    "argparse.Namespace",
+)
+_ATTEMPTS = 3
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or that does not fit the network."""
+
+
+class _Damaged(CheckpointError):
+    """A file that was not written, or not downloaded, to its end."""
+
+
+class _Ignored:
+    """Stands in for anything in a file that is no weight: takes any arguments, does nothing."""
+
+    def __new__(cls, *args: object) -> "_Ignored":
+        return super().__new__(cls)
+
+    def __init__(self, *args: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+def read_checkpoint(source: str | Path, *, weights_only: bool = True) -> dict[str, Tensor]:
+    """Read the weights in a file or behind a URL, on the CPU.
+
+    Args:
+        source: a ``.pth`` or ``.safetensors`` file, or a URL of one, which is kept in timm's cache.
+        weights_only: False also unpickles files that need more, Detectron2's ``.pkl`` for one:
+            that runs code that the file names, so only for files whose origin you trust.
+
+    Raises:
+        CheckpointError: no such file, or one that is damaged, holds no state dict or is not safe to
+            unpickle.
+    """
+    return read_with_classes(source, weights_only=weights_only)[0]
+
+
+def read_with_classes(
+    source: str | Path, *, weights_only: bool = True
+) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """As :func:`read_checkpoint`, and the names of the classes where the file has them."""
+    if not is_url(source):
+        content = _load(Path(source).expanduser(), str(source), weights_only)
+        return _unwrap(content, str(source)), _classes(content)
+    path = fetch(str(source))
+    content = _load(path, str(source), weights_only)
+    return _unwrap(content, str(source)), _classes(content)
+
+
+def is_url(source: str | Path) -> bool:
+    """Whether a source is to be downloaded."""
+    return re.match(r"https?://", str(source)) is not None
+
+
+def fetch(url: str) -> Path:
+    """Download a file into timm's cache, if it is not there, and see that it came whole.
+
+    A connection that breaks is tried again; what it left is removed.
+
+    Raises:
+        CheckpointError: the server cannot be reached, or never sent the file to its end.
+    """
+    name = url.rsplit("/", 1)[-1].split("?")[0]
+    cached = Path(get_cache_dir(), name)
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            path = Path(download_cached_file(url, check_hash=True, progress=True))
+        except (URLError, OSError, RuntimeError) as error:
+            reason = str(error)
+        else:
+            if _is_whole(path):
+                return path
+            reason = f"what arrived ({path.stat().st_size} bytes) is no whole checkpoint"
+            path.unlink()
+        _logger.warning(f"{url}: {reason} (attempt {attempt} of {_ATTEMPTS})")
+    raise CheckpointError(
+        f"{url} cannot be downloaded: {reason}; a copy from elsewhere works as {cached}, or by its "
+        "path instead of the URL"
+    )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a download is a checkpoint to its end: archives and safetensors say where that is."""
+    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+        return True
+    try:
+        _load(path, path.name, weights_only=True)
+    except _Damaged:
+        return False
+    except CheckpointError:
+        pass
+    return True
+
+
+def _load(path: Path, source: str, weights_only: bool) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {source}: a file or a URL is needed")
+    with _refusing(source):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}
+                return {"state_dict": weights, "meta": _parsed(file.metadata() or {})}
+        if not weights_only:
+            return _unpickle(path)
+        if path.suffix == ".pkl":
+            raise pickle.UnpicklingError("a .pkl is a pickle of objects")
+        with torch.serialization.safe_globals([(_Ignored, name) for name in _NOT_WEIGHTS]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    """One line, that names the file, for whatever a reader raises."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        needs = f"{named[1]}, which is no weight" if named else reason[0] if reason else "a pickle"
+        if not named and "pickle" not in needs.lower() and "weights" not in needs.lower():
+            raise _Damaged(f"{source} cannot be read: {needs}") from error
+        raise CheckpointError(
+            f"{source} cannot be read as weights alone: it needs {needs}. To read it all the same "
+            "runs code that the file names: if you trust where it is from, pass weights_only=False "
+            "to backbones.load_checkpoint, or write the weights to a safe file by "
+            "tools/convert_checkpoint.py --trust"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _Damaged(f"{source} cannot be read: {reason}") from error
+
+
+def _unpickle(path: Path) -> Any:
+    if path.suffix != ".pkl":
+        return torch.load(path, map_location="cpu", weights_only=False)
+    with open(path, "rb") as file:
+        return pickle.load(file, encoding="latin1")
+
+
+def _unwrap(content: object, source: str) -> dict[str, Tensor]:
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if isinstance(content, Mapping):
+        weights = {k: _tensor(v) for k, v in content.items() if hasattr(v, "shape")}
+        if weights:
+            return weights
+    raise CheckpointError(
+        f"{source} holds no state dict: it should be a mapping of names to tensors, bare or under "
+        f"one of {', '.join(_WRAPPERS)}"
+    )
+
+
+def _tensor(value: Any) -> Tensor:
+    # Detectron2's pickles hold arrays.
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+
+
+def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """A safetensors header: plain strings, or JSON."""
+    parsed = {}
+    for key, text in metadata.items():
+        try:
+            parsed[key] = json.loads(text)
+        except json.JSONDecodeError:
+            parsed[key] = text
+    return parsed
+
+
+def _classes(content: Any) -> tuple[str, ...] | None:
+    """Class names as the three trainings, and MMSegmentation before 1.0, write them."""
+    if not isinstance(content, Mapping):
+        return None
+    meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
+    dataset = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
+    for place, key in (
+        (meta, "classes"),
+        (dataset, "classes"),
+        (meta, "CLASSES"),
+        (content, "classes"),
+    ):
+        names = place.get(key)
+        if isinstance(names, Sequence) and not isinstance(names, str) and names:
+            return tuple(map(str, names))
+    return None
