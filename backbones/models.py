@@ -3,12 +3,19 @@
 from collections.abc import Callable
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 
 from backbones import mixers
 from backbones.checkpoints import checkpoint_filter_fn
 from backbones.ops.window import Size
 from backbones.pyramid import Pyramid
+from backbones.reading import CheckpointError, fetch
+from backbones.released import RELEASED, Released, names_with_weights
 
 # C and depths as Table 8, heads as Swin; nano is for tests, demos and small data.
 _SIZES = {
@@ -88,12 +95,13 @@ def i_d_dw_conv(window_size: int | Size = 7, num_groups: int = 32, **kwargs) -> 
     return Pyramid(mixer, **kwargs)
 
 
-def _cfg(**kwargs) -> dict:
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.9,
+def _cfg(released: Released | None = None) -> dict:
+    size = released.img_size if released else 224
+    cfg = dict(
+        num_classes=released.num_classes if released else 1000,
+        input_size=(3, size, size),
+        pool_size=(size // 32, size // 32),
+        crop_pct=0.9 if size == 224 else 1.0,
         interpolation="bicubic",
         fixed_input_size=False,
         mean=IMAGENET_DEFAULT_MEAN,
@@ -101,11 +109,42 @@ def _cfg(**kwargs) -> dict:
         first_conv="patch_embed.proj",
         classifier="head.fc",
         license="apache-2.0",
-        **kwargs,
     )
+    if released:
+        cfg |= dict(url=released.url, description=released.description)
+    return cfg
 
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in MODEL_NAMES})
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.{tag}" if tag else name: _cfg(released)
+        for name in MODEL_NAMES
+        for tag, released in RELEASED.get(name, {"": None}).items()
+    }
+)
+
+
+def _with_weights(name: str, kwargs: dict) -> dict:
+    """Where timm is to take weights from: a file here, read by :meth:`Pyramid.load_pretrained`.
+
+    Raises:
+        CheckpointError: no weights of this name were released, or they cannot be downloaded.
+    """
+    overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
+    if not (cfg.has_weights or cfg.state_dict):
+        raise CheckpointError(
+            f"no weights of {name} were released; there are {names_with_weights()}. Your own are "
+            f"loaded by pretrained_cfg_overlay=dict(file=...) or backbones.load_checkpoint"
+        )
+    if cfg.url and not (cfg.file or cfg.state_dict or cfg.hf_hub_id):
+        overlay["file"] = str(fetch(cfg.url))
+    return kwargs | {"pretrained_cfg_overlay": overlay | {"custom_load": True}}
+
+
+def _released(name: str, pretrained_cfg: object) -> Released | None:
+    """The released weights that a tag names, if it names some."""
+    return RELEASED.get(name, {}).get(pretrained_cfg) if isinstance(pretrained_cfg, str) else None
 
 
 def _register(family: Callable[..., Pyramid], size: str) -> None:
@@ -114,9 +153,15 @@ def _register(family: Callable[..., Pyramid], size: str) -> None:
     fixed = {k: v for k, v in _SIZES[size].items() if has_heads or k != "num_heads"}
 
     def entry(pretrained: bool = False, **kwargs) -> Pyramid:
+        name = entry.__name__
+        if pretrained:
+            kwargs = _with_weights(name, kwargs)
+        released = _released(name, kwargs.get("pretrained_cfg"))
+        if released and released.window_size != 7:
+            kwargs.setdefault("window_size", released.window_size)
         return build_model_with_cfg(
             family,
-            entry.__name__,
+            name,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),

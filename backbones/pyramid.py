@@ -17,6 +17,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from backbones.checkpoints import load_checkpoint
 from backbones.mixers.norm import batch_norm, paused_statistics
 from backbones.ops.window import Size
 
@@ -119,6 +120,11 @@ class Pyramid(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.fc
+
+    @torch.jit.ignore
+    def load_pretrained(self, path: str) -> None:
+        """What timm calls for a file of weights; see :func:`backbones.load_checkpoint`."""
+        load_checkpoint(self, path)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one, or by none if ``num_classes`` is 0."""

@@ -5,6 +5,7 @@ import logging
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +36,10 @@ _NOT_WEIGHTS = (
     "numpy.dtypes.Float64DType",
     "numpy.dtypes.Float32DType",
     "numpy.dtypes.Int64DType",
-    "yacs.config.CfgNode",
     "argparse.Namespace",
 )
+# A dictionary, which PyTorch fills only where it is one of its own.
+_DICTIONARIES = ("yacs.config.CfgNode", "mmcv.utils.config.ConfigDict", "addict.addict.Dict")
 _ATTEMPTS = 3
 
 
@@ -59,9 +61,6 @@ class _Ignored:
         pass
 
     def __setstate__(self, state: object) -> None:
-        pass
-
-    def __setitem__(self, key: object, value: object) -> None:
         pass
 
 
@@ -148,8 +147,10 @@ def _load(path: Path, source: str, weights_only: bool) -> Any:
         if not weights_only:
             return _unpickle(path)
         if path.suffix == ".pkl":
-            raise pickle.UnpicklingError("a .pkl is a pickle of objects")
-        with torch.serialization.safe_globals([(_Ignored, name) for name in _NOT_WEIGHTS]):
+            raise pickle.UnpicklingError("a pickle of objects, as every .pkl")
+        stand_ins = [(_Ignored, name) for name in _NOT_WEIGHTS]
+        stand_ins += [(OrderedDict, name) for name in _DICTIONARIES]
+        with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -159,16 +160,15 @@ def _refusing(source: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        needs = f"{named[1]}, which is no weight" if named else reason[0] if reason else "a pickle"
-        if not named and "pickle" not in needs.lower() and "weights" not in needs.lower():
-            raise _Damaged(f"{source} cannot be read: {needs}") from error
+        text = str(error)
+        named = re.search(r"GLOBAL (\S+)", text) or re.search(r"Unpickler error: (.+)", text)
+        if named is None and ("pickle" not in text or "truncated" in text):
+            raise _Damaged(f"{source} cannot be read: {text}") from error
         raise CheckpointError(
-            f"{source} cannot be read as weights alone: it needs {needs}. To read it all the same "
-            "runs code that the file names: if you trust where it is from, pass weights_only=False "
-            "to backbones.load_checkpoint, or write the weights to a safe file by "
-            "tools/convert_checkpoint.py --trust"
+            f"{source} cannot be read as weights alone: it holds {named[1] if named else text}. "
+            "Reading it all the same runs code that the file names: if you trust where it is from, "
+            "pass weights_only=False to backbones.load_checkpoint, or write its weights to a safe "
+            "file by tools/convert_checkpoint.py --trust"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

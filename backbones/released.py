@@ -1,0 +1,73 @@
+"""The weights that their authors released, by model name and timm tag.
+
+Of the other names none was ever released: no Swin-Local-MLP, no I-D-DW-Conv, no nano.
+"""
+
+from dataclasses import dataclass
+
+_DEMYSTIFY = "https://github.com/Atten4Vis/DemystifyLocalViT/releases/download/prerelease/"
+_SWIN = "https://github.com/SwinTransformer/storage/releases/download/"
+
+
+@dataclass(frozen=True)
+class Released:
+    """One released file.
+
+    Attributes:
+        url: where it is.
+        top1: ImageNet-1K accuracy in percent that the paper gives for it, None where it gives none.
+        num_classes: outputs of its classifier, 21841 of ImageNet-22K.
+        window_size: positions on a window's side.
+        img_size: rows and columns of its training images in pixels.
+    """
+
+    url: str
+    top1: float | None = None
+    num_classes: int = 1000
+    window_size: int = 7
+    img_size: int = 224
+
+    @property
+    def description(self) -> str:
+        """What it was trained on and how well it does."""
+        data = "ImageNet-22K" if self.num_classes == 21841 else "ImageNet-1K"
+        accuracy = f", top-1 {self.top1}" if self.top1 else ""
+        return f"{data}, {self.img_size}x{self.img_size}, window {self.window_size}{accuracy}"
+
+
+# The first of a model is what `pretrained=True` takes.
+RELEASED = {
+    "swin_tiny": {
+        "ms_in1k": Released(_SWIN + "v1.0.0/swin_tiny_patch4_window7_224.pth", 81.2),
+        "ms_in22k": Released(
+            _SWIN + "v1.0.8/swin_tiny_patch4_window7_224_22k.pth", num_classes=21841
+        ),
+    },
+    "swin_base": {
+        "ms_in1k": Released(_SWIN + "v1.0.0/swin_base_patch4_window7_224.pth", 83.5),
+        "ms_in1k_384": Released(
+            _SWIN + "v1.0.0/swin_base_patch4_window12_384.pth", window_size=12, img_size=384
+        ),
+        "ms_in22k": Released(
+            _SWIN + "v1.0.0/swin_base_patch4_window7_224_22k.pth", num_classes=21841
+        ),
+        "ms_in22k_384": Released(
+            _SWIN + "v1.0.0/swin_base_patch4_window12_384_22k.pth",
+            num_classes=21841,
+            window_size=12,
+            img_size=384,
+        ),
+        "ms_in22k_ft_in1k": Released(
+            _SWIN + "v1.0.0/swin_base_patch4_window7_224_22kto1k.pth", 85.2
+        ),
+    },
+    "dw_conv_tiny": {"atten4vis_in1k": Released(_DEMYSTIFY + "dwnet_tiny_224.pth", 81.2)},
+    "dw_conv_base": {"atten4vis_in1k": Released(_DEMYSTIFY + "dwnet_base_224.pth", 83.2)},
+    "d_dw_conv_tiny": {"atten4vis_in1k": Released(_DEMYSTIFY + "dynamic_dwnet_tiny_224.pth", 81.8)},
+    "d_dw_conv_base": {"atten4vis_in1k": Released(_DEMYSTIFY + "dynamic_dwnet_base_224.pth", 83.2)},
+}
+
+
+def names_with_weights() -> str:
+    """Every ``model.tag``, for messages."""
+    return ", ".join(f"{name}.{tag}" for name, tags in RELEASED.items() for tag in tags)
