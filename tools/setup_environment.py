@@ -41,7 +41,7 @@ BATCH = 12  # packages in one call of pip: an interruption loses no more than th
 MEMORY_PER_COMPILER = 1.3e9  # bytes
 BUILD_TOOLS = ("pip", "setuptools", "wheel", "ninja", "psutil", "packaging")
 REPORTED = (
-    *("torch", "torchvision", "timm", "mmengine", "mmcv", "mmcv.ops", "mmseg"),
+    *("torch", "torchvision", "timm", "mmengine", "mmcv", "mmcv.ops", "mmseg", "mmdet"),
     *("detectron2", "pycocotools", "backbones", "dense"),
 )
 
