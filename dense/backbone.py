@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import backbones
+from backbones.layouts import layout_of, to_ours
 from backbones.mixers.norm import batch_norm
 
 _logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class DenseBackbone(nn.Module):
             {str(i): norm_layer(c) for i, c in zip(self.out_indices, self.channels, strict=True)}
         )
         _set_batch_norms(self, norm)
+        # A whole detector's or segmentor's file may have the backbone by its authors' names.
+        self.register_load_state_dict_pre_hook(_take_other_names)
         self.train()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -158,6 +161,15 @@ def _resolve(name: str, init: str) -> str:
         f"init={init!r} is no file, URL or tag of released weights; "
         f"tags of {name}: {', '.join(tags) or 'none'}"
     )
+
+
+def _take_other_names(module: DenseBackbone, state_dict: dict, prefix: str, *_) -> None:
+    own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    if layout_of(own).name == "ours":
+        return
+    for name in own:
+        del state_dict[prefix + name]
+    state_dict.update({prefix + name: value for name, value in to_ours(own).items()})
 
 
 def _set_batch_norms(model: nn.Module, norm: str) -> None:

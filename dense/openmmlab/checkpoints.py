@@ -2,17 +2,18 @@
 
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, print_log
 from numpy.core import multiarray
+from torch import Tensor, nn
 
-from backbones import CheckpointError
+from backbones import CheckpointError, LoadReport
 
 _STATISTICS = ("min", "max", "mean", "current")
 
@@ -58,6 +59,35 @@ def refusing(source: str | Path) -> Iterator[None]:
             f"{source} is not a checkpoint of this model: {reason} "
             "(weights for the backbone alone go into its init)"
         ) from error
+
+
+def load_whole(
+    model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path
+) -> LoadReport:
+    """Load a whole detector or segmentor, the released files of older OpenMMLab versions too.
+
+    Returns:
+        What matched; it is logged.
+
+    Raises:
+        CheckpointError: anything but a full match.
+    """
+    with refusing(source):
+        result = model.load_state_dict(state_dict, strict=False)
+    counters = "num_batches_tracked"
+    missing = [name for name in result.missing_keys if not name.endswith(counters)]
+    absent = set(result.missing_keys)
+    report = LoadReport(
+        source=str(source),
+        matched=tuple(name for name in model.state_dict() if name not in absent),
+        missing=tuple(missing),
+        unexpected=tuple(result.unexpected_keys),
+        resized=(),
+    )
+    if report.missing or report.unexpected:
+        raise CheckpointError(f"not a checkpoint of this whole model: {report}")
+    print_log(str(report), logger="current")
+    return report
 
 
 def newest_whole(work_dir: str | Path) -> tuple[Path | None, list[Path]]:

@@ -3,7 +3,9 @@
 import numpy as np
 import torch
 from mmseg.apis import inference_model, init_model
+from mmseg.registry import DATASETS
 
+from backbones import CheckpointError
 from dense.backbone import step_back_norms
 from dense.openmmlab import checkpoints
 from dense.segmentation.config import load_config
@@ -15,6 +17,7 @@ class Predictor:
     Attributes:
         classes: names, by index of the label map.
         palette: one RGB colour a class.
+        report: what the checkpoint filled.
     """
 
     def __init__(self, config_file: str, checkpoint: str, device: str = "cpu"):
@@ -22,10 +25,15 @@ class Predictor:
         content = checkpoints.read(checkpoint)
         self._model = init_model(cfg, device="cpu")
         with checkpoints.refusing(checkpoint):
-            self._model.load_state_dict(content["state_dict"])
-            meta = content["meta"]["dataset_meta"]
-        self.classes = tuple(meta["classes"])
-        self.palette = tuple(tuple(int(v) for v in colour) for colour in meta["palette"])
+            weights = content["state_dict"]
+        self.report = checkpoints.load_whole(self._model, weights, checkpoint)
+        names, palette = _classes(content.get("meta", {}), cfg.test_dataloader.dataset)
+        if len(names) != self._model.num_classes:
+            raise CheckpointError(
+                f"{checkpoint} names {len(names)} classes, the model has {self._model.num_classes}"
+            )
+        self.classes = tuple(names)
+        self.palette = tuple(tuple(int(v) for v in colour) for colour in palette)
         self._model = step_back_norms(self._model).to(device).eval()
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
@@ -37,3 +45,16 @@ class Predictor:
         # MMSegmentation reads files as BGR and turns them in its data preprocessor.
         result = inference_model(self._model, np.ascontiguousarray(image[..., ::-1]))
         return result.pred_sem_seg.data[0].to(torch.int32).cpu().numpy()
+
+
+def _classes(meta: dict, dataset: dict) -> tuple:
+    """Names and colours of a checkpoint, or of the config's dataset where it has none.
+
+    MMSegmentation before 1.0 wrote them in capitals.
+    """
+    meta = meta.get("dataset_meta", meta)
+    for names, palette in (("classes", "palette"), ("CLASSES", "PALETTE")):
+        if meta.get(names) and meta.get(palette):
+            return meta[names], meta[palette]
+    meta = dataset.get("metainfo") or DATASETS.get(dataset["type"]).METAINFO
+    return meta["classes"], meta["palette"]
