@@ -1,0 +1,20 @@
+"""36 epochs of AdamW in mixed precision, 16 images an iteration (8 GPUs of 2)."""
+
+optim_wrapper = dict(
+    type="AmpOptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    # Norms by their class, batch norms among them: many here have no "norm" in their name.
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        custom_keys={"relative_position_bias_table": dict(decay_mult=0.0)},
+    ),
+)
+param_scheduler = [
+    # Swin's warm-up; the paper takes over its settings.
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
+    dict(type="MultiStepLR", by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
+]
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=36, val_interval=3)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+auto_scale_lr = dict(enable=False, base_batch_size=16)

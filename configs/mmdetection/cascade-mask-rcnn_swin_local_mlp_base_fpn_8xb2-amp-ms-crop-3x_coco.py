@@ -1,0 +1,16 @@
+"""Cascade Mask R-CNN, COCO, Swin-Local-MLP base."""
+
+_base_ = [
+    "./_base_/cascade_mask_rcnn.py",
+    "./_base_/coco.py",
+    "./_base_/schedule_3x.py",
+    "./_base_/default_runtime.py",
+]
+model = dict(
+    backbone=dict(
+        type="swin_local_mlp_base",
+        drop_path_rate=0.3,
+        init="checkpoints/swin_local_mlp_base_in1k.pth",
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)

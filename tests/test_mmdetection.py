@@ -1,0 +1,223 @@
+"""MMDetection's Cascade Mask R-CNN on our backbones: the paper's counts, names, steps, sizes."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="MMDetection is not installed")
+
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+from torch import nn
+
+import dense.openmmlab.runner  # noqa: F401
+import dense.segmentation  # noqa: F401
+from dense.backbone import step_back_norms
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs/mmdetection"
+FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
+RECIPE = "fpn_8xb2-amp-ms-crop-3x_coco"
+FULL_SIZE = sorted(path.stem for path in CONFIGS.glob(f"*{RECIPE}.py"))
+NANO = "cascade-mask-rcnn_i_d_dw_conv_nano_fpn"
+# Table 3 and 11, millions; the paper has no row for Swin-Local-MLP.
+TABLE_3 = {
+    "swin_tiny": 86,
+    "dw_conv_tiny": 82,
+    "d_dw_conv_tiny": 108,
+    "i_d_dw_conv_tiny": 84,
+    "swin_base": 145,
+    "dw_conv_base": 132,
+    "d_dw_conv_base": 219,
+    "i_d_dw_conv_base": 137,
+}
+
+
+def config(name, **backbone):
+    cfg = Config.fromfile(CONFIGS / f"{name}.py")
+    cfg.model.backbone.update(init=None, **backbone)
+    return cfg
+
+
+def build(cfg, device="cpu"):
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    with torch.device(device):
+        return MODELS.build(cfg.model)
+
+
+def sample(height, width, seed=0):
+    """An image of two rectangles as ``(3, H, W)`` uint8 BGR, and what is on it."""
+    rng = np.random.default_rng(seed)
+    boxes = np.array([[4, 6, width // 2, height - 8], [width // 3, 10, width - 5, height // 2]])
+    masks = np.zeros((2, height, width), np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+        mask[top:bottom, left:right] = 1
+    truth = InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32),
+        labels=torch.tensor([3, 7]),
+        masks=BitmapMasks(masks, height, width),
+    )
+    meta = dict(img_id=seed, img_shape=(height, width), ori_shape=(height, width))
+    data = DetDataSample(metainfo=dict(**meta, scale_factor=(1.0, 1.0)), gt_instances=truth)
+    image = torch.from_numpy(rng.integers(0, 255, (3, height, width), dtype=np.uint8))
+    return image, data
+
+
+def batch(*sizes):
+    images, data = zip(*(sample(*size, seed=i) for i, size in enumerate(sizes)), strict=True)
+    return dict(inputs=list(images), data_samples=list(data))
+
+
+def test_there_is_a_config_for_every_family_and_size():
+    expected = {NANO}
+    for family in FAMILIES:
+        for size in ("tiny", "base", "base-in22k-pre"):
+            expected.add(f"cascade-mask-rcnn_{family}_{size}_{RECIPE}")
+    assert {path.stem for path in CONFIGS.glob("*.py")} == expected
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_has_exactly_the_papers_parameters(name):
+    cfg = Config.fromfile(CONFIGS / f"{name}.py")
+    backbone = cfg.model.backbone
+    assert name.startswith(f"cascade-mask-rcnn_{backbone.type}")
+    pretraining = "in22k" if "in22k" in name else "in1k"
+    assert backbone.init == f"checkpoints/{backbone.type}_{pretraining}.pth"
+    assert backbone.drop_path_rate == (0.2 if "_tiny" in name else 0.3)
+    model = build(cfg, "meta")
+    assert list(model.backbone.channels) == list(cfg.model.neck.in_channels)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    published = TABLE_3.get(backbone.type)
+    assert published is None or round(millions) == published
+
+
+def test_recipe():
+    cfg = Config.fromfile(CONFIGS / f"cascade-mask-rcnn_dw_conv_tiny_{RECIPE}.py")
+    heads = cfg.model.roi_head.bbox_head
+    assert [head.bbox_coder.target_stds[0] for head in heads] == [0.1, 0.05, 0.033]
+    for head in heads:
+        assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ("ConvFCBBoxHead", 4, 1)
+        assert (head.loss_bbox.type, head.loss_bbox.loss_weight) == ("GIoULoss", 10.0)
+        assert head.norm_cfg.type == cfg.model.backbone.norm == "SyncBN"
+        assert head.reg_decoded_bbox and not head.reg_class_agnostic
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-4, 0.05)
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
+    assert cfg.train_cfg.max_epochs == 36 and cfg.param_scheduler[1].milestones == [27, 33]
+    assert cfg.train_dataloader.batch_size * 8 == 16
+    choice = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}["RandomChoice"]
+    (whole,), (small, crop, again) = choice.transforms
+    assert whole.scales == again.scales == [(short, 1333) for short in range(480, 801, 32)]
+    assert small.scales == [(400, 1333), (500, 1333), (600, 1333)]
+    assert crop.crop_size == (384, 600)
+    preprocessor = cfg.model.data_preprocessor
+    assert preprocessor.bgr_to_rgb and preprocessor.mean == [123.675, 116.28, 103.53]
+
+
+def test_names_outside_the_backbone_are_mmdetection_2s():
+    """The released files were written by 2.11: nothing of theirs may have another name here."""
+    model = build(config(f"cascade-mask-rcnn_dw_conv_tiny_{RECIPE}"), "meta")
+    found = {k: tuple(v.shape) for k, v in model.state_dict().items() if k[:9] != "backbone."}
+    expected = {}
+
+    def layer(name, *shape, bias=True):
+        expected[f"{name}.weight"] = shape
+        if bias:
+            expected[f"{name}.bias"] = shape[:1]
+
+    for i, channels in enumerate((96, 192, 384, 768)):
+        layer(f"neck.lateral_convs.{i}.conv", 256, channels, 1, 1)
+        layer(f"neck.fpn_convs.{i}.conv", 256, 256, 3, 3)
+    layer("rpn_head.rpn_conv", 256, 256, 3, 3)
+    layer("rpn_head.rpn_cls", 3, 256, 1, 1)
+    layer("rpn_head.rpn_reg", 12, 256, 1, 1)
+    for stage in range(3):
+        box, mask = f"roi_head.bbox_head.{stage}", f"roi_head.mask_head.{stage}"
+        for i in range(4):
+            layer(f"{box}.shared_convs.{i}.conv", 256, 256, 3, 3, bias=False)
+            layer(f"{box}.shared_convs.{i}.bn", 256)
+            expected[f"{box}.shared_convs.{i}.bn.running_mean"] = (256,)
+            expected[f"{box}.shared_convs.{i}.bn.running_var"] = (256,)
+            expected[f"{box}.shared_convs.{i}.bn.num_batches_tracked"] = ()
+            layer(f"{mask}.convs.{i}.conv", 256, 256, 3, 3)
+        layer(f"{box}.shared_fcs.0", 1024, 256 * 7 * 7)
+        layer(f"{box}.fc_cls", 81, 1024)
+        layer(f"{box}.fc_reg", 320, 1024)
+        expected[f"{mask}.upsample.weight"] = (256, 256, 2, 2)
+        expected[f"{mask}.upsample.bias"] = (256,)
+        layer(f"{mask}.conv_logits", 80, 256, 1, 1)
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nano_trains_and_predicts_at_any_size(family):
+    cfg = config(NANO, type=f"{family}_nano")
+    # Nothing pads here: 75 and 101 reach the pyramid as they are.
+    cfg.model.data_preprocessor.pad_size_divisor = 1
+    model = step_back_norms(build(cfg))
+    assert model.train() is model
+
+    data = model.data_preprocessor(batch((75, 101), (75, 101)), training=True)
+    assert data["inputs"].shape == (2, 3, 75, 101)
+    losses = model(**data, mode="loss")
+    loss, _ = model.parse_losses(losses)
+    assert math.isfinite(loss.detach())
+    assert {"s0.loss_bbox", "s2.loss_mask", "loss_rpn_cls"} <= set(losses)
+    loss.backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+    assert model.eval() is model
+    model.test_cfg.rcnn.score_thr = 0.0
+    model.roi_head.test_cfg.score_thr = 0.0
+    with torch.no_grad():
+        (result,) = model.test_step(batch((75, 101)))
+    instances = result.pred_instances
+    assert len(instances) > 0 and instances.masks.shape[1:] == (75, 101)
+    assert instances.bboxes[:, 2].max() <= 101 and instances.bboxes[:, 3].max() <= 75
+
+
+def test_features_are_detectron2s():
+    """One network under both frameworks: the same weights give the same maps."""
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from dense.detection import PyramidBackbone
+
+    init_default_scope("mmdet")
+    ours = MODELS.build(dict(type="i_d_dw_conv_nano", norm="BN")).eval()
+    theirs = PyramidBackbone(name="i_d_dw_conv_nano", norm="BN").eval()
+    for module in ours.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 70, 99)
+    with torch.no_grad():
+        for map_, other in zip(ours(x), theirs(x).values(), strict=True):
+            torch.testing.assert_close(map_, other, rtol=0, atol=0)
+
+
+def test_mmsegmentation_and_detectron2_are_not_needed():
+    code = (
+        "import sys\n"
+        "for name in ('mmseg', 'detectron2'): sys.modules[name] = None\n"
+        "from mmengine.config import Config\n"
+        "from mmengine.registry import init_default_scope\n"
+        "from mmdet.registry import MODELS\n"
+        f"cfg = Config.fromfile('configs/mmdetection/{NANO}.py')\n"
+        "init_default_scope(cfg.default_scope)\n"
+        "print(type(MODELS.build(cfg.model).backbone).__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"PyramidBackbone\s*$", done.stdout)
