@@ -1,6 +1,8 @@
 """Loading: what is taken, what is refused, and what the report says."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import backbones
+from backbones.layouts import LAYOUTS, from_ours
 
 X = torch.randn(1, 3, 64, 64)
 
@@ -163,6 +166,88 @@ def test_another_image_resizes_the_window_grid(tmp_path):
     target = build("swin_local_mlp_nano", img_size=448)
     report = backbones.load_checkpoint(target, tmp_path / "file.pth")
     assert len(report.resized) == 5
+
+
+def test_per_window_weights_start_the_shared_form_and_back(tmp_path):
+    source = build("swin_local_mlp_nano")
+    torch.save(source.state_dict(), tmp_path / "windows.pth")
+    shared = build("swin_local_mlp_nano", seed=1, shared=True)
+    report = backbones.load_checkpoint(shared, tmp_path / "windows.pth")
+    name = "stages.1.blocks.0.mixer.weight"
+    windows = source.state_dict()[name]
+    assert len(report.resized) == 5 and name in report.resized
+    expected = windows.double().flatten(0, 1).mean(0).float()
+    torch.testing.assert_close(shared.state_dict()[name], expected)
+
+    torch.save(shared.state_dict(), tmp_path / "shared.pth")
+    backbones.load_checkpoint(source, tmp_path / "shared.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(source(X), shared(X))
+
+
+def test_another_number_of_channels_in_the_image(tmp_path):
+    source = build("dw_conv_nano")
+    torch.save(source.state_dict(), tmp_path / "rgb.pth")
+    grey = build("dw_conv_nano", seed=1, in_chans=1)
+    report = backbones.load_checkpoint(grey, tmp_path / "rgb.pth")
+    assert report.resized == ("patch_embed.proj.weight",)
+    image = torch.randn(1, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(grey(image), source(image.expand(-1, 3, -1, -1)))
+
+
+def test_mmpretrain_keeps_its_classifier_beside_the_backbone(tmp_path):
+    source = build("swin_nano")
+    released = from_ours(source.state_dict(), LAYOUTS["openmmlab"])
+    released = {f"backbone.{k}": v for k, v in released.items()}
+    released |= {f"backbone.norm3.{k}": v for k, v in source.norm.state_dict().items()}
+    released |= {f"head.fc.{k}": v for k, v in source.head.fc.state_dict().items()}
+    torch.save({"state_dict": released}, tmp_path / "mmpretrain.pth")
+    target = build("swin_nano", seed=1)
+    report = backbones.load_checkpoint(target, tmp_path / "mmpretrain.pth")
+    assert not (report.missing or report.unexpected)
+    with torch.no_grad():
+        assert target(X).equal(source(X))
+
+
+def test_mmengine_checkpoints_are_read_where_it_is_not_installed(tmp_path):
+    history_buffer = pytest.importorskip("mmengine.logging").HistoryBuffer
+    log = history_buffer()
+    log.update(1.0)
+    weights = {f"backbone.{k}": v for k, v in build("dw_conv_nano").state_dict().items()}
+    content = {"state_dict": weights, "message_hub": {"log_scalars": {"loss": log}}}
+    torch.save(content, tmp_path / "iter_1.pth")
+    code = f"""if True:
+        import sys
+        sys.modules["mmengine"] = None
+        import backbones, timm
+        file = {str(tmp_path / "iter_1.pth")!r}
+        timm.create_model(
+            "dw_conv_nano", pretrained=True, pretrained_cfg_overlay=dict(file=file), num_classes=5
+        )
+        timm.create_model(
+            "dw_conv_nano",
+            pretrained=True,
+            pretrained_cfg_overlay=dict(file=file),
+            features_only=True,
+            out_indices=(1, 2),
+        )
+        model = timm.create_model("dw_conv_nano", num_classes=5)
+        print(len(backbones.load_checkpoint(model, file).matched))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(len(weights)), done.stderr
+
+
+def test_the_averaged_weights_of_mmengine_are_the_ones_taken(tmp_path):
+    """Its EMA hook writes them under ``state_dict`` and the others under ``ema_state_dict``."""
+    average, other = build("dw_conv_nano").state_dict(), build("dw_conv_nano", seed=1).state_dict()
+    others = {f"module.{k}": v for k, v in other.items()} | {"steps": torch.tensor(3)}
+    content = {"state_dict": average, "ema_state_dict": others}
+    torch.save(content, tmp_path / "ema.pth")
+    target = build("dw_conv_nano", seed=2)
+    backbones.load_checkpoint(target, tmp_path / "ema.pth")
+    assert all(v.equal(average[k]) for k, v in target.state_dict().items())
 
 
 def test_mmengine_checkpoints_are_read_without_their_logs(tmp_path):
