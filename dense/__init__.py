@@ -1,7 +1,8 @@
 """What plugs the backbones into detection and segmentation frameworks.
 
 Nothing here imports a framework: :mod:`dense.detection` needs Detectron2, :mod:`dense.segmentation`
-mmengine (and MMSegmentation for its configs), each without the other.
+mmengine (and MMSegmentation for its configs), :mod:`dense.mmdetection` MMDetection, each without
+the others.
 """
 
 from importlib.util import find_spec

@@ -15,6 +15,12 @@ from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 OVERLAYS, DETECTIONS, LABELS = "overlays", "detections", "labels"
+# Where results go and what they are, by whose config it is.
+RESULTS = {
+    "detection": (DETECTIONS, ".json"),
+    "mmdetection": (DETECTIONS, ".json"),
+    "segmentation": (LABELS, ".png"),
+}
 
 
 class PredictionError(ValueError):
@@ -42,11 +48,12 @@ class Job:
 
 
 def framework_of(config: str | os.PathLike) -> str:
-    """Whose config a file is: ``"detection"`` (LazyConfig) or ``"segmentation"`` (mmengine).
+    """Whose config a file is: ``"detection"`` (LazyConfig), ``"segmentation"`` (MMSegmentation) or
+    ``"mmdetection"``.
 
-    The file is parsed, not run. mmengine's configs inherit by ``_base_`` or ``read_base()`` or
-    import nothing; LazyConfig's import what they build. A ``.yaml`` is a LazyConfig that a
-    training saved.
+    The file is parsed, not run, to tell LazyConfig from mmengine. mmengine's configs inherit by
+    ``_base_`` or ``read_base()`` or import nothing; LazyConfig's import what they build. A
+    ``.yaml`` is a LazyConfig that a training saved. ``default_scope`` tells mmengine's apart.
 
     Raises:
         PredictionError: no such file, or it is neither.
@@ -63,10 +70,21 @@ def framework_of(config: str | os.PathLike) -> str:
     except (SyntaxError, UnicodeDecodeError) as error:
         raise PredictionError(f"config {config} is not Python: {error}") from error
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    if names & {"_base_", "read_base"}:
-        return "segmentation"
     imports = any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
-    return "detection" if imports else "segmentation"
+    if imports and not names & {"_base_", "read_base"}:
+        return "detection"
+    return "mmdetection" if _default_scope(path) == "mmdet" else "segmentation"
+
+
+def _default_scope(config: Path) -> str | None:
+    """The package that an mmengine config is for; None where that cannot be told."""
+    try:
+        from mmengine.config import Config
+
+        return Config.fromfile(config, import_custom_modules=False).get("default_scope")
+    # What is wrong with it is said where it is loaded.
+    except Exception:
+        return None
 
 
 def config_beside(checkpoint: str | os.PathLike) -> Path:
@@ -105,7 +123,7 @@ def plan(
     Args:
         inputs: images and folders.
         out: where to write; what lies in it is never an input.
-        framework: ``"detection"`` or ``"segmentation"``.
+        framework: what :func:`framework_of` said.
         resume: leave out images that are done.
         overwrite: write over the results of earlier runs.
 
@@ -121,9 +139,7 @@ def plan(
         found.update(_images(Path(entry), out))
 
     stems = [name.with_suffix("") for name in found.values()]
-    folder, suffix = {"detection": (DETECTIONS, ".json"), "segmentation": (LABELS, ".png")}[
-        framework
-    ]
+    folder, suffix = RESULTS[framework]
     jobs: dict[PurePosixPath, Job] = {}
     for (source, name), stem in zip(found.items(), stems, strict=True):
         # a.jpg and a.png in one folder: the whole name tells them apart.
@@ -217,9 +233,13 @@ def run(
 
 
 def detection_writer(
-    predictor: Callable[[np.ndarray], dict], score_threshold: float
+    predictor: Callable[[np.ndarray], dict],
+    score_threshold: float,
+    draw: Callable[..., np.ndarray] | None = None,
 ) -> Callable[[np.ndarray, Job], None]:
     """What :func:`run` calls for a detector of :func:`dense.detection.load_predictor`.
+
+    ``draw`` is :func:`draw_instances` unless :func:`draw_instances_openmmlab` is given.
 
     The JSON has the image's ``image``, ``height``, ``width``, the ``classes`` by index, and
     ``instances``, best first, as in COCO's results: ``bbox`` ``[x, y, width, height]`` in pixels,
@@ -234,7 +254,7 @@ def detection_writer(
         boxes, scores, classes = (found[key][keep] for key in ("boxes", "scores", "classes"))
         masks = None if found["masks"] is None else found["masks"][keep]
         texts = [f"{names[c]} {100 * s:.0f}%" for c, s in zip(classes, scores, strict=True)]
-        _save_image(draw_instances(image, boxes, masks, texts), job.overlay)
+        _save_image((draw or draw_instances)(image, boxes, masks, texts), job.overlay)
         content = {
             "image": str(job.source),
             "height": image.shape[0],
@@ -333,6 +353,33 @@ def draw_instances(
         assigned_colors=[colours[index % len(colours)] for index in range(len(boxes))],
     )
     return np.ascontiguousarray(visualizer.output.get_image())
+
+
+def draw_instances_openmmlab(
+    image: np.ndarray, boxes: np.ndarray, masks: np.ndarray | None, texts: Sequence[str]
+) -> np.ndarray:
+    """As :func:`draw_instances`, by mmengine's visualizer."""
+    from matplotlib import colormaps
+    from mmengine.visualization import Visualizer
+
+    scale = _enlargement(image)
+    visualizer = Visualizer(image=image.repeat(scale, axis=0).repeat(scale, axis=1))
+    if len(boxes):
+        table = (np.asarray(colormaps["tab10"].colors) * 255).astype(int).tolist()
+        colours = [tuple(table[index % len(table)]) for index in range(len(boxes))]
+        if masks is not None:
+            masks = masks.astype(bool).repeat(scale, axis=1).repeat(scale, axis=2)
+            visualizer.draw_binary_masks(masks, colors=colours, alphas=0.5)
+        visualizer.draw_bboxes(boxes * scale, edge_colors=colours, line_widths=1)
+        visualizer.draw_texts(
+            list(texts),
+            boxes[:, :2] * scale,
+            font_sizes=max(8, min(image.shape[:2]) * scale // 40),
+            colors="white",
+            vertical_alignments="top",
+            bboxes=dict(facecolor="black", alpha=0.6, pad=1, edgecolor="none"),
+        )
+    return visualizer.get_image()
 
 
 def segmentation_drawer(

@@ -15,6 +15,7 @@ from dense.prediction import PredictionError, UnreadableImage, framework_of, pla
 ROOT = Path(__file__).parents[1]
 DETECTION_CONFIG = ROOT / "configs/detection/cascade_mask_rcnn_dw_conv_nano.py"
 SEGMENTATION_CONFIG = ROOT / "configs/segmentation/dw_conv_nano_upernet.py"
+MMDETECTION_CONFIG = next((ROOT / "configs/mmdetection").glob("*nano*.py"))
 COLOURS = ((250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 20))
 
 
@@ -375,6 +376,51 @@ def test_tool_detects_beside_an_unreadable_photo(detector, tmp_path, quadrants):
     assert "a.json is there already" in result.stderr and "Traceback" not in result.stderr
     result = run_tool(photos / "a.png", "--checkpoint", detector, "--out", out, "--resume")
     assert result.returncode == 0 and "already" in result.stdout
+
+
+def test_tool_takes_a_released_detector_of_mmdetection(tmp_path, quadrants):
+    """Cascade Mask R-CNN as MMDetection 2 wrote it: the authors' names inside, CLASSES beside."""
+    pytest.importorskip("mmdet", reason="MMDetection is not installed")
+    import torch
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+
+    from backbones.layouts import LAYOUTS, from_ours
+
+    config = Config.fromfile(MMDETECTION_CONFIG)
+    config.model.backbone.update(type="d_dw_conv_nano", init="not-needed.pth")
+    config.model.test_cfg.rcnn.score_thr = 0.0
+    config.dump(tmp_path / "cascade.py")
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    weights = MODELS.build(config.model).state_dict()
+    own = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
+    released = {k: v for k, v in weights.items() if not k.startswith("backbone.")}
+    renamed = from_ours(own, LAYOUTS["original"])
+    assert "layers.0.blocks.0.attn2conv.conv.conv1.weight" in renamed and "norm0.weight" in renamed
+    released |= {f"backbone.{k}": v for k, v in renamed.items()}
+    classes = tuple(f"class {i}" for i in range(80))
+    file = {"state_dict": released, "meta": {"CLASSES": classes, "mmdet_version": "2.11.0"}}
+    torch.save(file, tmp_path / "cascade.pth")
+
+    photos = write_photos(tmp_path / "photos", quadrants)
+    out = tmp_path / "out"
+    args = ("--checkpoint", tmp_path / "cascade.pth", "--config", tmp_path / "cascade.py")
+    result = run_tool(photos, *args, "--out", out, "--score-thr", 0)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(released)} matched, 0 missing, 0 unexpected" in result.stdout + result.stderr
+    for name in ("a", "inside/grey"):
+        content = json.loads((out / "detections" / f"{name}.json").read_text())
+        assert content["instances"] and content["classes"] == list(classes)
+        assert all(i["segmentation"]["size"] == [40, 60] for i in content["instances"])
+        assert (out / "overlays" / f"{name}.jpg").is_file()
+
+    del released["neck.fpn_convs.0.conv.bias"]
+    torch.save(file, tmp_path / "cascade.pth")
+    result = run_tool(photos, *args, "--out", out, "--overwrite")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "missing: neck.fpn_convs.0.conv.bias" in result.stderr
 
 
 def test_tool_segments(segmentor, tmp_path, quadrants):

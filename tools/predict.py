@@ -3,10 +3,12 @@
     python tools/predict.py --checkpoint work_dirs/detector/model_final.pth \\
         photos/ portrait.jpg --out predictions
 
-Draws every photo into OUT/overlays. A detector's boxes, masks and classes go to OUT/detections, a
-JSON for each photo; a segmentor's label maps to OUT/labels, a PNG for each. The config decides
-which of the two it is; it is taken from beside the checkpoint unless it is named. An unreadable
-photo is named and left out, and the exit status is then 1.
+Takes what train_detector.py and train_segmentor.py wrote, checkpoints of MMDetection, and the
+whole files that the paper's authors released. Draws every photo into OUT/overlays. A detector's
+boxes, masks and classes go to OUT/detections, a JSON for each photo; a segmentor's label maps to
+OUT/labels, a PNG for each. The config decides which of the two it is; it is taken from beside the
+checkpoint unless it is named. An unreadable photo is named and left out, and the exit status is
+then 1.
 """
 
 import argparse
@@ -23,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="images and folders of images")
-    add("--checkpoint", required=True, help=".pth of train_detector.py or train_segmentor.py")
+    add("--checkpoint", required=True, help=".pth of a whole detector or segmentor")
     add("--config", help="what it was trained with; default: the one beside the checkpoint")
     add("--out", required=True, help="folder for the results")
     add("--score-thr", type=float, default=0.5, help="detections below are left out (0.5)")
@@ -46,6 +48,12 @@ def load(args: argparse.Namespace, framework: str, config: str):
 
         predictor = load_predictor(config, args.checkpoint, device)
         return prediction.detection_writer(predictor, args.score_thr)
+    if framework == "mmdetection":
+        from dense.mmdetection import load_predictor
+
+        predictor = load_predictor(config, args.checkpoint, device)
+        draw = prediction.draw_instances_openmmlab
+        return prediction.detection_writer(predictor, args.score_thr, draw)
 
     from dense.segmentation import load_predictor
 
@@ -93,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = prediction.run(tqdm(jobs, desc="predicting", unit="image"), write)
     for error in failed:
         print(f"predict: {error}", file=sys.stderr)
-    kind = {"detection": prediction.DETECTIONS, "segmentation": prediction.LABELS}[framework]
+    kind, _ = prediction.RESULTS[framework]
     print(f"{len(jobs) - len(failed)} images predicted: {args.out}/{prediction.OVERLAYS}, {kind}")
     if failed:
         print(f"predict: {len(failed)} of {len(jobs)} images were unreadable", file=sys.stderr)
