@@ -114,6 +114,14 @@ def test_every_name_has_its_released_weights_or_says_that_it_has_none(name):
             timm.create_model(name, pretrained=True)
 
 
+def test_the_readme_lists_them():
+    page = Path(backbones.__file__).with_name("README.md").read_text()
+    for name, tags in RELEASED.items():
+        for tag, released in tags.items():
+            data = released.description.split(", top-1")[0]
+            assert f"| `{name}` | `{tag}` | {data} | {released.top1 or ''} |" in page
+
+
 def test_a_tag_of_384_builds_its_window():
     model = timm.create_model("swin_base.ms_in22k_384", num_classes=0)
     assert model.stages[0].blocks[0].mixer.window_size == (12, 12)
