@@ -7,6 +7,7 @@ Importing this package registers the models with timm::
 """
 
 from backbones.checkpoints import LoadReport, load_checkpoint
+from backbones.fusion import fuse
 from backbones.models import FAMILIES, MODEL_NAMES
 from backbones.pyramid import Pyramid
 from backbones.reading import CheckpointError, read_checkpoint
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "LoadReport",
     "Pyramid",
+    "fuse",
     "load_checkpoint",
     "read_checkpoint",
 ]
