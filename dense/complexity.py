@@ -1,0 +1,290 @@
+"""Parameters and FLOPs of the backbones, and of whole detectors and segmentors around them.
+
+A FLOP is a multiply-add, as in the paper. fvcore counts PyTorch's operators; the five that mix
+pixels are counted from their definitions here, whichever of their paths a machine would run, and
+are not computed while counting.
+
+A detector is counted as MMDetection's tool counted the paper's: backbone, pyramid and region
+proposals at 1280x800, 1000 boxes through each stage of the cascade and 100 through each mask head,
+without the pooling of regions. A segmentor at 512x2048, without the auxiliary head, which no
+inference runs but whose parameters count.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
+from torch import Tensor, nn
+
+from backbones import ops
+from dense import require
+from dense.backbone import step_back_norms
+
+DETECTOR_INPUT = (1, 3, 800, 1280)
+SEGMENTOR_INPUT = (1, 3, 512, 2048)
+BOXES, MASKS = 1000, 100
+
+_counted: dict[tuple, int] = {}
+
+
+class Count(NamedTuple):
+    """Parameters, and multiply-adds for one image; None where they were not asked for."""
+
+    parameters: int
+    flops: int | None
+
+    def __add__(self, other: "Count") -> "Count":
+        flops = None if self.flops is None or other.flops is None else self.flops + other.flops
+        return Count(self.parameters + other.parameters, flops)
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of parameters, learned or frozen, buffers left out."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops(model: nn.Module, *shapes: tuple[int, ...]) -> int:
+    """Multiply-adds of a forward pass in evaluation mode.
+
+    Args:
+        model: called with one tensor a shape; on the CPU or, to be materialised here, on ``meta``.
+        shapes: those of its inputs, batch first.
+
+    Returns:
+        The total over all operators; equal models of equal inputs are run once.
+    """
+    sizes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
+    key = (repr(model), sizes, shapes)
+    if key not in _counted:
+        if any(p.is_meta for p in model.parameters()):
+            model = _zeros(model)
+        analysis = FlopCountAnalysis(model.eval(), tuple(torch.zeros(shape) for shape in shapes))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        analysis.set_op_handle(_OPERATOR, _mixing_flops)
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+        with torch.no_grad(), _operators_counted():
+            _counted[key] = int(analysis.total())
+    return _counted[key]
+
+
+def classifier(
+    name: str, img_size: int = 224, window_size: int = 7, with_flops: bool = True
+) -> Count:
+    """A classifier of 1000 classes on one square image of ``img_size``."""
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=img_size, window_size=window_size)
+    shape = (1, 3, img_size, img_size)
+    return Count(parameters(model), flops(model, shape) if with_flops else None)
+
+
+def segmentor(config: str | Path, with_flops: bool = True) -> Count:
+    """The segmentor of a config of MMSegmentation."""
+    require("mmseg", "segmentation")
+    model = _openmmlab_model(config)
+    count = None
+    if with_flops:
+        count = flops(model.backbone, SEGMENTOR_INPUT)
+        count += flops(
+            _OnFeatures(model.decode_head), *_feature_shapes(model.backbone, SEGMENTOR_INPUT)
+        )
+    return Count(parameters(model), count)
+
+
+def mmdet_detector(config: str | Path, with_flops: bool = True) -> Count:
+    """The detector of a config of MMDetection."""
+    require("mmdet", "mmdetection")
+    model = _openmmlab_model(config)
+    count = None
+    if with_flops:
+        rois = model.roi_head
+        count = flops(model.backbone, DETECTOR_INPUT)
+        proposals = _OnFeatures(nn.Sequential(model.neck, model.rpn_head))
+        count += flops(proposals, *_feature_shapes(model.backbone, DETECTOR_INPUT))
+        channels = model.neck.out_channels
+        for box_head, mask_head in zip(rois.bbox_head, rois.mask_head, strict=True):
+            count += flops(box_head, (BOXES, channels, 7, 7))
+            count += flops(mask_head, (MASKS, channels, 14, 14))
+    return Count(parameters(model), count)
+
+
+def detectron2_detector(
+    config: str | Path, with_flops: bool = True
+) -> tuple[Count, dict[str, Count]]:
+    """The detector of a LazyConfig of Detectron2.
+
+    Returns:
+        What it has, and what the paper's cascade has more, by name: a mask head in each stage
+        where this one has one for all, and a box for each class.
+    """
+    require("detectron2", "detection")
+    from detectron2.config import instantiate
+
+    from dense.detection.config import load_config
+
+    with torch.device("meta"):
+        model = step_back_norms(instantiate(load_config(str(config)).model))
+    size = parameters(model)
+    pyramid, heads = model.backbone, model.roi_heads
+    mask_layers = nn.Sequential(*heads.mask_head.children())
+    stages = len(heads.box_head)
+
+    total = mask_flops = box_flops = None
+    classes, inputs = heads.num_classes, heads.box_predictor[0].bbox_pred.in_features
+    if with_flops:
+        channels = pyramid.output_shape()["p2"].channels
+        mask_flops = flops(mask_layers, (MASKS, channels, 14, 14))
+        box_flops = stages * (classes - 1) * 4 * inputs * BOXES
+        total = flops(pyramid.bottom_up, DETECTOR_INPUT) + mask_flops
+        shapes = _feature_shapes(pyramid.bottom_up, DETECTOR_INPUT)
+        total += flops(_Proposals(pyramid, model.proposal_generator.rpn_head), *shapes)
+        for box_head, predictor in zip(heads.box_head, heads.box_predictor, strict=True):
+            total += flops(nn.Sequential(box_head, predictor), (BOXES, channels, 7, 7))
+    more = {
+        "two more mask heads": Count(
+            (stages - 1) * parameters(mask_layers),
+            (stages - 1) * mask_flops if with_flops else None,
+        ),
+        "a box for each class": Count(stages * (classes - 1) * 4 * (inputs + 1), box_flops),
+    }
+    return Count(size, total), more
+
+
+class _OnFeatures(nn.Module):
+    """A head that takes the maps of a pyramid as one tuple."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, *features: Tensor):
+        return self.head(features)
+
+
+class _Proposals(nn.Module):
+    """Detectron2's feature pyramid, its bottom-up network taken away, and region proposals."""
+
+    def __init__(self, pyramid: nn.Module, rpn_head: nn.Module):
+        super().__init__()
+        names = pyramid.in_features
+        pyramid.bottom_up = _Named(names)
+        self.pyramid, self.rpn_head = pyramid, rpn_head
+
+    def forward(self, *features: Tensor):
+        return self.rpn_head(list(self.pyramid(features).values()))
+
+
+class _Named(nn.Module):
+    def __init__(self, names: tuple[str, ...]):
+        super().__init__()
+        self.names = names
+
+    def forward(self, features: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return dict(zip(self.names, features, strict=True))
+
+
+def _openmmlab_model(config: str | Path) -> nn.Module:
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    cfg = Config.fromfile(config)
+    scope = cfg.default_scope
+    with DefaultScope.overwrite_default_scope(scope), torch.device("meta"):
+        import_module(f"{scope}.models")
+        return step_back_norms(MODELS.build(cfg.model))
+
+
+def _zeros(model: nn.Module) -> nn.Module:
+    """The model on the CPU, whatever it holds zero: indices are in range, nothing overflows."""
+    model = model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.detach().zero_()
+    return model
+
+
+def _feature_shapes(backbone: nn.Module, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Those of the maps that a dense backbone makes of an input of ``shape``."""
+    batch, _, height, width = shape
+    return [
+        (batch, channels, -(-height // stride), -(-width // stride))
+        for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
+    ]
+
+
+@torch.library.custom_op("dense_complexity::mix", mutates_args=())
+def _mix(x: Tensor, others: list[Tensor], channels: int, multiply_adds: int) -> Tensor:
+    """What stands for an operator while counting: the map's shape, and what it would have cost.
+
+    ``others`` keeps what the operator reads beside the map in the traced graph, and so counted.
+    """
+    return x.new_zeros((*x.shape[:-1], channels))
+
+
+_OPERATOR = "dense_complexity::mix"
+
+
+def _mixing_flops(inputs: list, outputs: list) -> int:
+    return inputs[3].toIValue()
+
+
+def _attention_flops(inputs: list, outputs: list) -> int:
+    """``q k^T`` and ``a v`` of scaled_dot_product_attention."""
+    query, key, value = (get_shape(each) for each in inputs[:3])
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+# Multiply-adds a position of the map, ``(B, H, W, C)``, from the operators' own arguments.
+
+
+def _window_attention(qkv: Tensor, bias: Tensor, *args, **kwargs) -> Tensor:
+    channels = int(qkv.shape[-1]) // 3
+    return _stand_in(qkv, [bias], channels, 2 * int(bias.shape[-1]) * channels)
+
+
+def _local_mlp(value: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
+    return _stand_in(value, [weight], None, int(weight.shape[-1]) * int(value.shape[-1]))
+
+
+def _depthwise(x: Tensor, kernels: Tensor, *args, **kwargs) -> Tensor:
+    taps = int(kernels.shape[-1]) * int(kernels.shape[-2])
+    return _stand_in(x, [kernels], None, taps * int(x.shape[-1]))
+
+
+def _inhomogeneous(
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, *args, **kwargs
+) -> Tensor:
+    predicting = int(weight.shape[0]) * int(weight.shape[1])
+    return _stand_in(x, [hidden], None, predicting + kernel_size**2 * int(x.shape[-1]))
+
+
+def _stand_in(x: Tensor, others: list[Tensor], channels: int | None, a_position: int) -> Tensor:
+    positions = prod(int(size) for size in x.shape[:-1])
+    return _mix(x, others, channels or int(x.shape[-1]), positions * a_position)
+
+
+_STAND_INS: dict[str, Callable[..., Tensor]] = {
+    "window_attention": _window_attention,
+    "local_mlp": _local_mlp,
+    "depthwise_conv": _depthwise,
+    "dynamic_depthwise_conv": _depthwise,
+    "inhomogeneous_dynamic_depthwise_conv": _inhomogeneous,
+}
+
+
+@contextmanager
+def _operators_counted() -> Iterator[None]:
+    """Let the operators of :mod:`backbones.ops` name their cost to fvcore instead of computing."""
+    real = {name: getattr(ops, name) for name in _STAND_INS}
+    for name, stand_in in _STAND_INS.items():
+        setattr(ops, name, stand_in)
+    try:
+        yield
+    finally:
+        for name, operator in real.items():
+            setattr(ops, name, operator)
