@@ -252,15 +252,25 @@ def _resize(model: nn.Module, name: str, value: Tensor, target: Tensor) -> Tenso
     if name.endswith("relative_position_bias_table") and value.shape[1:] == target.shape[1:]:
         window = model.get_submodule(name.rpartition(".")[0]).window_size
         return resize_rel_pos_bias_table(value, window, tuple(target.shape))
-    if name.endswith("mixer.weight") and value.shape[-3:] == target.shape[-3:]:
-        if value.ndim == 5 and target.ndim == 5:
-            return resize_window_grid(value, tuple(target.shape[:2]))
-        # Between one matrix a window and one for all: their mean, or each the same.
-        return value.mean((0, 1)) if value.ndim == 5 else value.expand_as(target).clone()
+    if name.endswith("mixer.weight"):
+        return _resize_local_mlp(value, target)
     if name.endswith("mixer.conv.weight") and value.shape[:2] == target.shape[:2]:
         return F.interpolate(value, target.shape[2:], mode="bicubic", align_corners=False)
     if name == "patch_embed.proj.weight" and value.shape[0] == target.shape[0]:
         return adapt_input_conv(target.shape[1], value)
+    return value
+
+
+def _resize_local_mlp(value: Tensor, target: Tensor) -> Tensor:
+    """Weights per window for another grid, or between one matrix a window and one for all."""
+    per_window, shared = 6, 3
+    if value.ndim == per_window and target.ndim == per_window:
+        same = value.shape[2:] == target.shape[2:]
+        return resize_window_grid(value, tuple(target.shape[:2])) if same else value
+    if value.ndim == per_window and target.ndim == shared:
+        return value.mean((0, 1)).flatten(-2)
+    if value.ndim == shared and value.shape[1:2] == target.shape[3:4]:
+        return value.unflatten(-1, target.shape[-2:]).expand_as(target).clone()
     return value
 
 

@@ -32,8 +32,13 @@ class LocalMLP(WindowedMixer):
     ):
         super().__init__(dim, num_heads, window_size, shifted)
         positions = self.window_size[0] * self.window_size[1]
-        grid = () if shared else self._grid(*feat_size)
-        self.weight = nn.Parameter(torch.empty(*grid, num_heads, positions, positions))
+        # Per window (nH, nW, heads, N, rows, columns), shared (heads, N, N): neither has a rank of
+        # 4 or 5, which model.to(memory_format=...) takes for images.
+        if shared:
+            shape = (num_heads, positions, positions)
+        else:
+            shape = (*self._grid(*feat_size), num_heads, positions, *self.window_size)
+        self.weight = nn.Parameter(torch.empty(shape))
         # The bound of a linear layer over the positions of a window.
         nn.init.uniform_(self.weight, -(positions**-0.5), positions**-0.5)
         self.value = nn.Linear(dim, dim)
@@ -48,7 +53,7 @@ class LocalMLP(WindowedMixer):
         """``(B, H, W, C)`` to ``(B, H, W, C)``, H and W multiples of the window."""
         weight = self.weight
         if not self.shared:
-            weight = resize_window_grid(weight, self._grid(*x.shape[1:3]))
+            weight = resize_window_grid(weight, self._grid(*x.shape[1:3])).flatten(-2)
         x = ops.local_mlp(self.value(x), weight, self.bias(), self.window_size, shift)
         return self.proj(x)
 

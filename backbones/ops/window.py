@@ -131,7 +131,7 @@ def relative_position_index(window_size: Size) -> Tensor:
 
 
 def resize_window_grid(weight: Tensor, grid: Size) -> Tensor:
-    """Resize the window grid of ``(nH, nW, heads, N, N)`` weights to ``grid``, bilinearly."""
+    """Resize the window grid of ``(nH, nW, ...)`` weights to ``grid``, bilinearly."""
     if tuple(weight.shape[:2]) == grid:
         return weight
     planes = weight.flatten(2).movedim(-1, 0)[None]

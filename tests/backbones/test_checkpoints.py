@@ -176,7 +176,7 @@ def test_per_window_weights_start_the_shared_form_and_back(tmp_path):
     name = "stages.1.blocks.0.mixer.weight"
     windows = source.state_dict()[name]
     assert len(report.resized) == 5 and name in report.resized
-    expected = windows.double().flatten(0, 1).mean(0).float()
+    expected = windows.double().flatten(-2).flatten(0, 1).mean(0).float()
     torch.testing.assert_close(shared.state_dict()[name], expected)
 
     torch.save(shared.state_dict(), tmp_path / "shared.pth")

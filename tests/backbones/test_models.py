@@ -220,3 +220,17 @@ def test_wrong_heads_and_groups_are_named():
         build("swin_nano", num_heads=(5, 4, 8, 16))
     with pytest.raises(ValueError, match="num_groups=24 does not divide the 32"):
         build("i_d_dw_conv_nano", num_groups=24)
+
+
+@pytest.mark.parametrize("family", backbones.FAMILIES)
+@pytest.mark.parametrize("kwargs", [{}, {"shared": True}])
+def test_memory_format_of_the_whole_model(family, kwargs):
+    """What training scripts do for speed: ``model.to(memory_format=torch.channels_last)``."""
+    if kwargs and family != "swin_local_mlp":
+        pytest.skip("an option of Swin-Local-MLP")
+    model = timm.create_model(f"{family}_nano", num_classes=3, **kwargs).eval()
+    x = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        expected = model(x)
+        model.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
