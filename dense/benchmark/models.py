@@ -1,0 +1,144 @@
+"""Whole detectors and segmentors: a training iteration, beside the frameworks' own Swin."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import backbones
+from dense.backbone import step_back_norms
+from dense.benchmark.measure import Contender, Contest, Step
+
+_CONFIGS = Path(__file__).parents[2] / "configs"
+_SWIN_TINY = dict(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
+
+
+def contests(device: torch.device) -> list[Contest]:
+    """UPerNet at 512x512 and Cascade Mask R-CNN at 800x1344, where their frameworks are here."""
+    images = 8 if device.type == "cuda" else 1
+    found = []
+    if find_spec("mmseg"):
+        found.append(_contest("UPerNet", (512, 512), images, _segmentor, device, "MMSegmentation"))
+    if find_spec("detectron2"):
+        images = 2 if device.type == "cuda" else 1
+        title = "Cascade Mask R-CNN"
+        found.append(_contest(title, (800, 1344), images, _detector, device, "Detectron2"))
+    return found
+
+
+def _contest(
+    title: str,
+    size: tuple[int, int],
+    images: int,
+    make: Callable[..., tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]],
+    device: torch.device,
+    framework: str,
+) -> Contest:
+    names = [None, *(f"{family}_tiny" for family in backbones.FAMILIES)]
+    contenders = tuple(
+        Contender(
+            name or f"{framework}'s Swin-T",
+            _builder(make, name, size, images, device),
+            ours=name is not None,
+        )
+        for name in names
+    )
+    title = f"{title}, training iteration, {size[0]}x{size[1]}, batch {images}"
+    return Contest("models", title, contenders, images, images * size[0] * size[1])
+
+
+def _builder(make, name: str | None, size: tuple[int, int], images: int, device: torch.device):
+    def build() -> Step:
+        torch.manual_seed(0)
+        model, loss_of = make(name, size, images, device)
+        model = step_back_norms(model).to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+        def step() -> None:
+            # The same proposals and drawn paths for everybody.
+            torch.manual_seed(1)
+            optimizer.zero_grad(set_to_none=True)
+            with half:
+                loss = loss_of(model)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    return build
+
+
+def _segmentor(name: str | None, size: tuple[int, int], images: int, device: torch.device):
+    from mmseg.registry import MODELS
+    from mmseg.structures import SegDataSample
+
+    from dense.segmentation.config import load_config
+
+    config = "swin_tiny_upernet_8xb2-160k_ade20k-512x512.py"
+    cfg = load_config(_CONFIGS / "segmentation" / config)
+    if name is None:
+        cfg.model.backbone = dict(type="mmseg.SwinTransformer", embed_dims=96, **_SWIN_TINY)
+    else:
+        cfg.model.backbone.type = name
+    model = MODELS.build(cfg.model)
+    data = {"inputs": [], "data_samples": []}
+    for _ in range(images):
+        sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
+        sample.set_data({"gt_sem_seg": _pixels(torch.randint(0, 150, (1, *size)))})
+        data["inputs"].append(torch.randint(0, 256, (3, *size), dtype=torch.uint8))
+        data["data_samples"].append(sample)
+
+    def loss_of(model: nn.Module) -> torch.Tensor:
+        batch = model.data_preprocessor(data, training=True)
+        losses = model(**batch, mode="loss")
+        return model.parse_losses(losses)[0]
+
+    return model, loss_of
+
+
+def _pixels(labels: torch.Tensor):
+    from mmengine.structures import PixelData
+
+    return PixelData(data=labels)
+
+
+def _detector(name: str | None, size: tuple[int, int], images: int, device: torch.device):
+    from detectron2.config import LazyCall, instantiate
+    from detectron2.modeling.backbone import SwinTransformer
+    from detectron2.structures import BitMasks, Boxes, Instances
+
+    from dense.detection.config import load_config
+
+    cfg = load_config(str(_CONFIGS / "detection/cascade_mask_rcnn_swin_tiny_3x_coco.py"))
+    if name is None:
+        cfg.model.backbone.bottom_up = LazyCall(SwinTransformer)(embed_dim=96, **_SWIN_TINY)
+        cfg.model.backbone.in_features = ["p0", "p1", "p2", "p3"]
+    else:
+        cfg.model.backbone.bottom_up.name = name
+    model = instantiate(cfg.model)
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for _ in range(images):
+        corner = torch.rand(8, 2, generator=generator) * torch.tensor([size[1], size[0]]) * 0.6
+        boxes = torch.cat([corner, corner + 60 + 200 * torch.rand(8, 2, generator=generator)], 1)
+        boxes[:, 0::2].clamp_(max=size[1])
+        boxes[:, 1::2].clamp_(max=size[0])
+        masks = torch.zeros(8, *size, dtype=torch.bool)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.long().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = True
+        truth = Instances(size)
+        truth.gt_boxes, truth.gt_masks = Boxes(boxes), BitMasks(masks)
+        truth.gt_classes = torch.arange(8)
+        image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": truth.to(device)})
+
+    def loss_of(model: nn.Module) -> torch.Tensor:
+        from detectron2.utils.events import EventStorage
+
+        with EventStorage():
+            return sum(model(batch).values())
+
+    return model, loss_of

@@ -1,0 +1,135 @@
+"""The networks, whole, beside timm's and torchvision's of the same size."""
+
+from collections.abc import Callable, Sequence
+
+import timm
+import torch
+from torch import nn
+
+import backbones
+from dense.benchmark.measure import Contender, Contest, Step
+
+SIZES = ((224, 224), (512, 512), (512, 2048), (800, 1344))
+REFERENCE = "timm swin_tiny"
+# Swin's window of 7 does not divide the larger sizes: each library pads in its own way.
+_PEERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
+    REFERENCE: lambda size: timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=size, window_size=7
+    ),
+    "timm convnext_tiny": lambda size: timm.create_model("convnext_tiny"),
+    "torchvision swin_t": lambda size: _torchvision_swin(),
+}
+
+
+def contests(
+    sizes: Sequence[tuple[int, int]],
+    batch: int | None,
+    device: torch.device,
+    compiled: bool = False,
+    scale: str = "tiny",
+    modes: Sequence[str] = ("inference", "training"),
+) -> list[Contest]:
+    """The five families and three peers at every size, in inference and in training.
+
+    Args:
+        sizes: rows and columns of the images.
+        batch: images in a step; None takes what fits the size.
+        device: where; on a GPU in bfloat16 autocast, else in float32.
+        compiled: every network also under ``torch.compile`` with dynamic shapes.
+        scale: ``"nano"``, ``"tiny"`` or ``"base"`` of ours.
+        modes: ``"inference"`` (folded norms, no gradients) and ``"training"`` (forward and
+            backward).
+    """
+    ours = {f"{family}_{scale}": family for family in backbones.FAMILIES}
+    found = []
+    for size in sizes:
+        images = batch or _default_batch(size, device)
+        for mode in modes:
+            contenders = []
+            for compile_it in (False, True)[: 1 + compiled]:
+                suffix = ", compiled" if compile_it else ""
+                for name, make in _PEERS.items():
+                    build = _builder(make, size, images, mode, device, compile_it)
+                    contenders.append(Contender(name + suffix, build))
+                for name in ours:
+                    build = _builder(_our(name, mode), size, images, mode, device, compile_it)
+                    contenders.append(Contender(name + suffix, build, ours=True))
+            title = f"{mode}, {size[0]}x{size[1]}, batch {images}"
+            pixels = images * size[0] * size[1]
+            found.append(Contest("networks", title, tuple(contenders), images, pixels))
+    return found
+
+
+def scaling_contests(device: torch.device, modes: Sequence[str] = ("inference",)) -> list[Contest]:
+    """Each family from 224 to 1344 on a side, and from 1 to 64 images of 224."""
+    shapes = [(1, side) for side in (224, 320, 448, 640, 896, 1344)]
+    shapes += [(batch, 224) for batch in (2, 4, 8, 16, 32, 64)]
+    found = []
+    for mode in modes:
+        for images, side in shapes:
+            size = (side, side)
+            contenders = tuple(
+                Contender(
+                    name,
+                    _builder(_our(name, mode), size, images, mode, device, False),
+                    ours=True,
+                )
+                for name in (f"{family}_tiny" for family in backbones.FAMILIES)
+            )
+            title = f"{mode}, {side}x{side}, batch {images}"
+            found.append(Contest("scaling", title, contenders, images, images * side**2))
+    return found
+
+
+def _our(name: str, mode: str) -> Callable[[tuple[int, int]], nn.Module]:
+    def make(size: tuple[int, int]) -> nn.Module:
+        # The window grid of Swin-Local-MLP is that of the image, as a trained one would have it.
+        model = timm.create_model(name, img_size=size)
+        return backbones.fuse(model, inplace=True) if mode == "inference" else model
+
+    return make
+
+
+def _torchvision_swin() -> nn.Module:
+    from torchvision.models import swin_t
+
+    return swin_t()
+
+
+def _builder(
+    make: Callable[[tuple[int, int]], nn.Module],
+    size: tuple[int, int],
+    images: int,
+    mode: str,
+    device: torch.device,
+    compile_it: bool,
+) -> Callable[[], Step]:
+    def build() -> Step:
+        torch.manual_seed(0)
+        model = make(size).to(device)
+        model = model.to(memory_format=torch.channels_last)
+        model.train(mode == "training")
+        x = torch.randn(images, 3, *size, device=device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        run = torch.compile(model, dynamic=True) if compile_it else model
+        half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+        def infer() -> torch.Tensor:
+            with torch.no_grad(), half:
+                return run(x)
+
+        def train() -> None:
+            model.zero_grad(set_to_none=True)
+            with half:
+                loss = run(x).float().square().mean()
+            loss.backward()
+
+        return infer if mode == "inference" else train
+
+    return build
+
+
+def _default_batch(size: tuple[int, int], device: torch.device) -> int:
+    """Images of 224x224 that a step is worth: 4 on a CPU, 64 on a GPU, at least one image."""
+    budget = (64 if device.type == "cuda" else 4) * 224 * 224
+    return max(1, budget // (size[0] * size[1]))

@@ -1,0 +1,334 @@
+"""The operators at the size of a tiny network's first stage, beside what one would write instead.
+
+Peers get their own preferred layout, contiguous, before the clock starts.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbones import ops
+from dense.benchmark.measure import Contender, Contest, Step
+
+# Images, rows, columns of the map: 8 images of 224x224, and one of 800x1344.
+SHAPES = ((8, 56, 56), (1, 200, 336))
+CHANNELS, HEADS, GROUPS, KERNEL, WINDOW = 96, 3, 32, 7, 7
+TAPS = KERNEL**2
+Function = Callable[..., Tensor]
+
+
+def contests(device: torch.device, modes: Sequence[str]) -> list[Contest]:
+    """Every operator at both shapes, forward alone and with the backward pass."""
+    found = []
+    for images, height, width in SHAPES:
+        for make in (_inhomogeneous, _dynamic, _depthwise, _attention, _shifted_attention, _mlp):
+            name, functions = make(images, height, width, device)
+            for mode in modes:
+                what = "forward" if mode == "inference" else "forward + backward"
+                contenders = tuple(
+                    Contender(label, _builder(prepare, mode), ours=label.startswith("ours"))
+                    for label, prepare in functions.items()
+                )
+                title = f"{name}, {what}, {images}x{CHANNELS}x{height}x{width}"
+                pixels = images * height * width
+                found.append(Contest("operators", title, contenders, images, pixels))
+    return found
+
+
+def _builder(prepare: Callable[[], tuple[Function, list[Tensor]]], mode: str):
+    def build() -> Step:
+        torch.manual_seed(0)
+        function, inputs = prepare()
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*inputs)
+
+        if mode == "inference":
+            return forward
+        leaves = [x.requires_grad_() for x in inputs if x.is_floating_point()]
+        grad = torch.randn_like(forward())
+
+        def both() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(function(*inputs), leaves, grad)
+
+        return both
+
+    return build
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _random(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, device=device, dtype=_dtype(device))
+
+
+def _inhomogeneous(images: int, height: int, width: int, device: torch.device):
+    hidden = CHANNELS // 4
+    shape = (images, height, width)
+
+    def inputs() -> list[Tensor]:
+        return [
+            _random(device, *shape, CHANNELS),
+            _random(device, *shape, hidden),
+            _random(device, GROUPS * TAPS, hidden, scale=hidden**-0.5),
+            _random(device, GROUPS * TAPS),
+        ]
+
+    def channels_first() -> list[Tensor]:
+        x, t, weight, bias = inputs()
+        x, t = (v.permute(0, 3, 1, 2).contiguous() for v in (x, t))
+        return [x, t, weight[:, :, None, None], bias]
+
+    def materialised(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        kernels = F.conv2d(t, weight, bias).unflatten(1, (GROUPS, 1, TAPS))
+        return _SumOfTaps.apply(x.unflatten(1, (GROUPS, -1)), kernels).flatten(1, 2)
+
+    def unfolded(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        kernels = F.conv2d(t, weight, bias).unflatten(1, (GROUPS, 1, TAPS)).flatten(-2)
+        windows = F.unfold(x, KERNEL, padding=KERNEL // 2).unflatten(1, (GROUPS, -1, TAPS))
+        return (windows * kernels).sum(3).unflatten(-1, (height, width)).flatten(1, 2)
+
+    def ours(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.inhomogeneous_dynamic_depthwise_conv(x, t, weight, bias, KERNEL)
+
+    functions = {
+        "conv2d 1x1, then its 49 taps summed": lambda: (materialised, channels_first()),
+        "conv2d 1x1, then unfold": lambda: (unfolded, channels_first()),
+        "ours": lambda: (ours, inputs()),
+    }
+    if device.type == "cuda":
+        functions |= _carafe(channels_first)
+    return "I-D-DW-Conv with its kernels' prediction", functions
+
+
+def _carafe(channels_first: Callable[[], list[Tensor]]) -> dict:
+    """mmcv's kernel for the same aggregation, where mmcv was built for CUDA."""
+
+    def carafe(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        from mmcv.ops import carafe_naive
+
+        kernels = F.conv2d(t, weight, bias)
+        return carafe_naive(x.float(), kernels.float(), KERNEL, GROUPS, 1)
+
+    return {"conv2d 1x1, then mmcv carafe_naive": lambda: (carafe, channels_first())}
+
+
+class _SumOfTaps(torch.autograd.Function):
+    """``(B, G, S, H, W)`` by stored kernels ``(B, G, 1, K*K, H, W)``, tap by tap."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kernels: Tensor) -> Tensor:
+        ctx.save_for_backward(x, kernels)
+        padded = F.pad(x, [KERNEL // 2] * 4)
+        out = torch.zeros_like(x)
+        for k, window in enumerate(_windows(padded, x)):
+            out.addcmul_(window, kernels[:, :, :, k])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, kernels = ctx.saved_tensors
+        padded = F.pad(x, [KERNEL // 2] * 4)
+        grad_padded, grad_kernels = torch.zeros_like(padded), torch.empty_like(kernels)
+        pairs = zip(_windows(padded, x), _windows(grad_padded, x), strict=True)
+        for k, (window, grad_window) in enumerate(pairs):
+            grad_window.addcmul_(grad, kernels[:, :, :, k])
+            grad_kernels[:, :, 0, k] = (window * grad).sum(2)
+        margin = KERNEL // 2
+        return grad_padded[..., margin:-margin, margin:-margin], grad_kernels
+
+
+def _windows(padded: Tensor, x: Tensor):
+    height, width = x.shape[-2:]
+    for row in range(KERNEL):
+        for column in range(KERNEL):
+            yield padded[..., row : row + height, column : column + width]
+
+
+def _dynamic(images: int, height: int, width: int, device: torch.device):
+    def inputs() -> list[Tensor]:
+        return [
+            _random(device, images, height, width, CHANNELS),
+            _random(device, images, CHANNELS, KERNEL, KERNEL, scale=1 / KERNEL),
+            _random(device, CHANNELS),
+        ]
+
+    def channels_first() -> list[Tensor]:
+        x, kernels, bias = inputs()
+        return [x.permute(0, 3, 1, 2).contiguous(), kernels, bias]
+
+    def grouped(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
+        groups = images * CHANNELS
+        out = F.conv2d(
+            x.reshape(1, groups, height, width),
+            kernels.reshape(groups, 1, KERNEL, KERNEL),
+            padding=KERNEL // 2,
+            groups=groups,
+        )
+        return out.reshape(x.shape) + bias[:, None, None]
+
+    functions = {
+        "conv2d of B*C groups": lambda: (grouped, channels_first()),
+        "ours": lambda: (ops.dynamic_depthwise_conv, inputs()),
+    }
+    return "D-DW-Conv given its kernels", functions
+
+
+def _depthwise(images: int, height: int, width: int, device: torch.device):
+    def inputs() -> list[Tensor]:
+        return [
+            _random(device, images, height, width, CHANNELS),
+            _random(device, CHANNELS, 1, KERNEL, KERNEL, scale=1 / KERNEL),
+            _random(device, CHANNELS),
+        ]
+
+    def with_layout(layout: torch.memory_format):
+        x, weight, bias = inputs()
+        return [x.permute(0, 3, 1, 2).contiguous(memory_format=layout), weight, bias]
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=KERNEL // 2, groups=CHANNELS)
+
+    functions = {
+        "conv2d, NCHW": lambda: (conv, with_layout(torch.contiguous_format)),
+        "conv2d, channels last": lambda: (conv, with_layout(torch.channels_last)),
+        "ours": lambda: (ops.depthwise_conv, inputs()),
+    }
+    return "depth-wise 7x7", functions
+
+
+def _attention(images: int, height: int, width: int, device: torch.device, shift: int = 0):
+    height, width = (-(-side // WINDOW) * WINDOW for side in (height, width))
+    positions = WINDOW**2
+
+    def inputs() -> list[Tensor]:
+        return [
+            _random(device, images, height, width, 3 * CHANNELS),
+            _random(device, HEADS, positions, positions),
+        ]
+
+    def windows(qkv: Tensor) -> Tensor:
+        """``(3, B*windows, heads, N, C/heads)``."""
+        qkv = qkv.roll((-shift, -shift), (1, 2)) if shift else qkv
+        qkv = qkv.reshape(images, height // WINDOW, WINDOW, width // WINDOW, WINDOW, 3, HEADS, -1)
+        return qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(1, 3).flatten(3, 4)
+
+    def whole(out: Tensor) -> Tensor:
+        out = out.reshape(images, height // WINDOW, width // WINDOW, HEADS, WINDOW, WINDOW, -1)
+        out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(images, height, width, CHANNELS)
+        return out.roll((shift, shift), (1, 2)) if shift else out
+
+    mask = _regions(height, width, shift, device) if shift else None
+
+    def scores_mask(value: float) -> Tensor | None:
+        if mask is None:
+            return None
+        return torch.zeros_like(mask, dtype=_dtype(device)).masked_fill(~mask, value)
+
+    def explicit(value: float) -> Function:
+        added = scores_mask(value)
+
+        def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+            query, key, v = windows(qkv)
+            scores = query * (CHANNELS // HEADS) ** -0.5 @ key.mT + bias
+            if added is not None:
+                scores = scores.unflatten(0, (images, -1)) + added[:, None]
+                scores = scores.flatten(0, 1)
+            return whole(scores.softmax(-1) @ v)
+
+        return attend
+
+    def sdpa() -> Function:
+        added = scores_mask(-math.inf)
+
+        def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+            query, key, v = windows(qkv)
+            both = bias if added is None else (bias + added[:, None]).repeat(images, 1, 1, 1)
+            return whole(F.scaled_dot_product_attention(query, key, v, both))
+
+        return attend
+
+    def flex() -> Function:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+        same = (
+            mask
+            if mask is not None
+            else torch.ones(1, positions, positions, dtype=torch.bool, device=device)
+        )
+
+        def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+            query, key, v = windows(qkv)
+
+            def score(value, b, h, i, j):
+                seen = same[b % same.shape[0], i, j]
+                return torch.where(seen, value + bias[h, i, j], -math.inf)
+
+            return whole(compiled(query, key, v, score_mod=score))
+
+        return attend
+
+    def ours(qkv: Tensor, bias: Tensor) -> Tensor:
+        return ops.window_attention(qkv, bias, HEADS, (WINDOW, WINDOW), (shift, shift))
+
+    functions = {
+        ("explicit, mask of -100" if shift else "explicit softmax"): lambda: (
+            explicit(-100.0),
+            inputs(),
+        ),
+        "SDPA, bias and mask given": lambda: (sdpa(), inputs()),
+        "FlexAttention, compiled": lambda: (flex(), inputs()),
+        "ours": lambda: (ours, inputs()),
+    }
+    return f"window attention{', shifted' if shift else ''}", functions
+
+
+def _shifted_attention(images: int, height: int, width: int, device: torch.device):
+    return _attention(images, height, width, device, shift=WINDOW // 2)
+
+
+def _regions(height: int, width: int, shift: int, device: torch.device) -> Tensor:
+    """``(windows, N, N)``: which pairs were neighbours before the shift."""
+    label = torch.zeros(height, width, dtype=torch.long, device=device)
+    spans = (slice(0, -WINDOW), slice(-WINDOW, -shift), slice(-shift, None))
+    for row, rows in enumerate(spans):
+        for column, columns in enumerate(spans):
+            label[rows, columns] = 3 * row + column
+    label = label.reshape(height // WINDOW, WINDOW, width // WINDOW, WINDOW)
+    label = label.transpose(1, 2).reshape(-1, WINDOW**2)
+    return label[:, :, None] == label[:, None]
+
+
+def _mlp(images: int, height: int, width: int, device: torch.device):
+    height, width = (-(-side // WINDOW) * WINDOW for side in (height, width))
+    positions = WINDOW**2
+
+    def inputs() -> list[Tensor]:
+        return [
+            _random(device, images, height, width, CHANNELS),
+            _random(device, HEADS, positions, positions, scale=1 / WINDOW),
+            _random(device, HEADS, positions, positions, scale=1 / WINDOW),
+        ]
+
+    def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        x = x.reshape(images, height // WINDOW, WINDOW, width // WINDOW, WINDOW, HEADS, -1)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, HEADS * positions, CHANNELS // HEADS)
+        x = F.conv1d(x, (weight + bias).reshape(-1, positions, 1), groups=HEADS)
+        x = x.reshape(images, height // WINDOW, width // WINDOW, HEADS, WINDOW, WINDOW, -1)
+        return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(images, height, width, CHANNELS)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.local_mlp(x, weight, bias, (WINDOW, WINDOW), (0, 0))
+
+    functions = {
+        "conv1d of one group a head": lambda: (conv1d, inputs()),
+        "ours": lambda: (ours, inputs()),
+    }
+    return "local MLP", functions

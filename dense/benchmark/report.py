@@ -1,0 +1,101 @@
+"""What was measured as tables and plots; everything in them comes from the results alone."""
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dense.benchmark.measure import Result
+
+
+def machine(device: torch.device) -> str:
+    """The machine in words: processor or GPU, threads, versions, dtype."""
+    if device.type == "cuda":
+        name, numbers = torch.cuda.get_device_name(device), "bfloat16 autocast"
+    else:
+        threads = torch.get_num_threads()
+        name, numbers = f"{_processor()}, {threads} threads", "float32"
+    return (
+        f"{name}, {numbers}; torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()}"
+    )
+
+
+def markdown(results: Sequence[Result], where: str) -> str:
+    """One table a contest: time, spread, images a second, memory, and the ratio to the first."""
+    lines = [f"Machine: {where}.", ""]
+    for contest in dict.fromkeys(result.contest for result in results):
+        group = [result for result in results if result.contest == contest]
+        reference = group[0]
+        lines += [
+            f"### {contest}",
+            "",
+            f"| | ms (quartiles) | images/s | peak memory, MB | speed, {reference.name} = 1 |",
+            "| --- | --- | --- | --- | --- |",
+            *(_row(result, reference) for result in group),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def plot_scaling(results: Sequence[Result], path: str | Path) -> None:
+    """Time and memory per pixel against the image's side, per image against the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = [r for r in results if r.contest.startswith("scaling") and r.seconds is not None]
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for column, (label, chosen) in enumerate(
+        (
+            ("side of the image in pixels, batch 1", [r for r in results if r.images == 1]),
+            ("images of 224x224 in a batch", [r for r in results if r.pixels == r.images * 224**2]),
+        )
+    ):
+        for name in dict.fromkeys(r.name for r in chosen):
+            mine = [r for r in chosen if r.name == name]
+            x = [(r.pixels / r.images) ** 0.5 if column == 0 else r.images for r in mine]
+            time = [1e9 * r.seconds / r.pixels for r in mine]
+            memory = [r.peak_bytes / r.pixels for r in mine]
+            axes[0][column].plot(x, time, marker="o", label=name)
+            axes[1][column].plot(x, memory, marker="o", label=name)
+        for row, quantity in enumerate(("ns per pixel", "peak bytes per pixel")):
+            axes[row][column].set(xlabel=label, ylabel=quantity, xscale="log", ylim=(0, None))
+            axes[row][column].grid(alpha=0.3)
+            # Ticks where something was measured, in plain numbers.
+            ticks = sorted(
+                {
+                    line.get_xdata()[i]
+                    for line in axes[row][column].lines
+                    for i in range(len(line.get_xdata()))
+                }
+            )
+            axes[row][column].set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+            axes[row][column].minorticks_off()
+    axes[0][0].legend()
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    figure.savefig(partial, format="png", dpi=110)
+    pyplot.close(figure)
+    partial.replace(path)
+
+
+def _row(result: Result, reference: Result) -> str:
+    name = f"**{result.name}**" if result.ours else result.name
+    if result.seconds is None:
+        return f"| {name} | {result.error} | | | |"
+    ratio = f"{reference.seconds / result.seconds:.2f}" if reference.seconds else ""
+    return (
+        f"| {name} | {1e3 * result.seconds:.1f} ({1e3 * result.low:.1f}-{1e3 * result.high:.1f}) "
+        f"| {result.images / result.seconds:.2f} | {result.peak_bytes / 2**20:.0f} | {ratio} |"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} with {os.cpu_count()} cores"

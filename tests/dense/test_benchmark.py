@@ -1,0 +1,123 @@
+"""The benchmark compares like with like, counts memory, and keeps what it has measured."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dense.benchmark import measure, networks, operators, report
+from dense.benchmark.measure import Contender, Contest
+
+CPU = torch.device("cpu")
+SPEC = importlib.util.spec_from_file_location(
+    "benchmark_tool", Path(__file__).parents[2] / "tools/benchmark.py"
+)
+tool = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tool)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        operators._inhomogeneous,
+        operators._dynamic,
+        operators._depthwise,
+        operators._attention,
+        operators._shifted_attention,
+        operators._mlp,
+    ],
+)
+def test_operators_and_their_peers_compute_the_same(make):
+    _, functions = make(2, 14, 21, CPU)
+    found = {}
+    for name, prepare in functions.items():
+        if "compiled" in name:  # minutes of a compiler
+            continue
+        torch.manual_seed(0)
+        function, inputs = prepare()
+        inputs = [x.double() for x in inputs]
+        out = function(*inputs)
+        # Peers of the convolutions are channels first.
+        found[name] = out if out.shape[-1] == operators.CHANNELS else out.permute(0, 2, 3, 1)
+    reference = found.pop("ours")
+    assert found
+    for name, out in found.items():
+        torch.testing.assert_close(out, reference, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_memory_is_what_a_step_holds_at_once():
+    x = torch.zeros(1000)
+
+    def build():
+        def step():
+            a = x + 1
+            b = a * 2
+            del a
+            c = b + 1
+            return c
+
+        return step
+
+    (result,) = measure.hold(Contest("s", "t", (Contender("adds", build),)), CPU, rounds=3)
+    assert result.peak_bytes == pytest.approx(2 * 4000, abs=64)  # and the scalars
+    assert result.rounds == 3 and 0 < result.low <= result.seconds <= result.high
+
+
+def test_who_cannot_run_is_named_with_the_reason():
+    def build():
+        raise ValueError("no such shape")
+
+    contest = Contest("s", "t", (Contender("a", lambda: lambda: None), Contender("b", build)))
+    first, second = measure.hold(contest, CPU, rounds=3)
+    assert first.seconds is not None and second.seconds is None
+    assert "ValueError: no such shape" in report.markdown([first, second], "here")
+
+
+def test_the_tool_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(networks, "_PEERS", {"timm resnet10t": lambda size: _resnet()})
+    args = ["networks", "--sizes", "64x64", "--scale", "nano", "--batch", "1", "--rounds", "3"]
+    args += ["--out", str(tmp_path)]
+    assert tool.main([*args, "--modes", "inference"]) == 0
+    first = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [entry["name"] for entry in first][:2] == ["timm resnet10t", "swin_nano"]
+    assert all(entry["seconds"] for entry in first)
+    assert tool.main(args) == 2 and "--resume" in capsys.readouterr().err
+    assert tool.main([*args, "--resume"]) == 0
+    second = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert second[: len(first)] == first and len(second) == 2 * len(first)
+    table = (tmp_path / "results.md").read_text()
+    assert "training, 64x64, batch 1" in table and "**i_d_dw_conv_nano**" in table
+
+
+def test_the_plot_of_cost_against_size(tmp_path):
+    results = [
+        measure.Result(
+            f"scaling: {i}", "dw_conv_tiny", True, 0.1, 0.1, 0.1, 3, 10**6, images, images * side**2
+        )
+        for i, (images, side) in enumerate([(1, 224), (1, 448), (4, 224)])
+    ]
+    report.plot_scaling(results, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["nothing"], "invalid choice"),
+        (["networks", "--sizes", "224"], "ROWSxCOLUMNS"),
+        (["networks", "--rounds", "1"], "at least 3"),
+        (["networks", "--batch", "0"], "--batch 0"),
+    ],
+)
+def test_bad_requests(args, reason, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(args)
+    assert reason in capsys.readouterr().err
+
+
+def _resnet():
+    import timm
+
+    return timm.create_model("resnet10t")

@@ -1,0 +1,126 @@
+"""How fast operators, networks and whole models are here, beside the peers, in one run.
+
+    python tools/benchmark.py networks --sizes 224x224 --out work_dirs/benchmark
+    python tools/benchmark.py operators networks scaling models --compiled
+
+Every contest runs its contenders in turns in one process: medians with quartiles, peak memory, and
+the ratio to the first of them. OUT gets results.json (after every contest, so that --resume goes on
+after a kill), results.md, and a plot of the cost against size. On a GPU everything runs in bfloat16
+autocast, on a CPU in float32. Close other programs: the figures are those of an idle machine.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dense.benchmark import measure, models, networks, operators, report
+
+SUITES = ("operators", "networks", "scaling", "models")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
+    add("--out", default="work_dirs/benchmark", help="folder of the results")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--sizes",
+        nargs="+",
+        type=image_size,
+        default=list(networks.SIZES),
+        help="rows x columns of the images, 512x2048 say",
+    )
+    add("--batch", type=int, help="images in a step; default: what fits the size")
+    add("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
+    add("--scale", choices=("nano", "tiny", "base"), default="tiny", help="of our networks")
+    add("--compiled", action="store_true", help="networks under torch.compile too: minutes each")
+    add("--rounds", type=int, default=9, help="timed steps of each contender (9)")
+    add("--seconds", type=float, default=60, help="about how long a contest's rounds may take (60)")
+    add("--resume", action="store_true", help="keep the contests in OUT, do the rest")
+    args = parser.parse_args(argv)
+    if args.batch is not None and args.batch < 1:
+        parser.error(f"--batch {args.batch}: at least 1 is needed")
+    if args.rounds < 3:
+        parser.error(f"--rounds {args.rounds}: at least 3 are needed for a median with quartiles")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: there is no CUDA here")
+    return args
+
+
+def image_size(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdigit() and columns.isdigit() and min(int(rows), int(columns)) >= 32):
+        raise argparse.ArgumentTypeError(f"{text}: ROWSxCOLUMNS, 32 or more, is needed")
+    return int(rows), int(columns)
+
+
+def planned(args: argparse.Namespace) -> list[measure.Contest]:
+    device = torch.device(args.device)
+    make = {
+        "operators": lambda: operators.contests(device, args.modes),
+        "networks": lambda: networks.contests(
+            args.sizes, args.batch, device, args.compiled, args.scale, args.modes
+        ),
+        "scaling": lambda: networks.scaling_contests(device, args.modes),
+        "models": lambda: models.contests(device),
+    }
+    return [contest for suite in dict.fromkeys(args.suites) for contest in make[suite]()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    out, device = Path(args.out), torch.device(args.device)
+    file = out / "results.json"
+    if file.exists() and not args.resume:
+        print(f"benchmark: {file} exists; --resume keeps what is in it", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    where = report.machine(device)
+    results = read(file, where) if file.exists() else []
+    done = {result.contest for result in results}
+    bar = tqdm(planned(args), unit="contest")
+    for contest in bar:
+        if contest.key in done:
+            continue
+        found = measure.hold(contest, device, args.rounds, args.seconds, bar.set_postfix_str)
+        results += found
+        write(results, where, out)
+        tqdm.write(report.markdown(found, where))
+    print(f"{out}/results.md, results.json")
+    return 0
+
+
+def read(file: Path, where: str) -> list[measure.Result]:
+    """The contests of an earlier run, on this machine."""
+    content = json.loads(file.read_text())
+    if content["machine"] != where:
+        raise SystemExit(
+            f"benchmark: {file} was measured on another machine ({content['machine']}; here: "
+            f"{where}): name another --out"
+        )
+    return [measure.Result(**entry) for entry in content["results"]]
+
+
+def write(results: list[measure.Result], where: str, out: Path) -> None:
+    """Results, table and plot, each whole or not at all."""
+    content = {"machine": where, "results": [result.as_dict() for result in results]}
+    for name, text in (
+        ("results.json", json.dumps(content, indent=1)),
+        ("results.md", report.markdown(results, where)),
+    ):
+        partial = out / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(out / name)
+    if any(result.contest.startswith("scaling") for result in results):
+        report.plot_scaling(results, out / "scaling.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
