@@ -1,11 +1,28 @@
 """What every run has: the backbones by name, a runner for CPU and GPU, logs for TensorBoard."""
 
-_base_ = "mmdet::_base_/default_runtime.py"
 # The names are OpenMMLab's, whichever package asks: this import needs no MMSegmentation.
 custom_imports = dict(
     imports=["dense.segmentation", "dense.openmmlab.hooks", "dense.openmmlab.runner"]
 )
 runner_type = "DenseRunner"
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=3))
+default_scope = "mmdet"
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", interval=50),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3),
+    sampler_seed=dict(type="DistSamplerSeedHook"),
+    visualization=dict(type="DetVisualizationHook"),
+)
 custom_hooks = [dict(type="StopOnNonFiniteLoss")]
-visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
+    dist_cfg=dict(backend="nccl"),
+)
+vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
+visualizer = dict(type="DetLocalVisualizer", vis_backends=vis_backends)
+log_processor = dict(by_epoch=True)
+log_level = "INFO"
+load_from = None
+resume = False

@@ -65,10 +65,10 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=4,
     num_workers=2,
-    sampler=dict(type="InfiniteSampler"),
+    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(pipeline=train_pipeline, filter_cfg=dict(filter_empty_gt=True, min_size=8)),
 )
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+val_dataloader = dict(num_workers=2, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(lr=2e-3))

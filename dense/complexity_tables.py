@@ -1,0 +1,303 @@
+"""The tables of parameters and FLOPs beside the paper's, as every README shows them.
+
+A section is one README: ``backbones``, or a folder of ``configs/``. Its tables stand there between
+two marker lines and are written by ``tools/complexity.py --write``.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from backbones import MODEL_NAMES
+from dense import complexity, paper
+from dense.complexity import Count
+
+BEGIN = "<!-- Written by: python tools/complexity.py --write -->"
+END = "<!-- End of what tools/complexity.py writes. -->"
+_SIZES = ("tiny", "base", "nano")
+_22K = "in22k"
+
+
+class Column(NamedTuple):
+    """A column: its title, the key of a row that it shows, and how."""
+
+    title: str
+    key: str
+    show: Callable[[Any], str] = str
+
+
+class Table(NamedTuple):
+    """A title, columns, rows of raw values (parameters and multiply-adds, not rounded), notes."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+    def cells(self) -> list[list[str]]:
+        """What is shown: ``-`` where the paper has no figure, ``?`` where none was counted."""
+        return [[_cell(row, column) for column in self.columns] for row in self.rows]
+
+    def without_flops(self) -> "Table":
+        """The same with parameters alone."""
+        kept = tuple(column for column in self.columns if "flops" not in column.key)
+        return self._replace(columns=kept)
+
+    def markdown(self) -> str:
+        """The table in Markdown, its title above and its notes below."""
+        lines = [self.title, "", _line(column.title for column in self.columns)]
+        lines += [_line("---" for _ in self.columns), *map(_line, self.cells())]
+        return "\n".join([*lines, *(["", *self.notes] if self.notes else [])])
+
+
+class Section(NamedTuple):
+    """A README, the package without which its models cannot be built, and what fills its tables."""
+
+    readme: str
+    package: str
+    extra: str
+    build: Callable[..., list[Table]]
+
+
+def installed() -> list[str]:
+    """The sections whose framework is here."""
+    return [name for name, section in SECTIONS.items() if find_spec(section.package)]
+
+
+def block(tables: Iterable[Table]) -> str:
+    """What stands between the markers, the markers included."""
+    return "\n\n".join([BEGIN, *(table.markdown() for table in tables), END])
+
+
+def read_block(readme: Path) -> str:
+    """The block that a README holds.
+
+    Raises:
+        ValueError: it has no markers, or one alone.
+    """
+    text = readme.read_text()
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin:
+        raise ValueError(
+            f"{readme} has no lines {BEGIN!r} and {END!r} for the tables to go between"
+        )
+    return text[begin : end + len(END)]
+
+
+def write_block(readme: Path, tables: Iterable[Table]) -> bool:
+    """Put fresh tables into a README; whether that changed it."""
+    old, new = read_block(readme), block(tables)
+    if old != new:
+        readme.write_text(readme.read_text().replace(old, new))
+    return old != new
+
+
+# The sections
+
+
+def _backbones(root: Path, with_flops: bool, track: Callable) -> list[Table]:
+    rows = []
+    for name in track(sorted(MODEL_NAMES, key=lambda n: _SIZES.index(n.rsplit("_", 1)[1]))):
+        published = paper.TABLE_2.get(name)
+        from_22k = paper.TABLE_10.get(name)
+        rows.append(
+            dict(
+                name=f"`{name}`",
+                **_beside(complexity.classifier(name, with_flops=with_flops), published),
+                top1=published.top1 if published else None,
+                top1_22k=from_22k.top1 if from_22k else None,
+            )
+        )
+    larger = []
+    for (name, window), published in track(paper.TABLE_14.items()):
+        count = complexity.classifier(name, 384, window, with_flops)
+        larger.append(
+            dict(
+                name=f"`{name}`",
+                window=f"{window}x{window}",
+                **_beside(count, published),
+                top1=published.top1,
+            )
+        )
+    name, top1 = Column("model", "name"), Column("paper's top-1", "top1", _per_cent)
+    return [
+        Table(
+            "1000 classes, 224x224, beside Tables 2 and 10; accuracy is the paper's:",
+            (name, *_beside_columns("Table 2", 2), top1, Column("from 22K", "top1_22k", _per_cent)),
+            rows,
+        ),
+        Table(
+            "384x384, beside Table 14:",
+            (name, Column("window", "window"), *_beside_columns("Table 14", 2), top1),
+            larger,
+        ),
+    ]
+
+
+def _detection(root: Path, with_flops: bool, track: Callable) -> list[Table]:
+    rows, extra = [], {}
+    for path, backbone, from_22k in track(_configs(root / "configs/detection")):
+        count, more = complexity.detectron2_detector(path, with_flops)
+        extra = extra or more
+        rows.append(
+            dict(
+                _of_config(path, backbone, from_22k),
+                own_parameters=count.parameters,
+                own_flops=count.flops,
+                **_beside(sum(more.values(), count), _published(backbone, from_22k, "DETECTION")),
+                **_accuracy(backbone, from_22k, "DETECTION"),
+            )
+        )
+    notes = [f"- {name}: {_described(count)}" for name, count in extra.items()]
+    columns = (
+        *_CONFIG_COLUMNS,
+        Column("parameters", "own_parameters", _millions),
+        Column("FLOPs", "own_flops", _billions(1)),
+        *_beside_columns("paper's", 1, "with the paper's heads: "),
+        *_AP_COLUMNS,
+    )
+    title = "Cascade Mask R-CNN, 1280x800, 1000 boxes, 100 masks, beside Tables 3 and 11:"
+    lead = "The paper's heads are MMDetection's, whose cascade has what Detectron2's has not:"
+    return [Table(title, columns, rows, (lead, "", *notes))]
+
+
+def _mmdetection(root: Path, with_flops: bool, track: Callable) -> list[Table]:
+    rows = []
+    for path, backbone, from_22k in track(_configs(root / "configs/mmdetection")):
+        count = complexity.mmdet_detector(path, with_flops)
+        rows.append(
+            dict(
+                _of_config(path, backbone, from_22k),
+                **_beside(count, _published(backbone, from_22k, "DETECTION")),
+                **_accuracy(backbone, from_22k, "DETECTION"),
+            )
+        )
+    columns = (*_CONFIG_COLUMNS, *_beside_columns("paper's", 1), *_AP_COLUMNS)
+    title = "Cascade Mask R-CNN, 1280x800, 1000 boxes, 100 masks, beside Tables 3 and 11:"
+    return [Table(title, columns, rows)]
+
+
+def _segmentation(root: Path, with_flops: bool, track: Callable) -> list[Table]:
+    rows = []
+    for path, backbone, from_22k in track(_configs(root / "configs/segmentation")):
+        count = complexity.segmentor(path, with_flops)
+        rows.append(
+            dict(
+                _of_config(path, backbone, from_22k),
+                **_beside(count, _published(backbone, from_22k, "SEGMENTATION")),
+                **_accuracy(backbone, from_22k, "SEGMENTATION"),
+            )
+        )
+    columns = (*_CONFIG_COLUMNS, *_beside_columns("paper's", 1), Column("paper's mIoU", "miou"))
+    return [Table("UPerNet, 512x2048, beside Tables 3 and 11:", columns, rows)]
+
+
+SECTIONS = {
+    "backbones": Section("backbones/README.md", "timm", "complexity", _backbones),
+    "detection": Section("configs/detection/README.md", "detectron2", "detection", _detection),
+    "mmdetection": Section("configs/mmdetection/README.md", "mmdet", "mmdetection", _mmdetection),
+    "segmentation": Section(
+        "configs/segmentation/README.md", "mmseg", "segmentation", _segmentation
+    ),
+}
+
+
+def _configs(folder: Path) -> list[tuple[Path, str, bool]]:
+    """Every config of a folder with its backbone and whether that is from 22K, in table order."""
+    found = []
+    for path in folder.glob("*.py"):
+        backbone = max((name for name in MODEL_NAMES if name in path.stem), key=len)
+        found.append((path, backbone, _22K in path.stem))
+
+    def order(config: tuple[Path, str, bool]) -> tuple:
+        _, backbone, from_22k = config
+        size = _SIZES.index(backbone.rsplit("_", 1)[1])
+        return size, MODEL_NAMES.index(backbone), from_22k
+
+    return sorted(found, key=order)
+
+
+def _of_config(path: Path, backbone: str, from_22k: bool) -> dict[str, str]:
+    pretraining = "-" if "nano" in backbone else "ImageNet-22K" if from_22k else "ImageNet-1K"
+    return dict(name=f"[{backbone}]({path.name})", pretraining=pretraining)
+
+
+def _published(backbone: str, from_22k: bool, task: str) -> tuple | None:
+    return getattr(paper, f"TABLE_{11 if from_22k else 3}_{task}").get(backbone)
+
+
+def _accuracy(backbone: str, from_22k: bool, task: str) -> dict[str, float | None]:
+    published = _published(backbone, from_22k, task)
+    kind = paper.Detector if task == "DETECTION" else paper.Segmentor
+    return {key: getattr(published, key, None) for key in kind._fields[2:]}
+
+
+def _beside(count: Count, published: Any) -> dict[str, float | None]:
+    """A count, the paper's figures, and the difference of parameters (M) and FLOPs (ratio)."""
+    off = ratio = None
+    if published:
+        off = round(count.parameters / 1e6) - published.parameters
+        if count.flops is not None:
+            ratio = count.flops / 1e9 / published.flops - 1
+    return dict(
+        parameters=count.parameters,
+        paper_parameters=published.parameters if published else None,
+        parameters_off=off,
+        flops=count.flops,
+        paper_flops=published.flops if published else None,
+        flops_off=ratio,
+    )
+
+
+# How values are shown
+
+
+def _millions(value: int) -> str:
+    return f"{value / 1e6:.2f}M"
+
+
+def _billions(digits: int) -> Callable[[int], str]:
+    return lambda value: f"{value / 1e9:.{digits}f}G"
+
+
+def _described(count: Count) -> str:
+    flops = "" if count.flops is None else f", {_billions(1)(count.flops)} FLOPs"
+    return f"{_millions(count.parameters)} parameters{flops}"
+
+
+def _per_cent(value: float) -> str:
+    return f"{value:.1f}%"
+
+
+_CONFIG_COLUMNS = (Column("config", "name"), Column("pretraining", "pretraining"))
+_AP_COLUMNS = (Column("paper's box AP", "box_ap"), Column("paper's mask AP", "mask_ap"))
+
+
+def _beside_columns(table: str, digits: int, whose: str = "") -> tuple[Column, ...]:
+    return (
+        Column(f"{whose}parameters", "parameters", _millions),
+        Column(table, "paper_parameters", "{}M".format),
+        Column("difference", "parameters_off", "{}M".format),
+        Column(f"{whose}FLOPs", "flops", _billions(digits)),
+        Column(table, "paper_flops", "{}G".format),
+        Column("difference", "flops_off", "{:+.1%}".format),
+    )
+
+
+def _cell(row: dict[str, Any], column: Column) -> str:
+    value = row[column.key]
+    if value is None:
+        uncounted = column.key in ("flops", "own_flops", "flops_off") and row["flops"] is None
+        return "?" if uncounted else "-"
+    return value if isinstance(value, str) else column.show(value)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def raw(tables: Iterable[Table]) -> Iterator[dict[str, Any]]:
+    """The tables for JSON: titles, rows of unrounded numbers, notes."""
+    for table in tables:
+        yield dict(title=table.title, rows=table.rows, notes=list(table.notes))
