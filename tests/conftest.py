@@ -24,3 +24,16 @@ def sample_data() -> Path:
     if missing:
         pytest.fail(f"DENSE_SAMPLE_DATA={named} has no {' and no '.join(missing)}/ in it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def expected_init():
+    """A function of a backbone's name and ``"in1k"`` or ``"in22k"``: the weights that its configs
+    start from, released ones by their tag and others by a file."""
+    from backbones.released import RELEASED
+
+    def init(name: str, pretraining: str) -> str:
+        tags = {f"ms_{pretraining}", f"atten4vis_{pretraining}"} & set(RELEASED.get(name, {}))
+        return tags.pop() if tags else f"checkpoints/{name}_{pretraining}.pth"
+
+    return init

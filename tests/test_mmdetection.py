@@ -77,13 +77,13 @@ def test_there_is_a_config_for_every_family_and_size():
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_backbone_of_full_size(name):
+def test_backbone_of_full_size(name, expected_init):
     """That the whole has the paper's parameters, tests/test_complexity.py asks."""
     model = Config.fromfile(CONFIGS / f"{name}.py").model
     backbone = model.backbone
     assert name.startswith(f"cascade-mask-rcnn_{backbone.type}")
     pretraining = "in22k" if "in22k" in name else "in1k"
-    assert backbone.init == f"checkpoints/{backbone.type}_{pretraining}.pth"
+    assert backbone.init == expected_init(backbone.type, pretraining)
     tiny = "_tiny" in name
     assert backbone.drop_path_rate == (0.2 if tiny else 0.3)
     assert model.neck.in_channels == [(96 if tiny else 128) * 2**i for i in range(4)]

@@ -4,6 +4,4 @@ from .common.data import data, dataloader
 from .common.model import model
 from .common.schedule import lr_multiplier, optimizer, train
 
-model.backbone.bottom_up.update(
-    name="d_dw_conv_tiny", drop_path_rate=0.2, init="checkpoints/d_dw_conv_tiny_in1k.pth"
-)
+model.backbone.bottom_up.update(name="d_dw_conv_tiny", drop_path_rate=0.2, init="atten4vis_in1k")

@@ -4,6 +4,4 @@ from .common.data import data, dataloader
 from .common.model import model
 from .common.schedule import lr_multiplier, optimizer, train
 
-model.backbone.bottom_up.update(
-    name="swin_base", drop_path_rate=0.3, init="checkpoints/swin_base_in1k.pth"
-)
+model.backbone.bottom_up.update(name="swin_base", drop_path_rate=0.3, init="ms_in1k")

@@ -4,6 +4,4 @@ from .common.data import data, dataloader
 from .common.model import model
 from .common.schedule import lr_multiplier, optimizer, train
 
-model.backbone.bottom_up.update(
-    name="swin_tiny", drop_path_rate=0.2, init="checkpoints/swin_tiny_in1k.pth"
-)
+model.backbone.bottom_up.update(name="swin_tiny", drop_path_rate=0.2, init="ms_in1k")

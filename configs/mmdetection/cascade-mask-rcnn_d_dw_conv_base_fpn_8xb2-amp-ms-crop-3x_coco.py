@@ -7,8 +7,6 @@ _base_ = [
     "./_base_/default_runtime.py",
 ]
 model = dict(
-    backbone=dict(
-        type="d_dw_conv_base", drop_path_rate=0.3, init="checkpoints/d_dw_conv_base_in1k.pth"
-    ),
+    backbone=dict(type="d_dw_conv_base", drop_path_rate=0.3, init="atten4vis_in1k"),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

@@ -6,4 +6,4 @@ _base_ = [
     "./_base_/schedule_3x.py",
     "./_base_/default_runtime.py",
 ]
-model = dict(backbone=dict(type="dw_conv_tiny", init="checkpoints/dw_conv_tiny_in1k.pth"))
+model = dict(backbone=dict(type="dw_conv_tiny", init="atten4vis_in1k"))

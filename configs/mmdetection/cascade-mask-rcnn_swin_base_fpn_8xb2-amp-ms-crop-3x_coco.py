@@ -7,6 +7,6 @@ _base_ = [
     "./_base_/default_runtime.py",
 ]
 model = dict(
-    backbone=dict(type="swin_base", drop_path_rate=0.3, init="checkpoints/swin_base_in1k.pth"),
+    backbone=dict(type="swin_base", drop_path_rate=0.3, init="ms_in1k"),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

@@ -6,4 +6,4 @@ _base_ = [
     "./_base_/schedules/schedule_160k.py",
     "./_base_/default_runtime.py",
 ]
-model = dict(backbone=dict(type="d_dw_conv_tiny", init="checkpoints/d_dw_conv_tiny_in1k.pth"))
+model = dict(backbone=dict(type="d_dw_conv_tiny", init="atten4vis_in1k"))

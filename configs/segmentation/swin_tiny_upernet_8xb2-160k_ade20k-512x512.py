@@ -6,4 +6,4 @@ _base_ = [
     "./_base_/schedules/schedule_160k.py",
     "./_base_/default_runtime.py",
 ]
-model = dict(backbone=dict(type="swin_tiny", init="checkpoints/swin_tiny_in1k.pth"))
+model = dict(backbone=dict(type="swin_tiny", init="ms_in1k"))

@@ -74,6 +74,7 @@ def _builder(make, name: str | None, size: tuple[int, int], images: int, device:
 def _segmentor(name: str | None, size: tuple[int, int], images: int, device: torch.device):
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
+    from mmseg.utils import register_all_modules
 
     from dense.segmentation.config import load_config
 
@@ -82,7 +83,8 @@ def _segmentor(name: str | None, size: tuple[int, int], images: int, device: tor
     if name is None:
         cfg.model.backbone = dict(type="mmseg.SwinTransformer", embed_dims=96, **_SWIN_TINY)
     else:
-        cfg.model.backbone.type = name
+        cfg.model.backbone.update(type=name, init=None)
+    register_all_modules()
     model = MODELS.build(cfg.model)
     data = {"inputs": [], "data_samples": []}
     for _ in range(images):
@@ -117,7 +119,7 @@ def _detector(name: str | None, size: tuple[int, int], images: int, device: torc
         cfg.model.backbone.bottom_up = LazyCall(SwinTransformer)(embed_dim=96, **_SWIN_TINY)
         cfg.model.backbone.in_features = ["p0", "p1", "p2", "p3"]
     else:
-        cfg.model.backbone.bottom_up.name = name
+        cfg.model.backbone.bottom_up.update(name=name, init=None)
     model = instantiate(cfg.model)
     generator = torch.Generator().manual_seed(0)
     batch = []

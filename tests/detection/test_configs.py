@@ -60,13 +60,13 @@ def test_the_two_differences_from_the_papers_heads():
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_recipe_of_the_backbone(name):
+def test_recipe_of_the_backbone(name, expected_init):
     backbone = config(name).model.backbone.bottom_up
     assert backbone.drop_path_rate == (0.2 if "_tiny" in name else 0.3)
     assert backbone.norm == "SyncBN"
     assert backbone.frozen_stages == -1
     pretraining = "in22k" if "in22k" in name else "in1k"
-    assert backbone.init == f"checkpoints/{backbone.name}_{pretraining}.pth"
+    assert backbone.init == expected_init(backbone.name, pretraining)
 
 
 def test_recipe_of_the_model():

@@ -33,7 +33,7 @@ def test_there_is_a_config_for_every_family_and_size():
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_full_size_has_the_papers_parameters(name):
+def test_full_size_has_the_papers_parameters(name, expected_init):
     cfg = load_config(CONFIGS / f"{name}.py")
     model = build(cfg)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -42,7 +42,7 @@ def test_full_size_has_the_papers_parameters(name):
     if published:
         assert round(millions) == published.parameters
     pretraining = "in22k" if "in22k" in name else "in1k"
-    assert cfg.model.backbone.init == f"checkpoints/{cfg.model.backbone.type}_{pretraining}.pth"
+    assert cfg.model.backbone.init == expected_init(cfg.model.backbone.type, pretraining)
     assert list(model.backbone.channels) == list(model.decode_head.in_channels)
     assert model.auxiliary_head.in_channels == model.backbone.channels[2]
 
