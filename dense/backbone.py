@@ -37,6 +37,8 @@ class DenseBackbone(nn.Module):
             there is no CUDA. The norms of the outputs are LayerNorm for Swin and Swin-Local-MLP.
         grad_checkpointing: recompute blocks in the backward pass to save memory.
         window_size: another window, or kernel of the convolutional families; None keeps 7.
+        fuse: in evaluation, without gradients, run a copy whose batch norms are folded into their
+            neighbours (:func:`backbones.fuse`); names and values of the state dict do not change.
         **model_kwargs: anything else of the model, ``shared=True`` of Swin-Local-MLP for one.
 
     Raises:
@@ -54,6 +56,7 @@ class DenseBackbone(nn.Module):
         norm: str = "SyncBN",
         grad_checkpointing: bool = False,
         window_size: int | None = None,
+        fuse: bool = False,
         **model_kwargs,
     ):
         super().__init__()
@@ -65,6 +68,8 @@ class DenseBackbone(nn.Module):
             raise ValueError(f"norm={norm!r}: {', '.join(NORMS)} are valid")
         self.init = init
         self.frozen_stages = frozen_stages
+        self.fuse = fuse
+        self._drop_folded()
 
         if window_size is not None:
             model_kwargs["window_size"] = window_size
@@ -91,7 +96,7 @@ class DenseBackbone(nn.Module):
         """``(B, 3, H, W)`` to one ``(B, C, ceil(H/stride), ceil(W/stride))`` a chosen stage."""
         x = self.patch_embed(x)
         outputs = []
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(self._folded_stages()):
             x = stage(x)
             if i in self.out_indices:
                 norm = self.norms[str(i)]
@@ -111,10 +116,27 @@ class DenseBackbone(nn.Module):
     def train(self, mode: bool = True) -> "DenseBackbone":
         """As ever, but frozen stages stay in evaluation mode and get no gradients."""
         super().train(mode)
+        self._drop_folded()
         if self.frozen_stages >= 0:
             for module in (self.patch_embed, *self.stages[: self.frozen_stages]):
                 module.eval().requires_grad_(False)
         return self
+
+    def _folded_stages(self) -> nn.ModuleList:
+        """The stages to run: folded ones where that is asked for and nothing is to be learned."""
+        if not self.fuse or self.training or torch.is_grad_enabled():
+            return self.stages
+        if self._folded[0] is None:
+            self._folded[0] = backbones.fuse(self.stages)
+        return self._folded[0]
+
+    def _drop_folded(self) -> None:
+        # In a list, for it is no submodule: neither saved nor moved nor trained.
+        self._folded: list[nn.ModuleList | None] = [None]
+
+    def _apply(self, fn, recurse: bool = True) -> "DenseBackbone":
+        self._drop_folded()
+        return super()._apply(fn, recurse)
 
 
 def step_back_norms(model: nn.Module) -> nn.Module:
@@ -164,6 +186,7 @@ def _resolve(name: str, init: str) -> str:
 
 
 def _take_other_names(module: DenseBackbone, state_dict: dict, prefix: str, *_) -> None:
+    module._drop_folded()
     own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
     if layout_of(own).name == "ours":
         return

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 
-from backbones import CheckpointError
+from backbones import CheckpointError, fuse
 from dense import require
 from dense.backbone import step_back_norms
 from dense.openmmlab import checkpoints
@@ -50,7 +50,7 @@ def load_predictor(
     count = int(model.bbox_head.num_classes if hasattr(model, "bbox_head") else _classes_of(model))
     if len(names) != count:
         raise CheckpointError(f"{checkpoint} names {len(names)} classes, the model has {count}")
-    model.to(device).eval()
+    fuse(model.to(device), inplace=True)
 
     @torch.inference_mode()
     def predict(image: np.ndarray) -> dict:

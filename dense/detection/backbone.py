@@ -33,7 +33,7 @@ class PyramidBackbone(DenseBackbone, Backbone):
             mode or by :meth:`init_weights`, whichever is first, and not at all once a state dict
             has brought all parameters: resuming, evaluating and predicting do without the file.
         **kwargs: ``drop_path_rate``, ``frozen_stages``, ``norm``, ``grad_checkpointing``,
-            ``window_size`` and the rest of ``DenseBackbone``'s arguments.
+            ``window_size``, ``fuse`` and the rest of ``DenseBackbone``'s arguments.
 
     Raises:
         ValueError: an unknown name, feature or option; the message lists the valid ones.
@@ -85,6 +85,7 @@ def add_dense_config(cfg: CfgNode) -> None:
             "NORM": "SyncBN",
             "GRAD_CHECKPOINTING": False,
             "WINDOW_SIZE": None,
+            "FUSE": False,
         }
     )
     cfg.INPUT.FORMAT = "RGB"
@@ -131,6 +132,7 @@ def _from_yacs(name: str, cfg: CfgNode, used: Sequence[str] = FEATURES) -> Pyram
         norm=dense.NORM,
         grad_checkpointing=dense.GRAD_CHECKPOINTING,
         window_size=dense.WINDOW_SIZE,
+        fuse=dense.FUSE,
     )
 
 

@@ -10,6 +10,7 @@ from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
+from backbones import fuse
 from dense.backbone import step_back_norms
 from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import load_config
@@ -42,6 +43,7 @@ def load_predictor(
     names = _class_names(cfg, checkpoint)
     model = step_back_norms(instantiate(cfg.model)).to(device).eval()
     WholeCheckpointer(model).load_weights(checkpoint, complete=True)
+    fuse(model, inplace=True)
     mapper = cfg.dataloader.test.mapper
     resize = T.AugmentationList(instantiate(mapper.augmentations))
     bgr = mapper.image_format == "BGR"

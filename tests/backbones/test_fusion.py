@@ -1,5 +1,8 @@
 """Folding changes no output and leaves no norm that could have gone."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
@@ -60,3 +63,31 @@ def test_a_dense_backbone_keeps_the_norms_of_its_outputs(norm):
 def test_a_model_in_training_is_left_in_training():
     model = spread(timm.create_model("dw_conv_nano", num_classes=0)).train()
     assert not backbones.fuse(model).training and model.training
+
+
+def test_the_adapters_flag_follows_what_is_learned_and_loaded():
+    plain = spread(DenseBackbone("dw_conv_nano"))
+    fused = DenseBackbone("dw_conv_nano", fuse=True).eval()
+    x = torch.randn(1, 3, 64, 96)
+    fused(x)
+    with torch.no_grad():
+        before = fused(x)
+        assert fused._folded[0] is not None
+    fused.load_state_dict(plain.state_dict())
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    with torch.no_grad():
+        for ours, theirs, old in zip(fused(x), plain(x), before, strict=True):
+            assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+            assert not ours.allclose(old)
+    # With gradients it is the network itself.
+    fused(x)[0].sum().backward()
+    assert fused.stages[0].blocks[0].mixer.in_proj.weight.grad is not None
+    fused.train()
+    with torch.no_grad():
+        fused.stages[0].blocks[0].mixer.in_proj.weight.mul_(2)
+        changed = fused.eval()(x)[0]
+        assert not changed.allclose(plain(x)[0])
+        twin = fused.double()(x.double())[0]
+        assert (twin - changed).abs().max() < 1e-4 * changed.abs().max()
+    deepcopy(fused)
+    pickle.loads(pickle.dumps(fused))
