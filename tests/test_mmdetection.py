@@ -208,3 +208,59 @@ def test_mmsegmentation_and_detectron2_are_not_needed():
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"PyramidBackbone\s*$", done.stdout)
+
+
+def mmdetection(tool, *arguments):
+    import mmdet
+
+    path = Path(mmdet.__file__).parent / ".mim/tools" / f"{tool}.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(path), *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.e2e
+def test_mmdetections_own_tools_train_resume_and_test(tmp_path, sample_data):
+    """On a slice of COCO; then the weights under the names of the authors' released files."""
+    from backbones.layouts import LAYOUTS, from_ours
+    from dense.openmmlab import checkpoints
+
+    root, annotations = f"{sample_data}/coco/", f"{sample_data}/coco/annotations"
+    own = CONFIGS / f"{NANO}.py"
+    options = [
+        "--cfg-options",
+        "model.backbone.type=d_dw_conv_nano",
+        "model.test_cfg.rcnn.score_thr=0.0",
+        *(f"{split}_dataloader.dataset.data_root={root}" for split in ("train", "val", "test")),
+        *(
+            f"{split}_evaluator.ann_file={annotations}/instances_val2017.json"
+            for split in ("val", "test")
+        ),
+        "default_hooks.checkpoint.interval=2",
+        "default_hooks.logger.interval=1",
+    ]
+    run = ("train", own, "--work-dir", tmp_path)
+    mmdetection(*run, *options, "train_cfg.max_iters=2", "train_cfg.val_interval=10")
+    said = mmdetection(
+        *run, "--resume", *options, "train_cfg.max_iters=4", "train_cfg.val_interval=4"
+    )
+    assert "iter_2.pth" in said and "Iter(train) [4/4]" in said and "[1/4]" not in said
+    assert "coco/segm_mAP" in said
+
+    weights = checkpoints.read(tmp_path / "iter_4.pth")["state_dict"]
+    inner = {k[9:]: v for k, v in weights.items() if k.startswith("backbone.")}
+    released = {k: v for k, v in weights.items() if not k.startswith("backbone.")}
+    renamed = from_ours(inner, LAYOUTS["original"])
+    assert "layers.0.blocks.0.attn2conv.conv.conv1.weight" in renamed
+    released |= {f"backbone.{k}": v for k, v in renamed.items()}
+    torch.save({"state_dict": released, "meta": {"epoch": 36}}, tmp_path / "released.pth")
+    figures = []
+    for file in ("iter_4.pth", "released.pth"):
+        said = mmdetection("test", own, tmp_path / file, "--work-dir", tmp_path / "test", *options)
+        figures.append(re.findall(r"coco/\w+: [-.\d]+", said))
+    assert figures[0] == figures[1] and len(figures[0]) == 12
