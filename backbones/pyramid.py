@@ -106,7 +106,8 @@ class Pyramid(nn.Module):
             else [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
+                # With the layer before it. Not "norms", a dense backbone's: they learn like heads.
+                (r"^norm\.", (99999,)),
             ],
         )
 

@@ -104,6 +104,9 @@ class DenseBackbone(nn.Module):
                 outputs.append(out.permute(0, 3, 1, 2))
         return tuple(outputs)
 
+    group_matcher = backbones.Pyramid.group_matcher
+    no_weight_decay = backbones.Pyramid.no_weight_decay
+
     def init_weights(self) -> None:
         """Load ``init`` if there is one and report what fitted.
 

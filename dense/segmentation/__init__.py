@@ -17,9 +17,10 @@ from dense import require
 require("mmengine", "segmentation")
 
 from dense.openmmlab.logs import forward_logs  # noqa: E402
+from dense.openmmlab.optim import DenseOptimWrapperConstructor  # noqa: E402
 from dense.segmentation.backbone import PyramidBackbone, register  # noqa: E402
 
-__all__ = ["PyramidBackbone", "load_predictor"]
+__all__ = ["DenseOptimWrapperConstructor", "PyramidBackbone", "load_predictor"]
 
 register()
 forward_logs()

@@ -101,7 +101,8 @@ def test_no_decay_on_norms_and_bias_tables(family):
     cfg = load_config(CONFIGS / f"{family}_tiny_upernet_{RECIPE}.py")
     model = build(cfg)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    decay = {id(g["params"][0]): g["weight_decay"] for g in wrapper.optimizer.param_groups}
+    groups = wrapper.optimizer.param_groups
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert len(decay) == len(list(model.parameters()))
 
     normalising = nn.LayerNorm | nn.BatchNorm2d | nn.SyncBatchNorm

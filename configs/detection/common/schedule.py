@@ -3,8 +3,9 @@
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
-from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+from dense.optim import param_groups
 
 # 117,266 images of train2017 have an object to learn from; 16 an iteration make 7,329 iterations
 # an epoch, and 117,266 * 36 / 16 = 263,848 iterations 36 epochs.
@@ -32,12 +33,8 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 
 optimizer = L(torch.optim.AdamW)(
-    params=L(get_default_optimizer_params)(
-        base_lr="${..lr}",
-        # Every norm, batch norm included, with its bias; and the position bias tables.
-        weight_decay_norm=0.0,
-        overrides=dict(relative_position_bias_table=dict(weight_decay=0.0)),
-    ),
+    # No decay on norms, batch norms among them, nor on bias tables.
+    params=L(param_groups)(base_lr="${..lr}", layer_decay=1.0),
     lr=1e-4,
     betas=(0.9, 0.999),
     weight_decay=0.05,

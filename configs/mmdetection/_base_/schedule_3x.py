@@ -3,11 +3,8 @@
 optim_wrapper = dict(
     type="AmpOptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    # Norms by their class, batch norms among them: many here have no "norm" in their name.
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        custom_keys={"relative_position_bias_table": dict(decay_mult=0.0)},
-    ),
+    # No decay on norms, batch norms among them, nor on bias tables.
+    constructor="DenseOptimWrapperConstructor",
 )
 param_scheduler = [
     # Swin's warm-up; the paper takes over its settings.
