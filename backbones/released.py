@@ -4,6 +4,9 @@ Of the other names none was ever released: no Swin-Local-MLP, no I-D-DW-Conv, no
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from backbones.reading import CheckpointError, is_url
 
 _DEMYSTIFY = "https://github.com/Atten4Vis/DemystifyLocalViT/releases/download/prerelease/"
 _SWIN = "https://github.com/SwinTransformer/storage/releases/download/"
@@ -66,6 +69,23 @@ RELEASED = {
     "d_dw_conv_tiny": {"atten4vis_in1k": Released(_DEMYSTIFY + "dynamic_dwnet_tiny_224.pth", 81.8)},
     "d_dw_conv_base": {"atten4vis_in1k": Released(_DEMYSTIFY + "dynamic_dwnet_base_224.pth", 83.2)},
 }
+
+
+def source_of(name: str, init: str | Path) -> str:
+    """What a backbone's ``init`` means: a file or URL as it is, a tag as the URL of its weights.
+
+    Raises:
+        CheckpointError: it is none of them; the message has the tags there are.
+    """
+    if is_url(init) or Path(init).expanduser().is_file():
+        return str(init)
+    tags = RELEASED.get(name, {})
+    if init in tags:
+        return tags[init].url
+    raise CheckpointError(
+        f"init={str(init)!r} is no file, URL or tag of released weights; "
+        f"tags of {name}: {', '.join(tags) or 'none'}"
+    )
 
 
 def names_with_weights() -> str:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import timm
 import torch
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import backbones
 from backbones.layouts import layout_of, to_ours
 from backbones.mixers.norm import batch_norm
+from backbones.released import source_of
 
 _logger = logging.getLogger(__name__)
 NORMS = ("BN", "SyncBN", "FrozenBN")
@@ -114,7 +114,7 @@ class DenseBackbone(nn.Module):
             backbones.CheckpointError: it does not exist, is unsafe to read, or does not fit.
         """
         if self.init is not None:
-            backbones.load_checkpoint(self, _resolve(self.name, self.init))
+            backbones.load_checkpoint(self, source_of(self.name, self.init))
 
     def train(self, mode: bool = True) -> "DenseBackbone":
         """As ever, but frozen stages stay in evaluation mode and get no gradients."""
@@ -173,19 +173,6 @@ def _checked_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
             "ascending, are valid"
         )
     return indices
-
-
-def _resolve(name: str, init: str) -> str:
-    """A file or URL as it is; a tag of released weights as the URL that timm has for it."""
-    if init.startswith(("http://", "https://")) or Path(init).expanduser().is_file():
-        return init
-    tags = [n.split(".", 1)[1] for n in timm.list_models(f"{name}.*", pretrained=True)]
-    if init in tags:
-        return timm.models.get_pretrained_cfg(f"{name}.{init}").url
-    raise backbones.CheckpointError(
-        f"init={init!r} is no file, URL or tag of released weights; "
-        f"tags of {name}: {', '.join(tags) or 'none'}"
-    )
 
 
 def _take_other_names(module: DenseBackbone, state_dict: dict, prefix: str, *_) -> None:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from dense.images import UnsetRange, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 OVERLAYS, DETECTIONS, LABELS = "overlays", "detections", "labels"
@@ -198,20 +200,11 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise UnreadableImage(
-                    f"{path}: 32-bit pixels have no set range; save it with 8 or 16 bits"
-                )
-            elif image.mode in ("P", "PA"):
-                image = image.convert("RGBA")
-            return np.array(image.convert("RGB"))
+            return np.array(to_rgb(opened))
+    except UnsetRange as error:
+        raise UnreadableImage(f"{path}: {error}") from error
     # A damaged file raises whatever its decoder meets first.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        if isinstance(error, UnreadableImage):
-            raise
         raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
 
 

@@ -8,38 +8,15 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
 
-from dense.openmmlab.runner import DenseRunner
-from dense.segmentation.data import ConfigError, check_folders, check_masks
+from dense.openmmlab.config import ConfigError, build_runner, load_config, use_amp
+from dense.segmentation.data import check_folders, check_masks
+
+__all__ = ["build_runner", "check", "load_config", "set_data_root", "use_amp", "use_own_data"]
 
 _OWN_DATA = ("train_images", "train_masks", "val_images", "val_masks", "classes")
 _OWN_DATA_OPTIONS = ("ignore_index", "reduce_zero_label")
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
-
-
-def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a config of MMSegmentation.
-
-    Args:
-        path: the ``.py`` file.
-        overrides: what ``--cfg-options`` gave, such as ``{"model.backbone.init": None}``.
-
-    Raises:
-        ConfigError: no such file, or it cannot be read as a config.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"no config file at {path}")
-    try:
-        cfg = Config.fromfile(path)
-        if overrides:
-            cfg.merge_from_dict(overrides)
-    except ImportError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: {reason}") from error
-    return cfg
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
@@ -117,31 +94,6 @@ def check(cfg: Config, training: bool) -> None:
             "train_dataloader.batch_size=1: the head pools an image to one value a channel, of "
             "which batch norm takes no variance; 2 or more images a process are needed"
         )
-
-
-def use_amp(cfg: Config) -> None:
-    """Train in mixed precision, with dynamic loss scaling.
-
-    Raises:
-        ConfigError: the config's optimizer wrapper is none that has an AMP twin.
-    """
-    kind = cfg.optim_wrapper.type
-    if kind not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise ConfigError(f"--amp: optim_wrapper.type={kind!r} has no AMP form, OptimWrapper has")
-    cfg.optim_wrapper.type = "AmpOptimWrapper"
-    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
-
-
-def build_runner(cfg: Config) -> Runner:
-    """The runner of a config, ours whatever the config says.
-
-    Raises:
-        ConfigError: the model cannot be built as the config describes it.
-    """
-    try:
-        return DenseRunner.from_cfg(cfg)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{cfg.filename}: {error.args[0] if error.args else error}") from error
 
 
 def _checked_classes(classes: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:

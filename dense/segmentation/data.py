@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from dense.openmmlab.config import ConfigError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MASK_SUFFIX = ".png"
 # Values of so many masks are looked at, evenly over all; the files themselves all are.
 _LOOKED_AT = 500
 _INDEX_MODES = ("1", "L", "P", "I", "I;16")
-
-
-class ConfigError(ValueError):
-    """Something a config or a command line names is missing or wrong."""
 
 
 def image_mask_pairs(

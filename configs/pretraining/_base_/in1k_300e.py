@@ -1,0 +1,17 @@
+"""ImageNet-1K: 300 epochs of AdamW, 1024 images a step, 20 epochs of warm-up, cosine."""
+
+_base_ = ["./imagenet.py", "./default_runtime.py"]
+total_batch_size = 1024
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
+    # None on norms, biases and bias tables.
+    constructor="DenseOptimWrapperConstructor",
+    paramwise_cfg=dict(no_decay_bias=True),
+    clip_grad=dict(max_norm=5.0),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=5e-4, begin=0, end=20, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min=5e-6, begin=20, end=300, convert_to_iter_based=True),
+]
+train_cfg = dict(max_epochs=300)

@@ -1,0 +1,10 @@
+"""ImageNet-1K at 384x384 after 224x224: 30 epochs at a learning rate of 1e-5."""
+
+_base_ = "./in1k_300e.py"
+train_dataloader = dict(batch_size=64, dataset=dict(transform=dict(input_size=384)))
+val_dataloader = dict(dataset=dict(transform=dict(input_size=384, crop_pct=1.0)))
+model = dict(img_size=384, drop_path_rate=0.1)
+optim_wrapper = dict(optimizer=dict(lr=1e-5, weight_decay=1e-8))
+# The learning rate is constant.
+param_scheduler = []
+train_cfg = dict(max_epochs=30)

@@ -1,0 +1,17 @@
+"""ImageNet-22K: 90 epochs of 14.2M images, 4096 a step, 5 epochs of warm-up, drop path 0.2.
+
+Its classes are folders; a list of ``path<TAB>label`` instead is ``dataset.list_file``.
+"""
+
+_base_ = "./in1k_300e.py"
+train_dataloader = dict(
+    batch_size=256, dataset=dict(root="data/imagenet22k/train", num_classes=21841)
+)
+val_dataloader = dict(dataset=dict(root="data/imagenet22k/val", num_classes=21841))
+model = dict(num_classes=21841, drop_path_rate=0.2)
+total_batch_size = 4096
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, begin=0, end=5, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, begin=5, end=90, convert_to_iter_based=True),
+]
+train_cfg = dict(max_epochs=90)

@@ -1,0 +1,4 @@
+"""I-D-DW-Conv, base, ImageNet-1K from random weights (Table 2)."""
+
+_base_ = "./_base_/in1k_300e.py"
+model = dict(name="i_d_dw_conv_base", drop_path_rate=0.5)

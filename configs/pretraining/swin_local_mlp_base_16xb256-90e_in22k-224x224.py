@@ -1,0 +1,4 @@
+"""Swin-Local-MLP, base, ImageNet-22K from random weights (Tables 10 and 11)."""
+
+_base_ = "./_base_/in22k_90e.py"
+model = dict(name="swin_local_mlp_base")

@@ -1,0 +1,4 @@
+"""Swin-Local-MLP, tiny, ImageNet-1K from random weights (Table 2)."""
+
+_base_ = "./_base_/in1k_300e.py"
+model = dict(name="swin_local_mlp_tiny", drop_path_rate=0.2)

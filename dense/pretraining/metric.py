@@ -1,0 +1,123 @@
+"""Top-1, top-5 and ReaL accuracy, of all images and class by class."""
+
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.evaluator import BaseMetric
+from mmengine.registry import METRICS
+from timm.data import RealLabelsImagenet
+
+
+@METRICS.register_module()
+class ClassificationMetric(BaseMetric):
+    """Accuracy in percent, and images per second.
+
+    Args:
+        real_labels: the label file of "Are we done with ImageNet?" (``real.json``); adds ``real``,
+            for images named as ImageNet's validation set names them.
+        filenames: the data set's file names, by index; what ``real_labels`` needs.
+        out_dir: where ``per_class.csv`` (class, images, accuracy) and ``confusion.csv`` (a row for
+            every true class, a column for every predicted one) are written; None writes none.
+        **kwargs: mmengine's.
+
+    Raises:
+        ValueError: ``real_labels`` without file names.
+    """
+
+    default_prefix = None
+
+    def __init__(
+        self,
+        real_labels: str | None = None,
+        filenames: Sequence[str] | None = None,
+        out_dir: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if real_labels and filenames is None:
+            raise ValueError("real_labels needs the file names of the images")
+        self.real = None
+        if real_labels:
+            self.real = RealLabelsImagenet([], real_json=str(real_labels)).real_labels
+        self.filenames, self.out_dir = filenames, out_dir
+        self._started: float | None = None
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Keep label, index and best five of each image; the clock starts after the first batch."""
+        for sample in data_samples:
+            row = (sample["label"], sample["index"], *sample["best"].tolist())
+            self.results.append(row)
+        if self._started is None:
+            self._started, self._first = time.perf_counter(), len(data_samples)
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """mmengine's, with the images per second of this process."""
+        timed = len(self.results) - (self._first if self._started is not None else 0)
+        elapsed = time.perf_counter() - self._started if self._started is not None else 0.0
+        self._started = None
+        metrics = super().evaluate(size)
+        if timed > 0 and elapsed > 0:
+            metrics["images_per_second"] = round(timed / elapsed, 1)
+        return metrics
+
+    def compute_metrics(self, results: list[tuple[int, ...]]) -> dict[str, float]:
+        """Percentages over all images of all processes.
+
+        Args:
+            results: ``(label, index, best, second, ...)`` of every image.
+        """
+        table = np.asarray(results)
+        labels, best = table[:, 0], table[:, 2:]
+        hit = best == labels[:, None]
+        metrics = {
+            "top1": 100 * float(hit[:, 0].mean()),
+            "top5": 100 * float(hit.any(1).mean()),
+        }
+        if self.real is not None:
+            metrics["real"] = self._real(table[:, 1], best[:, 0])
+        if self.out_dir:
+            self._write(labels, best[:, 0])
+        return metrics
+
+    def _real(self, indices: np.ndarray, best: np.ndarray) -> float:
+        judged = []
+        for index, predicted in zip(indices.tolist(), best.tolist(), strict=True):
+            name = Path(self.filenames[index]).with_suffix(".JPEG").name
+            if name not in self.real:
+                raise ValueError(
+                    f"{name} is in no ReaL label file: names such as ILSVRC2012_val_00000001.JPEG "
+                    "are needed"
+                )
+            valid = self.real[name]
+            if valid:
+                judged.append(predicted in valid)
+        return 100 * float(np.mean(judged)) if judged else float("nan")
+
+    def _write(self, labels: np.ndarray, best: np.ndarray) -> None:
+        names = list(self.dataset_meta["classes"])
+        count = len(names)
+        confusion = np.zeros((count, count), np.int64)
+        np.add.at(confusion, (labels, best), 1)
+        out = Path(self.out_dir)
+        out.mkdir(parents=True, exist_ok=True)
+        seen = confusion.sum(1)
+        rows = [
+            (name, int(n), f"{100 * c / n:.2f}" if n else "")
+            for name, n, c in zip(names, seen, confusion.diagonal(), strict=True)
+        ]
+        _write_csv(out / "per_class.csv", [("class", "images", "top1"), *rows])
+        _write_csv(
+            out / "confusion.csv",
+            [("", *names), *((n, *row) for n, row in zip(names, confusion.tolist(), strict=True))],
+        )
+
+
+def _write_csv(path: Path, rows: list[tuple]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    partial.replace(path)
