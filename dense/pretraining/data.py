@@ -130,6 +130,8 @@ class ImageDataset(Dataset):
         Raises:
             TooManyUnreadable: beyond the share of images that may fail, in this process.
         """
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
         for offset in range(len(self)):
             found = (index + offset) % len(self)
             if found in self.unreadable:
