@@ -43,7 +43,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sync-bn", action="store_true", help="batch statistics of all GPUs")
     add("--ema", type=float, nargs="?", const=0.9999, metavar="DECAY", help="average the weights")
     add("--eval-only", metavar="CHECKPOINT", help="train nothing, measure this")
-    add("--real-labels", metavar="FILE", help="ReaL's real.json: adds the accuracy by its labels")
+    add(
+        "--real-labels",
+        nargs="?",
+        const="timm",
+        metavar="FILE",
+        help="adds the accuracy by ReaL's labels, of FILE (real.json) or of timm's copy",
+    )
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="config changes")
     # What torch.distributed.launch still passes.
@@ -92,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             config.use_ema(cfg, args.ema)
         world = config.world_size(args.launcher)
         batches = config.plan_batches(cfg, world, args.batch_size, args.accumulate)
-        runner = config.build(cfg, args.real_labels)
+        runner = config.build(cfg, not args.eval_only, args.real_labels)
         if args.eval_only:
             metrics = config.evaluate(runner, args.eval_only)
             print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))

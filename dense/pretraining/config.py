@@ -96,12 +96,13 @@ def use_ema(cfg: Config, decay: float) -> None:
     cfg.custom_hooks.append(dict(type="EMAHook", momentum=1 - decay, update_buffers=True))
 
 
-def build(cfg: Config, real_labels: str | None = None) -> Runner:
+def build(cfg: Config, training: bool = True, real_labels: str | None = None) -> Runner:
     """Read the data, check it against the config, and build the runner.
 
     Args:
         cfg: the final config.
-        real_labels: ReaL's label file.
+        training: whether there will be checkpoints to write.
+        real_labels: ReaL's label file, or ``"timm"`` for the copy that timm brings.
 
     Raises:
         ConfigError: the data is missing or has other classes than the config says, or the model
@@ -120,10 +121,12 @@ def build(cfg: Config, real_labels: str | None = None) -> Runner:
         cfg.sync_bn = None
     cfg.model.classes = train.metainfo["classes"]
     if real_labels:
-        if not Path(real_labels).is_file():
+        if real_labels != "timm" and not Path(real_labels).is_file():
             raise ConfigError(f"no label file at {real_labels}")
         cfg.val_evaluator.real_labels = real_labels
     cfg.val_evaluator.out_dir = str(Path(cfg.work_dir, "evaluation"))
+    if not training:
+        cfg.default_hooks.checkpoint = None
     runner = build_runner(cfg)
     # The data sets as they are: a walk through a million files is not to be done twice.
     runner._train_dataloader = _loader(cfg.train_dataloader, train)

@@ -1,6 +1,7 @@
 """Top-1, top-5 and ReaL accuracy, of all images and class by class."""
 
 import csv
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ class ClassificationMetric(BaseMetric):
     """Accuracy in percent, and images per second.
 
     Args:
-        real_labels: the label file of "Are we done with ImageNet?" (``real.json``); adds ``real``,
-            for images named as ImageNet's validation set names them.
+        real_labels: the label file of "Are we done with ImageNet?" (``real.json``), or ``"timm"``
+            for the copy that timm brings; adds ``real``, for images named as ImageNet's validation
+            set names them.
         filenames: the data set's file names, by index; what ``real_labels`` needs.
         out_dir: where ``per_class.csv`` (class, images, accuracy) and ``confusion.csv`` (a row for
             every true class, a column for every predicted one) are written; None writes none.
@@ -42,7 +44,7 @@ class ClassificationMetric(BaseMetric):
             raise ValueError("real_labels needs the file names of the images")
         self.real = None
         if real_labels:
-            self.real = RealLabelsImagenet([], real_json=str(real_labels)).real_labels
+            self.real = _real_labels(real_labels)
         self.filenames, self.out_dir = filenames, out_dir
         self._started: float | None = None
 
@@ -114,6 +116,14 @@ class ClassificationMetric(BaseMetric):
             out / "confusion.csv",
             [("", *names), *((n, *row) for n, row in zip(names, confusion.tolist(), strict=True))],
         )
+
+
+def _real_labels(source: str) -> dict[str, list[int]]:
+    """The valid classes of every image of ImageNet's validation set, by its name."""
+    if source == "timm":
+        return RealLabelsImagenet([""] * 50_000).real_labels
+    labels = json.loads(Path(source).read_text())
+    return {f"ILSVRC2012_val_{i:08d}.JPEG": valid for i, valid in enumerate(labels, start=1)}
 
 
 def _write_csv(path: Path, rows: list[tuple]) -> None:

@@ -61,7 +61,8 @@ def run(pretrain, photos, tmp_path):
         argv += [str(arg) for arg in args]
         argv += ["--cfg-options", "train_cfg.max_epochs=2", "train_dataloader.num_workers=0"]
         argv += ["train_dataloader.persistent_workers=False", "val_dataloader.num_workers=0"]
-        argv += ["val_dataloader.persistent_workers=False", "total_batch_size=8"]
+        argv += ["val_dataloader.persistent_workers=False", "val_dataloader.batch_size=4"]
+        argv += ["total_batch_size=8"]
         argv += ["train_dataloader.batch_size=8", *options]
         pretrain.main(argv)
         return work_dir

@@ -1,0 +1,158 @@
+"""The tool trains, evaluates, goes on, and says in one line what is wrong."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from mmengine.registry import MODELS
+
+import backbones
+
+ROOT = Path(__file__).parents[2]
+
+
+def last_metrics(work_dir: Path) -> dict:
+    """The last validation in a work folder's log."""
+    lines = [
+        json.loads(line)
+        for path in sorted(work_dir.glob("*/vis_data/scalars.json"))
+        for line in path.read_text().splitlines()
+    ]
+    return [line for line in lines if "top1" in line][-1]
+
+
+def test_train_then_evaluate_the_checkpoint(run, tmp_path, capsys):
+    work = run()
+    metrics = last_metrics(work)
+    assert {"top1", "top5", "images_per_second"} <= metrics.keys()
+    assert list(work.glob("best_top1_*.pth"))
+    train = [
+        json.loads(line)
+        for path in work.glob("*/vis_data/scalars.json")
+        for line in path.read_text().splitlines()
+    ]
+    assert any("images_per_second" in line and "memory_mb" in line for line in train)
+    assert list(work.glob("*/vis_data/events.out.tfevents*"))
+
+    capsys.readouterr()
+    evaluation = run("--eval-only", work / "epoch_2.pth", work_dir=tmp_path / "evaluated")
+    said = re.search(r"top1 ([\d.]+), top5 ([\d.]+)", capsys.readouterr().out)
+    assert float(said[1]) == pytest.approx(metrics["top1"], abs=0.01)
+    rows = list(csv.DictReader((evaluation / "evaluation/per_class.csv").open()))
+    assert [row["class"] for row in rows] == ["n01", "n02", "n03"]
+    assert sum(int(row["images"]) for row in rows) == 12
+    mean = sum(float(row["top1"]) for row in rows) / 3
+    assert mean == pytest.approx(metrics["top1"], abs=0.02)
+    confusion = [line[1:] for line in csv.reader((evaluation / "evaluation/confusion.csv").open())]
+    counts = torch.tensor([[int(v) for v in line] for line in confusion[1:]])
+    assert counts.sum() == 12
+    assert 100 * counts.diagonal().sum() / 12 == pytest.approx(metrics["top1"], abs=0.01)
+
+    # The checkpoint starts any network of its name, the classifier included.
+    network = timm.create_model("dw_conv_nano", num_classes=3)
+    report = backbones.load_checkpoint(network, work / "epoch_2.pth")
+    assert not (report.missing or report.unexpected)
+
+
+def test_the_released_names_are_evaluated_too(run, tmp_path, capsys):
+    from backbones.layouts import LAYOUTS, from_ours
+
+    network = timm.create_model("dw_conv_nano", num_classes=3)
+    weights = from_ours(network.state_dict(), LAYOUTS["original"])
+    torch.save({"model": weights}, tmp_path / "released.pth")
+    run("--eval-only", tmp_path / "released.pth")
+    assert "top1" in capsys.readouterr().out
+    del weights["head.weight"], weights["head.bias"]
+    torch.save({"model": weights}, tmp_path / "headless.pth")
+    with pytest.raises(SystemExit, match="cannot be evaluated: it has no head.fc.weight"):
+        run("--eval-only", tmp_path / "headless.pth")
+
+
+def test_options_of_a_run(run, tmp_path):
+    """EMA, accumulation, fine-tuning from a checkpoint."""
+    first = run(work_dir=tmp_path / "first")
+    second = run(
+        *("--ema", "0.9", "--batch-size", "4", "--init", first / "epoch_2.pth"),
+        work_dir=tmp_path / "second",
+    )
+    content = torch.load(second / "epoch_2.pth", weights_only=False)
+    assert "ema_state_dict" in content
+    assert content["meta"]["dataset_meta"]["classes"] == ["n01", "n02", "n03"]
+    log = next(second.glob("*/*.log")).read_text()
+    assert "1 x 4 images x 2 accumulated = 8 a step" in log
+    assert "0 missing, 0 unexpected" in log
+
+
+def test_going_on(run, tmp_path):
+    work = run()
+    (work / "epoch_2.pth").write_bytes((work / "epoch_2.pth").read_bytes()[:5000])
+    run("--resume")
+    logs = "".join(path.read_text() for path in work.glob("*/*.log"))
+    assert "epoch_2.pth is truncated" in logs and "resuming from" in logs
+    assert backbones.read_checkpoint(work / "epoch_2.pth")
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "reason"),
+    [
+        (["--data-root", "/absent"], [], "no images at /absent/train"),
+        (["--num-classes", "7"], [], r"has 3 classes .* the config 7"),
+        (["--init", "absent.pth"], [], "no file, URL or tag"),
+        ([], ["model.name=resnet50"], "no network 'resnet50'.*swin_nano"),
+        (["--ema", "1.5"], [], "--ema 1.5"),
+        (["--eval-only", "absent.pth"], [], "no checkpoint at absent.pth"),
+        (["--real-labels", "absent.json"], [], "no label file at absent.json"),
+    ],
+)
+def test_what_is_wrong_is_one_line(run, args, options, reason):
+    with pytest.raises(SystemExit) as error:
+        run(*args, options=options)
+    message = str(error.value)
+    assert re.search(reason, message) and message.startswith("pretrain: ")
+
+
+def test_a_config_that_is_not_there(pretrain):
+    with pytest.raises(SystemExit, match="pretrain: no config file at absent.py"):
+        pretrain.main(["absent.py"])
+
+
+def test_real_labels(tmp_path):
+    from dense.pretraining.metric import ClassificationMetric
+
+    names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (3, 1, 2)]
+    (tmp_path / "real.json").write_text(json.dumps([[1, 2], [0], []]))
+    metric = ClassificationMetric(str(tmp_path / "real.json"), filenames=names)
+    metric.dataset_meta = {"classes": ["a", "b", "c"]}
+    rows = [(0, 0, 0, 1), (1, 1, 2, 1), (2, 2, 1, 0)]  # label, index, best, second
+    metrics = metric.compute_metrics(rows)
+    # Image 3 has no valid label and is not judged; 1 is right by its second label, 2 is wrong.
+    assert metrics["real"] == 50
+    assert metrics["top1"] == pytest.approx(100 / 3) and metrics["top5"] == pytest.approx(200 / 3)
+
+
+def test_timm_brings_the_real_labels():
+    from dense.pretraining.metric import ClassificationMetric
+
+    metric = ClassificationMetric("timm", filenames=[])
+    assert len(metric.real) == 50_000
+    assert 5 < sum(not valid for valid in metric.real.values()) / 500 < 10  # about 3200 have none
+
+
+@pytest.mark.parametrize("mixup", [None, {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}])
+def test_losses_are_timms(mixup):
+    torch.manual_seed(0)
+    model = MODELS.build(
+        dict(type="ImageClassifier", name="dw_conv_nano", num_classes=5, mixup=mixup,
+             label_smoothing=0.1)
+    ).eval()  # fmt: skip
+    x, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    loss = model(x, labels, torch.arange(4), mode="loss")["loss"]
+    assert math.isfinite(loss)
+    if mixup is None:
+        expected = torch.nn.functional.cross_entropy(model.network(x), labels, label_smoothing=0.1)
+        torch.testing.assert_close(loss, expected)
