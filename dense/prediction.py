@@ -1,4 +1,4 @@
-"""A trained detector or segmentor over photos: what to read, what to write, where.
+"""A trained detector, segmentor or classifier over photos: what to read, what to write, where.
 
 Neither framework is imported before it is known which one the config belongs to.
 """
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dense.images import UnsetRange, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-OVERLAYS, DETECTIONS, LABELS = "overlays", "detections", "labels"
+OVERLAYS, DETECTIONS, LABELS, CLASSES = "overlays", "detections", "labels", "classes"
 # Where results go and what they are, by whose config it is.
 RESULTS = {
     "detection": (DETECTIONS, ".json"),
     "mmdetection": (DETECTIONS, ".json"),
     "segmentation": (LABELS, ".png"),
+    "classification": (CLASSES, ".json"),
 }
 
 
@@ -50,8 +51,8 @@ class Job:
 
 
 def framework_of(config: str | os.PathLike) -> str:
-    """Whose config a file is: ``"detection"`` (LazyConfig), ``"segmentation"`` (MMSegmentation) or
-    ``"mmdetection"``.
+    """Whose config a file is: ``"detection"`` (LazyConfig), ``"segmentation"`` (MMSegmentation),
+    ``"mmdetection"`` or ``"classification"`` (pretraining).
 
     The file is parsed, not run, to tell LazyConfig from mmengine. mmengine's configs inherit by
     ``_base_`` or ``read_base()`` or import nothing; LazyConfig's import what they build. A
@@ -75,18 +76,21 @@ def framework_of(config: str | os.PathLike) -> str:
     imports = any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
     if imports and not names & {"_base_", "read_base"}:
         return "detection"
-    return "mmdetection" if _default_scope(path) == "mmdet" else "segmentation"
+    return _mmengine_kind(path)
 
 
-def _default_scope(config: Path) -> str | None:
-    """The package that an mmengine config is for; None where that cannot be told."""
+def _mmengine_kind(config: Path) -> str:
+    """The package that an mmengine config is for; MMSegmentation where that cannot be told."""
     try:
         from mmengine.config import Config
 
-        return Config.fromfile(config, import_custom_modules=False).get("default_scope")
+        cfg = Config.fromfile(config, import_custom_modules=False)
     # What is wrong with it is said where it is loaded.
     except Exception:
-        return None
+        return "segmentation"
+    if cfg.get("model", {}).get("type") == "ImageClassifier":
+        return "classification"
+    return "mmdetection" if cfg.get("default_scope") == "mmdet" else "segmentation"
 
 
 def config_beside(checkpoint: str | os.PathLike) -> Path:
@@ -172,7 +176,7 @@ def _images(entry: Path, out: Path) -> Iterator[tuple[Path, PurePosixPath]]:
         return
     if not entry.is_dir():
         raise PredictionError(f"input {entry} does not exist")
-    own = [(out / name).resolve() for name in (OVERLAYS, DETECTIONS, LABELS)]
+    own = [(out / name).resolve() for name in (OVERLAYS, DETECTIONS, LABELS, CLASSES)]
     images = [
         path
         for path in sorted(entry.rglob("*"))
@@ -303,6 +307,49 @@ def segmentation_writer(
         _replace(job.result, lambda path: label_map.save(path, format="PNG"))
 
     return write
+
+
+def classification_writer(
+    predictor: Callable[[np.ndarray], np.ndarray],
+) -> Callable[[np.ndarray, Job], None]:
+    """What :func:`run` calls for a classifier of :mod:`dense.pretraining.predictor`.
+
+    The JSON has the image's ``image`` and its five best ``classes``, best first: ``class_id``,
+    ``class_name`` and ``score``, the probability; they are written over the photo too.
+    """
+
+    def write(image: np.ndarray, job: Job) -> None:
+        scores = predictor(image)
+        best = scores.argsort()[::-1][:5]
+        names = [predictor.classes[index] for index in best]
+        _save_image(
+            draw_lines(
+                image,
+                [f"{name} {100 * scores[i]:.0f}%" for i, name in zip(best, names, strict=True)],
+            ),
+            job.overlay,
+        )
+        entries = [
+            {"class_id": int(i), "class_name": name, "score": round(float(scores[i]), 5)}
+            for i, name in zip(best, names, strict=True)
+        ]
+        text = json.dumps({"image": str(job.source), "classes": entries}, indent=1)
+        _replace(job.result, lambda path: path.write_text(text))
+
+    return write
+
+
+def draw_lines(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
+    """Lines of text in the upper left corner of an image ``(H, W, 3)``, enlarged if it is small."""
+    scale = _enlargement(image)
+    picture = Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
+    draw = ImageDraw.Draw(picture, "RGBA")
+    size = max(10, min(picture.size) // 24)
+    font = ImageFont.load_default(size)
+    box = draw.multiline_textbbox((size // 2, size // 2), "\n".join(lines), font=font)
+    draw.rectangle((0, 0, box[2] + size // 2, box[3] + size // 2), fill=(0, 0, 0, 150))
+    draw.multiline_text((size // 2, size // 2), "\n".join(lines), font=font, fill=(255, 255, 255))
+    return np.asarray(picture)
 
 
 def write_classes(

@@ -436,6 +436,32 @@ def test_tool_segments(segmentor, tmp_path, quadrants):
         assert (out / "overlays" / f"{name}.jpg").is_file()
 
 
+def test_tool_classifies(tmp_path, quadrants):
+    pytest.importorskip("mmengine")
+    import timm
+    import torch
+    from mmengine.config import Config
+
+    torch.manual_seed(0)
+    network = timm.create_model("d_dw_conv_nano", num_classes=7)
+    wnids = ["n01440764", "n01443537", "n04399382", "a", "b", "c", "d"]
+    weights = {f"network.{k}": v for k, v in network.state_dict().items()}
+    content = {"state_dict": weights, "meta": {"dataset_meta": {"classes": wnids}}}
+    torch.save(content, tmp_path / "epoch_1.pth")
+    Config.fromfile(ROOT / "configs/pretraining/d_dw_conv_nano.py").dump(tmp_path / "config.py")
+    photos = write_photos(tmp_path / "photos", quadrants)
+    out = tmp_path / "out"
+    result = run_tool(photos, "--checkpoint", tmp_path / "epoch_1.pth", "--out", out)
+    assert result.returncode == 0, result.stderr
+    classes = json.loads((out / "classes/a.json").read_text())["classes"]
+    assert len(classes) == 5 and classes[0]["score"] >= classes[4]["score"] > 0
+    names = {"tench", "goldfish", "teddy"}
+    for entry in classes:
+        if entry["class_id"] < 3:
+            assert any(name in entry["class_name"] for name in names)
+    assert (out / "overlays/inside/grey.jpg").is_file()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -1,14 +1,14 @@
-"""Run a trained detector or segmentor over photos.
+"""Run a trained detector, segmentor or classifier over photos.
 
     python tools/predict.py --checkpoint work_dirs/detector/model_final.pth \\
         photos/ portrait.jpg --out predictions
 
-Takes what train_detector.py and train_segmentor.py wrote, checkpoints of MMDetection, and the
-whole files that the paper's authors released. Draws every photo into OUT/overlays. A detector's
-boxes, masks and classes go to OUT/detections, a JSON for each photo; a segmentor's label maps to
-OUT/labels, a PNG for each. The config decides which of the two it is; it is taken from beside the
-checkpoint unless it is named. An unreadable photo is named and left out, and the exit status is
-then 1.
+Takes what train_detector.py, train_segmentor.py and pretrain.py wrote, checkpoints of MMDetection,
+and the whole files that the paper's authors released. Draws every photo into OUT/overlays. A
+detector's boxes, masks and classes go to OUT/detections, a JSON for each photo; a segmentor's label
+maps to OUT/labels, a PNG for each; a classifier's best classes to OUT/classes. The config decides
+which of them it is; it is taken from beside the checkpoint unless it is named. An unreadable photo
+is named and left out, and the exit status is then 1.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="images and folders of images")
-    add("--checkpoint", required=True, help=".pth of a whole detector or segmentor")
+    add("--checkpoint", required=True, help=".pth of a whole detector, segmentor, classifier")
     add("--config", help="what it was trained with; default: the one beside the checkpoint")
     add("--out", required=True, help="folder for the results")
     add("--score-thr", type=float, default=0.5, help="detections below are left out (0.5)")
@@ -54,6 +54,11 @@ def load(args: argparse.Namespace, framework: str, config: str):
         predictor = load_predictor(config, args.checkpoint, device)
         draw = prediction.draw_instances_openmmlab
         return prediction.detection_writer(predictor, args.score_thr, draw)
+
+    if framework == "classification":
+        from dense.pretraining.predictor import load_predictor
+
+        return prediction.classification_writer(load_predictor(config, args.checkpoint, device))
 
     from dense.segmentation import load_predictor
 

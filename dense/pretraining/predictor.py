@@ -1,0 +1,90 @@
+"""A trained classifier as a function of one image."""
+
+from collections.abc import Callable
+
+import numpy as np
+import timm
+import torch
+from mmengine.config import Config
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform
+
+from backbones import CheckpointError, LoadReport, fuse
+from backbones.checkpoints import fit
+from backbones.reading import read_with_classes
+from dense.openmmlab.config import load_config
+
+
+class Predictor:
+    """The best classes of images, by the validation transform of the classifier's config.
+
+    Attributes:
+        classes: names, by index; of ImageNet's wnids what they mean.
+        report: what the checkpoint filled.
+    """
+
+    def __init__(self, config_file: str, checkpoint: str, device: str = "cpu"):
+        cfg = load_config(config_file)
+        weights, classes = read_with_classes(checkpoint)
+        model, self.report = _network(cfg, weights, checkpoint, classes)
+        self.classes = _readable(classes or [str(i) for i in range(model.num_classes)])
+        if len(self.classes) != model.num_classes:
+            raise CheckpointError(
+                f"{checkpoint} names {len(self.classes)} classes, its classifier has "
+                f"{model.num_classes}"
+            )
+        self._model, self._device = fuse(model.to(device), inplace=True), device
+        self._transform = create_transform(**cfg.val_dataloader.dataset.transform)
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """``(H, W, 3)`` uint8 RGB to ``(num_classes,)`` float32 probabilities."""
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                f"an image of shape {image.shape}, {image.dtype}: (H, W, 3), uint8 is needed"
+            )
+        pixels = self._transform(Image.fromarray(image))[None].to(self._device)
+        return self._model(pixels)[0].softmax(0).cpu().numpy()
+
+
+def load_predictor(
+    config_file: str, checkpoint: str, device: str = "cpu"
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A trained classifier as a function of one image; see :class:`Predictor`.
+
+    Args:
+        config_file: the config it was trained with, such as the one in its work folder.
+        checkpoint: the file that training wrote, or any other of its network with a classifier.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit.
+    """
+    return Predictor(config_file, checkpoint, device)
+
+
+def _network(
+    cfg: Config, weights: dict[str, torch.Tensor], checkpoint: str, classes: tuple | None
+) -> tuple[torch.nn.Module, LoadReport]:
+    """The config's network with as many outputs as the file's classifier has, and its weights."""
+    not_the_networks = ("type", "name", "num_classes", "classes", "mixup", "label_smoothing")
+    options = {
+        key: value
+        for key, value in cfg.model.items()
+        if key not in (*not_the_networks, "init", "compile")
+    }
+    count = len(classes) if classes else cfg.model.num_classes
+    model = timm.create_model(cfg.model.name, num_classes=count, **options)
+    state_dict, report = fit(weights, model, checkpoint)
+    lacking = [name for name in report.missing if not name.endswith("num_batches_tracked")]
+    if lacking:
+        raise CheckpointError(f"{checkpoint} has no {', '.join(lacking)}: no classifier to predict")
+    model.load_state_dict(state_dict, strict=False)
+    return model, report
+
+
+def _readable(names: list[str]) -> tuple[str, ...]:
+    """What ImageNet's wnids mean; other names as they are."""
+    info = ImageNetInfo("imagenet-22k")
+    known = set(info.label_names()) | set(ImageNetInfo("imagenet-1k").label_names())
+    return tuple(info.label_name_to_description(name) if name in known else name for name in names)
