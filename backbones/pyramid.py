@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbones.checkpoints import load_checkpoint
 from backbones.mixers.norm import batch_norm, paused_statistics
-from backbones.ops.window import Size
+from backbones.ops.window import Size, steps
 
 
 class Pyramid(nn.Module):
@@ -232,7 +232,8 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, ceil(H/4), ceil(W/4), C)``."""
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % 4, 0, -height % 4))
+        rows, columns = steps(height, 4), steps(width, 4)
+        x = F.pad(x, (0, 4 * columns - width, 0, 4 * rows - height))
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
         return self.norm(x.permute(0, 2, 3, 1))
 
@@ -248,8 +249,9 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``."""
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        rows, columns = steps(height, 2), steps(width, 2)
+        x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
+        x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
         # Column by column of the 2x2, the order of Swin's released weights.
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
@@ -307,7 +309,7 @@ def _feat_size(img_size: int | Size, stage: int) -> Size:
     """Rows and columns of a stage's map, ``ceil(image / stride)``."""
     stride = 4 * 2**stage
     height, width = to_2tuple(img_size)
-    return -(-height // stride), -(-width // stride)
+    return steps(height, stride), steps(width, stride)
 
 
 def _in_conv_mixer(model: nn.Module, name: str) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from backbones import ops
 from backbones.mixers.windowed import WindowedMixer
-from backbones.ops.window import Size, resize_window_grid
+from backbones.ops.window import Size, resize_window_grid, steps
 
 
 class LocalMLP(WindowedMixer):
@@ -75,4 +75,4 @@ class LocalMLP(WindowedMixer):
 
     def _grid(self, height: int, width: int) -> Size:
         rows, columns = self.window_size
-        return -(-height // rows), -(-width // columns)
+        return steps(height, rows), steps(width, columns)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from backbones.ops.window import Size, relative_position_bias, relative_position_index
+from backbones.ops.window import Size, crop, relative_position_bias, relative_position_index, steps
 
 
 class WindowedMixer(nn.Module):
@@ -40,9 +40,10 @@ class WindowedMixer(nn.Module):
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
         height, width = x.shape[1:3]
         rows, columns = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+        right, bottom = columns * steps(width, columns) - width, rows * steps(height, rows) - height
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
         x = self.mix(x, self._shift(*x.shape[1:3]))
-        return x[:, :height, :width]
+        return crop(x, height, width)
 
     def mix(self, x: Tensor, shift: Size) -> Tensor:
         """Mix a map of whole windows, ``(B, H, W, C)`` to ``(B, H, W, C)``."""

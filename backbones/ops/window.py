@@ -71,6 +71,18 @@ def local_mlp(
     return _roll(reverse(mixing @ windows, window_size), shift, 1)
 
 
+def steps(length: int, step: int) -> int:
+    """``ceil(length / step)``, in the form whose nesting a compiler's symbolic sizes simplify."""
+    return (length - 1) // step + 1
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first ``height`` rows and ``width`` columns of ``(B, H, W, C)``."""
+    x = x[:, :height, :width]
+    # Whether it is contiguous would split a compiled graph; there the copy costs nothing.
+    return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
+
+
 def partition(x: Tensor, window_size: Size, num_heads: int) -> Tensor:
     """``(B, H, W, C)`` to ``(B, nH, nW, heads, N, C/heads)``, windows row by row."""
     batch, height, width, channels = x.shape
@@ -117,6 +129,18 @@ def _roll(x: Tensor, shift: Size, sign: int) -> Tensor:
     return torch.roll(x, (sign * shift[0], sign * shift[1]), (1, 2))
 
 
+def surely(condition: bool) -> bool:
+    """``condition``, or False where a compiler's symbolic sizes leave it open.
+
+    Asking them outright would split the graph by it, into one for each answer.
+    """
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def relative_position_bias(table: Tensor, index: Tensor) -> Tensor:
     """``(heads, N, N)`` from a ``((2h-1)*(2w-1), heads)`` table and an ``(N, N)`` index into it."""
     return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
@@ -132,7 +156,7 @@ def relative_position_index(window_size: Size) -> Tensor:
 
 def resize_window_grid(weight: Tensor, grid: Size) -> Tensor:
     """Resize the window grid of ``(nH, nW, ...)`` weights to ``grid``, bilinearly."""
-    if tuple(weight.shape[:2]) == grid:
+    if surely(weight.shape[0] == grid[0]) and surely(weight.shape[1] == grid[1]):
         return weight
     planes = weight.flatten(2).movedim(-1, 0)[None]
     resized = F.interpolate(planes.float(), grid, mode="bilinear", align_corners=False)
