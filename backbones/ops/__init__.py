@@ -6,6 +6,7 @@ that define them stand in :mod:`backbones.ops.reference`.
 """
 
 from backbones.ops.depthwise import depthwise_conv, dynamic_depthwise_conv
+from backbones.ops.dispatch import force as force
 from backbones.ops.inhomogeneous import inhomogeneous_dynamic_depthwise_conv
 from backbones.ops.window import local_mlp, window_attention
 

@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def same_padding(kernel_size: int) -> tuple[int, int]:
-    """Zeros before and after an axis that keep its length; an even kernel leans to the right."""
-    return (kernel_size - 1) // 2, kernel_size // 2
+from backbones.ops import native, reference
+from backbones.ops.dispatch import choose, exporting
+from backbones.ops.layout import autocast_dtype, same_padding
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,6 +20,11 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Returns:
         ``(B, H, W, C)``.
     """
+    path = choose("depthwise_conv", x)
+    if path == "native" and _suits(x, weight):
+        return _native(x, weight[None, :, 0], bias)
+    if path == "reference":
+        return reference.depthwise_conv(x, weight, bias)
     channels, _, height, width = weight.shape
     x = x.permute(0, 3, 1, 2)
     if height % 2 and width % 2:
@@ -42,6 +46,13 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
     Returns:
         ``(B, H, W, C)``.
     """
+    path = choose("dynamic_depthwise_conv", x)
+    if path == "native" and _suits(x, kernels):
+        return _native(x, kernels, bias)
+    if path == "reference":
+        return reference.dynamic_depthwise_conv(x, kernels, bias)
+    if exporting() or x.shape[0] == 0:
+        return _by_taps(x, kernels, bias)
     batch, height, width, channels = x.shape
     size = kernels.shape[-1]
     # One convolution of B*C groups: an image's channels are groups of their own.
@@ -53,8 +64,90 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast wants for ``x`` on its device; that of ``x`` where it is off."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """A sum of shifted maps: other runtimes cannot group a convolution by the batch."""
+    height, width = x.shape[1:3]
+    size = kernels.shape[-1]
+    padded = F.pad(x, (0, 0, *same_padding(size), *same_padding(size)))
+    out = torch.zeros_like(x) if bias is None else torch.zeros_like(x) + bias.to(x.dtype)
+    for u in range(size):
+        for v in range(size):
+            tap = kernels[:, :, u, v].to(x.dtype)[:, None, None]
+            out = out + padded[:, u : u + height, v : v + width] * tap
+    return out
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the C kernels take it: square, in a precision whose sums they keep."""
+    return weight.shape[-1] == weight.shape[-2] and x.dtype != torch.complex64
+
+
+def _native(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """Kernels ``(B or 1, C, K, K)``."""
+    dtype = autocast_dtype(x)
+    taps = kernels.to(dtype).flatten(2).transpose(1, 2)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.ops.dense.depthwise(x.to(dtype), taps, bias, kernels.shape[-1])
+
+
+@torch.library.custom_op("dense::depthwise", mutates_args=(), device_types="cpu")
+def _depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    """``(B, H, W, C)`` by ``(B or 1, K*K, C)``."""
+    bias = None if bias is None else _summed(bias)
+    return _run(_summed(x), _summed(taps), bias, size, flip=False).to(x.dtype)
+
+
+@torch.library.custom_op("dense::depthwise_backward", mutates_args=(), device_types="cpu")
+def _depthwise_backward(
+    grad: Tensor, x: Tensor, taps: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = _summed(grad)
+    grad_x = _run(grad, _summed(taps), None, size, flip=True).to(x.dtype)
+    batch, height, width, channels = x.shape
+    grad_taps = torch.zeros(taps.shape, dtype=grad.dtype)
+    shape = (batch, height, width, channels, size, same_padding(size)[0], _step(taps))
+    native.call("depthwise_weight", _summed(x), grad, grad_taps, *shape)
+    return grad_x, grad_taps.to(taps.dtype), grad.sum((0, 1, 2)).to(x.dtype)
+
+
+def _run(x: Tensor, taps: Tensor, bias: Tensor | None, size: int, flip: bool) -> Tensor:
+    out = torch.empty_like(x)
+    before = same_padding(size)[flip]
+    native.call("depthwise", x, taps, bias, out, *x.shape, size, before, _step(taps), int(flip))
+    return out
+
+
+def _step(taps: Tensor) -> int:
+    """Numbers from one image's kernels to the next one's, 0 where all share them."""
+    return taps[0].numel() if taps.shape[0] > 1 else 0
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Contiguous, in the dtype that sums are kept in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+@_depthwise.register_fake
+def _(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_depthwise_backward.register_fake
+def _(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), taps.new_empty(taps.shape), x.new_empty(x.shape[-1:])
+
+
+def _save(ctx, inputs, output) -> None:
+    x, taps, bias, ctx.size = inputs
+    ctx.biased = bias is not None
+    ctx.save_for_backward(x, taps)
+
+
+def _differentiate(ctx, grad: Tensor):
+    grad_x, grad_taps, grad_bias = torch.ops.dense.depthwise_backward(
+        grad, *ctx.saved_tensors, ctx.size
+    )
+    return grad_x, grad_taps, grad_bias if ctx.biased else None, None
+
+
+_depthwise.register_autograd(_differentiate, setup_context=_save)

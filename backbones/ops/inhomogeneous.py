@@ -1,7 +1,7 @@
 """Depth-wise convolution whose kernels are predicted at every position (I-D-DW-Conv).
 
-The kernels are never stored. Tap after tap, one thin matrix product predicts the weights of that
-tap for every position, they multiply the shifted map, and they are dropped; the backward pass
+The kernels are never stored: a few rows at a time (``native``) or tap after tap (``torch``), a
+matrix product predicts them, they multiply the shifted map, and they are dropped; the backward pass
 predicts them again. What stays in memory is the map, the C/4 map that the prediction reads, and a
 handful of maps of the same size, whatever the kernel size.
 """
@@ -11,12 +11,15 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from backbones.ops.depthwise import autocast_dtype, same_padding
+from backbones.ops import native, reference
+from backbones.ops.dispatch import choose, exporting
+from backbones.ops.layout import autocast_dtype, same_padding
 
 # Numbers of the map in a chunk on a CPU: the arrays that a tap touches then stay in its cache.
 _CHUNK = 2**17
+# Predicted weights in a chunk of the C kernels: a few megabytes, whatever the image.
+_KERNELS = 2**20
 
 
 def inhomogeneous_dynamic_depthwise_conv(
@@ -43,82 +46,202 @@ def inhomogeneous_dynamic_depthwise_conv(
         ValueError: ``weight`` does not hold K*K taps for a number of groups that divides C.
     """
     taps = kernel_size**2
-    groups, rest = divmod(weight.shape[0], taps)
-    if rest or x.shape[-1] % groups:
+    groups = weight.shape[0] // taps
+    if weight.shape[0] % taps or x.shape[-1] % groups:
         raise ValueError(
             f"weight of {weight.shape[0]} rows predicts no {kernel_size}x{kernel_size} kernels for "
             f"groups of {x.shape[-1]} channels: it needs groups*{taps} rows, groups a divisor of "
             f"{x.shape[-1]}"
         )
+    path = choose("inhomogeneous_dynamic_depthwise_conv", x)
     dtype = autocast_dtype(x)
+    x, hidden, weight, bias = (t.to(dtype) for t in (x, hidden, weight, bias))
     # (taps, G, D): each tap's prediction is one contiguous matrix.
-    weight = weight.to(dtype).reshape(groups, taps, -1).transpose(0, 1).contiguous()
-    bias = bias.to(dtype).reshape(groups, taps).T.contiguous()
-    # (C/G, B, H, W, G): a shifted row of one plane is one contiguous run of W*G numbers.
-    planes = x.to(dtype).unflatten(-1, (groups, -1)).movedim(-1, 0).contiguous()
+    by_tap = weight.unflatten(0, (groups, taps)).transpose(0, 1)
+    bias_by_tap = bias.unflatten(0, (groups, taps)).T
+    # (B, H, W, C/G, G): neighbouring numbers meet neighbouring kernels.
+    shared = x.unflatten(-1, (groups, -1)).transpose(-1, -2)
     with torch.autocast(x.device.type, enabled=False):
-        out = _PredictAndAggregate.apply(planes, hidden.to(dtype), weight, bias, kernel_size)
-    return out.movedim(0, -1).flatten(-2)
+        if exporting():
+            out = _by_taps(shared, hidden, by_tap, bias_by_tap, kernel_size)
+        elif path == "reference":
+            return reference.inhomogeneous_dynamic_depthwise_conv(
+                x, hidden, weight, bias, kernel_size
+            )
+        else:
+            # Which of the two, the operator asks again: a compiled graph is not bound to one.
+            out = torch.ops.dense.predict_and_aggregate(
+                shared, hidden, by_tap, bias_by_tap, kernel_size
+            )
+    return out.transpose(-1, -2).flatten(-2)
 
 
-class _PredictAndAggregate(torch.autograd.Function):
-    """``out[s, p] = sum over taps k of planes[s, p + k] * (hidden[p] @ weight[k].T + bias[k])``."""
+@torch.library.custom_op("dense::predict_and_aggregate", mutates_args=())
+def _forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    """``out[p] = sum over taps k of x[p + k] * (hidden[p] @ weight[k].T + bias[k])``.
 
-    @staticmethod
-    def forward(ctx, planes: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int):
-        ctx.save_for_backward(planes, hidden, weight, bias)
-        ctx.size = size
-        padded = _pad(planes, size)
-        out = torch.zeros_like(planes, dtype=padded.dtype)
-        for images, rows in _chunks(planes):
-            windows = _windows(padded[:, images], rows, planes.shape[3], size)
-            for k, window in enumerate(windows):
-                kernel = F.linear(hidden[images, rows], weight[k], bias[k])
-                out[:, images, rows].addcmul_(window, kernel.to(out.dtype))
-        return out.to(planes.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out: Tensor):
-        planes, hidden, weight, bias = ctx.saved_tensors
-        padded = _pad(planes, ctx.size)
-        accumulate = padded.dtype
-        grad_out = grad_out.to(accumulate).contiguous()
-        grad_padded = torch.zeros_like(padded)
-        grad_hidden = torch.zeros_like(hidden, dtype=accumulate)
-        grad_weight = torch.zeros_like(weight, dtype=accumulate)
-        grad_bias = torch.zeros_like(bias, dtype=accumulate)
-
-        for images, rows in _chunks(planes):
-            windows = _windows(padded[:, images], rows, planes.shape[3], ctx.size)
-            grad_windows = _windows(grad_padded[:, images], rows, planes.shape[3], ctx.size)
-            inputs, grad = hidden[images, rows], grad_out[:, images, rows]
-            flat_inputs = inputs.to(accumulate).flatten(0, 2)
-            grad_inputs = grad_hidden[images, rows].flatten(0, 2)
-            for k, (window, grad_window) in enumerate(zip(windows, grad_windows, strict=True)):
-                kernel = F.linear(inputs, weight[k], bias[k]).to(accumulate)
-                grad_window.addcmul_(grad, kernel)
-                grad_kernel = (window * grad).sum(0).flatten(0, 2)
-                grad_inputs.addmm_(grad_kernel, weight[k].to(accumulate))
-                grad_weight[k].addmm_(grad_kernel.T, flat_inputs)
-                grad_bias[k] += grad_kernel.sum(0)
-
-        left = same_padding(ctx.size)[0]
-        height, width = planes.shape[2:4]
-        grad_planes = grad_padded[:, :, left : left + height, left : left + width]
-        return (
-            grad_planes.to(planes.dtype),
-            grad_hidden.to(hidden.dtype),
-            grad_weight.to(weight.dtype),
-            grad_bias.to(bias.dtype),
-            None,
-        )
+    ``(B, H, W, S, G)``, ``(B, H, W, D)``, ``(K*K, G, D)`` and ``(K*K, G)`` to ``(B, H, W, S, G)``.
+    """
+    if choose("inhomogeneous_dynamic_depthwise_conv", x) == "native":
+        return _native_forward(x, hidden, weight, bias, size)
+    return _torch_forward(x, hidden, weight, bias, size)
 
 
-def _pad(planes: Tensor, size: int) -> Tensor:
+@torch.library.custom_op("dense::predict_and_aggregate_backward", mutates_args=())
+def _backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    native_path = choose("inhomogeneous_dynamic_depthwise_conv", x) == "native"
+    backward = _native_backward if native_path else _torch_backward
+    grads = backward(grad, x, hidden, weight, bias, size)
+    like = (x, hidden, weight, bias)
+    return tuple(g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+
+
+@_forward.register_fake
+def _(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_backward.register_fake
+def _(grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int):
+    return tuple(t.new_empty(t.shape) for t in (x, hidden, weight, bias))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad: Tensor):
+    backward = torch.ops.dense.predict_and_aggregate_backward
+    return *backward(grad, *ctx.saved_tensors, ctx.size), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _native_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    padded, hidden, weight, bias = _pad(x, size), _summed(hidden), _summed(weight), _summed(bias)
+    out = torch.empty(x.shape, dtype=padded.dtype)
+    matrix, offset = weight.flatten(0, 1).T, bias.flatten()
+    for b, rows, kernels in _kernel_chunks(hidden, weight):
+        _predict(hidden[b, rows], matrix, offset, kernels)
+        shape = (rows.start, rows.stop, *x.shape[2:], size)
+        native.call("aggregate", padded[b], kernels, out[b], *shape)
+    return out.to(x.dtype)
+
+
+def _native_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
+) -> tuple[Tensor, ...]:
+    padded, grad, hidden = _pad(x, size), _summed(grad), _summed(hidden)
+    weight, bias = _summed(weight), _summed(bias)
+    matrix, offset = weight.flatten(0, 1), bias.flatten()
+    grad_padded = torch.zeros_like(padded)
+    grad_hidden = torch.empty_like(hidden)
+    grad_matrix, grad_offset = torch.zeros_like(matrix), torch.zeros_like(offset)
+    for b, rows, kernels in _kernel_chunks(hidden, weight):
+        inputs = hidden[b, rows].flatten(0, 1)
+        shape = (rows.start, rows.stop, *x.shape[2:], size)
+        _predict(hidden[b, rows], matrix.T, offset, kernels)
+        native.call("spread", grad[b], kernels, grad_padded[b], *shape)
+        # The kernels have served: their memory takes their gradient.
+        native.call("kernel_gradient", padded[b], grad[b], kernels, *shape)
+        torch.mm(kernels, matrix, out=grad_hidden[b, rows].flatten(0, 1))
+        grad_matrix.addmm_(kernels.T, inputs)
+        grad_offset += kernels.sum(0)
+    inner = _inside(grad_padded, x.shape, size)
+    return inner, grad_hidden, grad_matrix.view_as(weight), grad_offset.view_as(bias)
+
+
+def _kernel_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """Image, rows and ``(positions, K*K*G)`` memory for the kernels of those rows, time and again
+    the same."""
+    batch, height, width, _ = hidden.shape
+    at_a_position = weight[..., 0].numel()
+    rows = min(height, max(1, _KERNELS // max(1, width * at_a_position)))
+    memory = hidden.new_empty(rows * width, at_a_position)
+    for b in range(batch):
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            yield b, slice(start, stop), memory[: (stop - start) * width]
+
+
+def _predict(hidden: Tensor, matrix: Tensor, offset: Tensor, kernels: Tensor) -> None:
+    torch.addmm(offset, hidden.flatten(0, 1), matrix, out=kernels)
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Contiguous, in the dtype that sums are kept in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def _inside(padded: Tensor, shape: torch.Size, size: int) -> Tensor:
+    left = same_padding(size)[0]
+    return padded[:, left : left + shape[1], left : left + shape[2]].contiguous()
+
+
+def _torch_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    planes, weight, bias = x.movedim(3, 0).contiguous(), weight.contiguous(), bias.contiguous()
+    padded = _pad_planes(planes, size)
+    out = torch.zeros_like(planes, dtype=padded.dtype)
+    for images, rows in _chunks(planes):
+        windows = _windows(padded[:, images], rows, planes.shape[3], size)
+        for k, window in enumerate(windows):
+            kernel = F.linear(hidden[images, rows], weight[k], bias[k])
+            out[:, images, rows].addcmul_(window, kernel.to(out.dtype))
+    return out.movedim(0, 3).to(x.dtype).contiguous()
+
+
+def _torch_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
+) -> tuple[Tensor, ...]:
+    planes, weight, bias = x.movedim(3, 0).contiguous(), weight.contiguous(), bias.contiguous()
+    padded = _pad_planes(planes, size)
+    accumulate = padded.dtype
+    grad_out = grad.movedim(3, 0).to(accumulate).contiguous()
+    grad_padded = torch.zeros_like(padded)
+    hidden = hidden.contiguous()
+    grad_hidden = torch.zeros_like(hidden, dtype=accumulate)
+    grad_weight = torch.zeros_like(weight, dtype=accumulate)
+    grad_bias = torch.zeros_like(bias, dtype=accumulate)
+
+    for images, rows in _chunks(planes):
+        windows = _windows(padded[:, images], rows, planes.shape[3], size)
+        grad_windows = _windows(grad_padded[:, images], rows, planes.shape[3], size)
+        inputs, grad = hidden[images, rows], grad_out[:, images, rows]
+        flat_inputs = inputs.to(accumulate).flatten(0, 2)
+        grad_inputs = grad_hidden[images, rows].flatten(0, 2)
+        for k, (window, grad_window) in enumerate(zip(windows, grad_windows, strict=True)):
+            kernel = F.linear(inputs, weight[k], bias[k]).to(accumulate)
+            grad_window.addcmul_(grad, kernel)
+            grad_kernel = (window * grad).sum(0).flatten(0, 2)
+            grad_inputs.addmm_(grad_kernel, weight[k].to(accumulate))
+            grad_weight[k].addmm_(grad_kernel.T, flat_inputs)
+            grad_bias[k] += grad_kernel.sum(0)
+    return _inside(grad_padded.movedim(0, 3), x.shape, size), grad_hidden, grad_weight, grad_bias
+
+
+def _by_taps(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    """The same, of operators that every runtime has."""
+    height, width = x.shape[1:3]
+    padded, out = _pad(x, size), 0
+    for k in range(size**2):
+        row, column = divmod(k, size)
+        kernel = F.linear(hidden, weight[k], bias[k])[..., None, :]
+        out = out + padded[:, row : row + height, column : column + width] * kernel
+    return out.to(x.dtype)
+
+
+def _pad(x: Tensor, size: int) -> Tensor:
+    """``(B, H, W, S, G)`` with zeros around it, in the dtype that the taps are summed in."""
+    return F.pad(_summed(x), (0, 0, 0, 0, *same_padding(size), *same_padding(size)))
+
+
+def _pad_planes(planes: Tensor, size: int) -> Tensor:
     """``(S, B, H, W, G)`` with zeros around it, in the dtype that the taps are summed in."""
-    accumulate = torch.promote_types(planes.dtype, torch.float32)
-    return F.pad(planes.to(accumulate), (0, 0, *same_padding(size), *same_padding(size)))
+    return F.pad(_summed(planes), (0, 0, *same_padding(size), *same_padding(size)))
 
 
 def _chunks(planes: Tensor) -> Iterator[tuple[slice, slice]]:

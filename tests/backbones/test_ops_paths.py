@@ -1,0 +1,248 @@
+"""Every path of every operator: outputs and gradients, precisions, registration, capture."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from backbones import ops
+from backbones.ops import native, reference
+from backbones.ops.dispatch import OPERATORS, explain
+
+PATHS = [
+    "torch",
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"),
+    ),
+]
+WINDOW = (3, 2)
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def depthwise(size, groups=2, shared=3, kernel=7, batch=2):
+    channels = groups * shared
+    inputs = [randn(batch, *size, channels), randn(channels, 1, kernel, kernel), randn(channels)]
+    return "depthwise_conv", inputs, ()
+
+
+def dynamic(size, groups=2, shared=3, kernel=7, batch=2):
+    channels = groups * shared
+    kernels = randn(batch, channels, kernel, kernel)
+    return "dynamic_depthwise_conv", [randn(batch, *size, channels), kernels, randn(channels)], ()
+
+
+def inhomogeneous(size, groups=2, shared=3, kernel=7, batch=2):
+    rows = groups * kernel**2
+    inputs = [randn(batch, *size, groups * shared), randn(batch, *size, 5)]
+    inputs += [randn(rows, 5), randn(rows)]
+    return "inhomogeneous_dynamic_depthwise_conv", inputs, (kernel,)
+
+
+def attention(size, groups=2, shared=3, shift=(1, 1), batch=2):
+    size = [n * -(-side // n) for n, side in zip(WINDOW, size, strict=True)]
+    inputs = [randn(batch, *size, 3 * groups * shared), randn(groups, 6, 6)]
+    return "window_attention", inputs, (groups, WINDOW, shift)
+
+
+def local_mlp(size, groups=2, shared=3, shift=(1, 1), batch=2):
+    size = [n * -(-side // n) for n, side in zip(WINDOW, size, strict=True)]
+    inputs = [randn(batch, *size, groups * shared), randn(groups, 6, 6), randn(groups, 6, 6)]
+    return "local_mlp", inputs, (WINDOW, shift)
+
+
+CONVOLUTIONS = [depthwise, dynamic, inhomogeneous]
+ALL = [*CONVOLUTIONS, attention, local_mlp]
+
+
+def outputs_and_gradients(function, inputs, options, grad):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves, *options)
+    return out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+
+def agrees(case, path, dtype=torch.float64, tolerance=1e-10):
+    name, inputs, options = case
+    plain = getattr(reference, name)
+    grad = randn(*plain(*inputs, *options).shape)
+    expected = outputs_and_gradients(plain, inputs, options, grad)
+    with ops.force(path):
+        lower = [x.to(dtype) for x in inputs]
+        got = outputs_and_gradients(getattr(ops, name), lower, options, grad)
+    for ours, true in zip(got, expected, strict=True):
+        assert ours.dtype == dtype and ours.shape == true.shape
+        if true.numel():
+            error = (ours.double() - true).abs().max() / true.abs().max().clamp_min(1e-30)
+            assert error < tolerance
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("size", [(1, 1), (3, 20), (17, 12)])
+def test_paths_agree_with_the_reference(make, path, size):
+    agrees(make(size), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", CONVOLUTIONS)
+@pytest.mark.parametrize("kernel", [1, 3, 4, 5])
+def test_kernel_sizes(make, path, kernel):
+    agrees(make((5, 14), kernel=kernel), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", CONVOLUTIONS)
+@pytest.mark.parametrize("groups, shared", [(1, 1), (32, 1), (1, 32), (9, 6)])
+def test_groups(make, path, groups, shared):
+    agrees(make((4, 9), groups=groups, shared=shared, batch=1), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)]
+)
+def test_precisions(make, path, dtype, tolerance):
+    torch.manual_seed(0)
+    agrees(make((9, 12)), path, dtype, tolerance)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", CONVOLUTIONS)
+def test_an_empty_batch(make, path):
+    agrees(make((4, 4), batch=0), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", ALL)
+def test_any_layout_gives_the_same_and_repeats_bit_for_bit(make, path):
+    name, inputs, options = make((9, 12))
+    grad = randn(*getattr(reference, name)(*inputs, *options).shape)
+    strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    with ops.force(path):
+        function = getattr(ops, name)
+        first, again = (outputs_and_gradients(function, inputs, options, grad) for _ in range(2))
+        other = outputs_and_gradients(function, strided, options, grad.mT.contiguous().mT)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert a.equal(b)
+        torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", ALL)
+def test_autocast(make, path):
+    name, inputs, options = make((9, 12))
+    inputs = [x.float().requires_grad_() for x in inputs]
+    with ops.force(path), torch.autocast("cpu", torch.bfloat16):
+        out = getattr(ops, name)(*inputs, *options)
+    if make in CONVOLUTIONS:
+        assert out.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), inputs))
+    expected = getattr(reference, name)(*inputs, *options)
+    assert (out - expected).abs().max() < 4e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_registration_is_sound(path):
+    def leaf(*shape):
+        return torch.randn(*shape, requires_grad=True)
+
+    x = leaf(2, 4, 5, 3, 8)
+    inner = (x, leaf(2, 4, 5, 6), leaf(9, 8, 6), leaf(9, 8), 3)
+    with ops.force(path):
+        torch.library.opcheck(torch.ops.dense.predict_and_aggregate.default, inner)
+        if path == "native":
+            inner = (leaf(2, 4, 5, 9), leaf(2, 49, 9), leaf(9), 7)
+            torch.library.opcheck(torch.ops.dense.depthwise.default, inner)
+
+
+class Operator(nn.Module):
+    def __init__(self, name, options):
+        super().__init__()
+        self.name, self.options = name, options
+
+    def forward(self, *inputs):
+        return getattr(ops, self.name)(*inputs, *self.options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", CONVOLUTIONS)
+def test_one_graph_serves_all_sizes(make, path):
+    """Forward and backward, without a break; the second size compiles nothing."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    with ops.force(path):
+        for size in [(9, 12), (14, 10)]:
+            name, inputs, options = make(size)
+            maps = inputs[: 2 if make is inhomogeneous else 1]
+            for axis in (1, 2):
+                for tensor in maps:
+                    torch._dynamo.mark_dynamic(tensor, axis)
+            compiled = torch.compile(Operator(name, options), backend=counter, fullgraph=True)
+            grad = torch.ones_like(inputs[0])
+            leaves = [x.requires_grad_() for x in inputs]
+            out = compiled(*leaves)
+            got = out, *torch.autograd.grad(out, leaves, grad)
+            expected = outputs_and_gradients(getattr(ops, name), inputs, options, grad)
+            torch.testing.assert_close(got, expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_exports_hold_no_operator_of_ours(make):
+    name, inputs, options = make((9, 12))
+    exported = torch.export.export(Operator(name, options), tuple(inputs))
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert not [t for t in targets if t.startswith("dense")]
+    expected = getattr(reference, name)(*inputs, *options)
+    torch.testing.assert_close(exported.module()(*inputs), expected)
+
+
+def test_forcing(monkeypatch):
+    x = torch.zeros(1, 2, 2, 3)
+    operator = next(iter(OPERATORS))
+    with ops.force("reference"):
+        assert explain(operator, "cpu", x.dtype) == ("reference", "forced by ops.force")
+    monkeypatch.setenv("DENSE_OPS", "reference")
+    assert explain(operator, "cpu", x.dtype) == ("reference", "forced by DENSE_OPS")
+    with ops.force("torch"):
+        assert explain(operator, "cpu", x.dtype)[0] == "torch"
+    monkeypatch.setenv("DENSE_OPS", "fast")
+    with pytest.raises(ValueError, match="DENSE_OPS='fast': reference, torch, native, "):
+        explain(operator, "cpu", x.dtype)
+    with pytest.raises(ValueError, match="valid"), ops.force("slow"):
+        pass
+
+
+def test_a_compiler_that_fails_is_said_once(monkeypatch, tmp_path, recwarn):
+    broken = tmp_path / "broken"
+    broken.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'no such processor' >&2\nexit 1\n"
+    )
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._build.cache_clear()
+    try:
+        for _ in range(2):
+            agrees(depthwise((4, 5)), None)
+        assert explain("depthwise_conv", "cpu", torch.float32)[0] == "torch"
+        said = [str(w.message) for w in recwarn if "C kernels" in str(w.message)]
+        assert len(said) == 1 and "no such processor; slower paths take over" in said[0]
+    finally:
+        native._build.cache_clear()
+
+
+def test_command_names_path_and_reason():
+    ran = subprocess.run(
+        [sys.executable, "-m", "backbones.ops"], capture_output=True, text=True, check=True
+    )
+    lines = ran.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("cpu")] == list(OPERATORS)
