@@ -18,7 +18,7 @@ from timm.layers import resize_rel_pos_bias_table
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from backbones.layouts import ANCHORS, family_of, to_ours
+from backbones.layouts import ANCHORS, family_of, is_of_square_window, to_ours
 from backbones.ops.window import resize_window_grid
 from backbones.reading import CheckpointError, read_with_classes
 
@@ -72,15 +72,18 @@ def load_checkpoint(
     source: str | Path,
     *,
     classes: Sequence[str] | None = None,
+    prefix: str | None = None,
     weights_only: bool = True,
 ) -> LoadReport:
-    """Load a checkpoint into a pyramid, or into a module that has a pyramid's names.
+    """Load a checkpoint into a pyramid, or into the one pyramid of a module.
 
     Args:
-        model: a :class:`backbones.Pyramid` or a dense-prediction backbone over one.
+        model: a :class:`backbones.Pyramid`, a dense-prediction backbone over one, or anything that
+            holds one of them: timm's ``features_only`` form, DDP, a whole detector.
         source: a ``.pth`` or ``.safetensors`` file, or the URL of one.
         classes: names of the classifier's outputs, ImageNet's wnids say, by which rows are found in
             a file of other classes; 1000 outputs are ImageNet-1K's unless this says otherwise.
+        prefix: what stands before the backbone's names, for a file that holds several.
         weights_only: False reads files that cannot be read safely too; only for those you trust.
 
     Returns:
@@ -91,7 +94,8 @@ def load_checkpoint(
             not fill the pyramid; the network is left as it was.
     """
     given, their_classes = read_with_classes(source, weights_only=weights_only)
-    state_dict, report = fit(given, model, str(source), their_classes, classes)
+    model = _pyramid_in(model)
+    state_dict, report = fit(given, model, str(source), their_classes, classes, prefix)
     model.load_state_dict(state_dict, strict=False)
     _logger.info("%s", report)
     return report
@@ -110,6 +114,7 @@ def fit(
     source: str,
     their_classes: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
+    prefix: str | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Rename and resize a state dict for ``model`` and check that it fills it.
 
@@ -119,6 +124,7 @@ def fit(
         source: what the report and the error call them.
         their_classes: names of the outputs of the file's classifier, where they are known.
         classes: names of the outputs of the model's.
+        prefix: what stands before the backbone's names; None finds it.
 
     Returns:
         The entries that fit, by the model's names, and the report of all.
@@ -127,7 +133,7 @@ def fit(
         CheckpointError: a weight of the pyramid is missing, has another shape, or is not in it.
     """
     wanted = model.state_dict()
-    own = backbone_of(state_dict)
+    own = backbone_of(state_dict, prefix, family_of(wanted))
     given = to_ours(own)
     classifier = _map_classifier(given, wanted, their_classes, classes)
     fitting, resized, wrong = {}, [], []
@@ -177,17 +183,48 @@ def _refuse_partial(report: LoadReport, wrong: list[str], given: Mapping, wanted
     raise CheckpointError("\n".join(lines))
 
 
-def backbone_of(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of the pyramid, whatever it is called inside the module that was saved."""
-    prefixes = {
-        name.removesuffix(anchor)
-        for name in state_dict
-        for anchor in ANCHORS
-        if _ends(name, anchor)
-    }
-    if not prefixes:
-        return dict(state_dict)
-    prefix = min(prefixes, key=len)
+def backbone_of(
+    state_dict: Mapping[str, Tensor], prefix: str | None = None, family: str | None = None
+) -> dict[str, Tensor]:
+    """The entries of the pyramid, whatever it is called inside the module that was saved.
+
+    Args:
+        state_dict: weights of a module with a backbone in it, or of a backbone.
+        prefix: what stands before the backbone's names; None finds it.
+        family: the family that is wanted, where a module holds backbones of several.
+
+    Raises:
+        CheckpointError: several backbones fit, or there is none under the prefix.
+    """
+    found = {}
+    for name in state_dict:
+        for anchor in ANCHORS:
+            if _ends(name, anchor):
+                before = name.removesuffix(anchor)
+                found[before] = _below(state_dict, before)
+    if prefix is not None:
+        if prefix not in found:
+            raise CheckpointError(
+                f"no backbone under the prefix {prefix!r}; found: {_some(map(repr, found))}"
+            )
+        return found[prefix]
+    if len(found) > 1:
+        families = {before: family_of(own) for before, own in found.items()}
+        ours = [before for before, kind in families.items() if kind is not None]
+        same = [before for before in ours if families[before] == family]
+        found = {before: found[before] for before in same or ours or found}
+    if "" in found:
+        return found[""]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"it holds {len(found)} backbones, under {', '.join(map(repr, found))}: name one by "
+            "prefix=... of backbones.load_checkpoint, or write it to a file of its own by "
+            "tools/convert_checkpoint.py --from-prefix"
+        )
+    return next(iter(found.values()), dict(state_dict))
+
+
+def _below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
     # MMPretrain's classifier stands beside its backbone, whose last norm is the classifier's.
     beside = prefix.removesuffix("backbone.") + "head.fc."
@@ -195,6 +232,20 @@ def backbone_of(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own |= {f"head.fc.{k}": state_dict[beside + k] for k in ("weight", "bias")}
         own = {re.sub(r"^norm3\.", "norm.", k): v for k, v in own.items()}
     return own
+
+
+def _pyramid_in(model: nn.Module) -> nn.Module:
+    """The module whose names are a pyramid's: the model, or the one inside it."""
+    anchor = ANCHORS[0]
+    places = [name.removesuffix(anchor) for name in model.state_dict() if _ends(name, anchor)]
+    if len(places) != 1:
+        raise CheckpointError(
+            f"{type(model).__name__} holds {len(places)} backbones of this package: one is needed"
+        )
+    found = model.get_submodule(places[0].rstrip("."))
+    if any(parameter.is_meta for parameter in found.parameters()):
+        raise CheckpointError(f"{type(model).__name__} is on the meta device: it holds no values")
+    return found
 
 
 def _ends(name: str, anchor: str) -> bool:
@@ -212,8 +263,10 @@ def _map_classifier(
     Rows without a counterpart stay as the network has them. Where most have none the classifier is
     left out of ``given``.
     """
-    weight, target = given.get(_CLASSIFIER[0]), wanted.get(_CLASSIFIER[0])
-    if weight is None or target is None or weight.shape[1:] != target.shape[1:]:
+    if not all(name in given and name in wanted for name in _CLASSIFIER):
+        return ""
+    weight, target = given[_CLASSIFIER[0]], wanted[_CLASSIFIER[0]]
+    if weight.shape[1:] != target.shape[1:]:
         return ""
     rows, outputs = len(weight), len(target)
     if rows != outputs:
@@ -249,14 +302,18 @@ def _imagenet(count: int) -> Sequence[str] | None:
 
 def _resize(model: nn.Module, name: str, value: Tensor, target: Tensor) -> Tensor:
     """``value`` for another window, kernel, grid or number of image channels if it can be."""
-    if name.endswith("relative_position_bias_table") and value.shape[1:] == target.shape[1:]:
+    if (
+        name.endswith("relative_position_bias_table")
+        and value.shape[1:] == target.shape[1:]
+        and is_of_square_window(value)
+    ):
         window = model.get_submodule(name.rpartition(".")[0]).window_size
         return resize_rel_pos_bias_table(value, window, tuple(target.shape))
     if name.endswith("mixer.weight"):
         return _resize_local_mlp(value, target)
     if name.endswith("mixer.conv.weight") and value.shape[:2] == target.shape[:2]:
         return F.interpolate(value, target.shape[2:], mode="bicubic", align_corners=False)
-    if name == "patch_embed.proj.weight" and value.shape[0] == target.shape[0]:
+    if name == "patch_embed.proj.weight" and value.shape[:2] == (target.shape[0], 3):
         return adapt_input_conv(target.shape[1], value)
     return value
 
@@ -269,7 +326,7 @@ def _resize_local_mlp(value: Tensor, target: Tensor) -> Tensor:
         return resize_window_grid(value, tuple(target.shape[:2])) if same else value
     if value.ndim == per_window and target.ndim == shared:
         return value.mean((0, 1)).flatten(-2)
-    if value.ndim == shared and value.shape[1:2] == target.shape[3:4]:
+    if value.ndim == shared and target.ndim == per_window and value.shape[:2] == target.shape[2:4]:
         return value.unflatten(-1, target.shape[-2:]).expand_as(target).clone()
     return value
 

@@ -42,6 +42,7 @@ def convert_checkpoint(
     layout: str,
     *,
     prefix: str = "",
+    from_prefix: str | None = None,
     weights_only: bool = True,
 ) -> Conversion:
     """Write a checkpoint's backbone as another code base has it, values untouched.
@@ -55,6 +56,7 @@ def convert_checkpoint(
         target: a ``.pth`` or ``.safetensors`` file, written whole or not at all.
         layout: one of :data:`backbones.layouts.LAYOUTS`.
         prefix: what to put before every name, ``"backbone."`` say.
+        from_prefix: what stands before the backbone's names in a source that holds several.
         weights_only: False reads files that cannot be read safely too; only for those you trust.
 
     Raises:
@@ -66,7 +68,7 @@ def convert_checkpoint(
     if Path(target).suffix not in SUFFIXES:
         raise ValueError(f"{target}: {' or '.join(SUFFIXES)} is needed")
     given, classes = read_with_classes(source, weights_only=weights_only)
-    own = backbone_of(given)
+    own = backbone_of(given, from_prefix)
     ours = to_ours(own)
     family = family_of(ours)
     if family is None or "patch_embed.proj.weight" not in ours:
@@ -98,7 +100,10 @@ def write_weights(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    # Clones, for safetensors refuses tensors that share memory.
+    weights = {
+        name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()
+    }
     if path.suffix == ".safetensors":
         metadata = {"format": "pt"} | ({"classes": json.dumps(list(classes))} if classes else {})
         save_file(weights, partial, metadata)

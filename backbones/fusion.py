@@ -38,15 +38,29 @@ def fuse(model: Model, inplace: bool = False) -> Model:
         for block in model.modules():
             if isinstance(block, Block) and isinstance(block.mixer, ConvMixer):
                 _fold_mixer(block.mixer)
-                block.mlp.fc1 = _linear_after(block.norm2, block.mlp.fc1)
-                block.norm2 = nn.Identity().eval()
+                if _foldable(block.norm2):
+                    block.mlp.fc1 = _linear_after(block.norm2, block.mlp.fc1)
+                    block.norm2 = nn.Identity().eval()
     return model
 
 
+def _foldable(norm: nn.Module) -> bool:
+    """Whether it is a norm, not one folded before, with statistics to fold."""
+    return getattr(norm, "running_var", None) is not None
+
+
 def _fold_mixer(mixer: ConvMixer) -> None:
-    mixer.in_proj = _linear_before(mixer.in_proj, mixer.in_norm)
-    mixer.out_proj = _linear_before(mixer.out_proj, mixer.out_norm)
-    mixer.in_norm, mixer.out_norm = nn.Identity().eval(), nn.Identity().eval()
+    for linear, norm in (
+        ("in_proj", "in_norm"),
+        ("out_proj", "out_norm"),
+        ("reduce", "reduce_norm"),
+    ):
+        if _foldable(getattr(mixer, norm, None)):
+            folded = _linear_before(getattr(mixer, linear), getattr(mixer, norm))
+            setattr(mixer, linear, folded)
+            setattr(mixer, norm, nn.Identity().eval())
+    if not _foldable(mixer.mid_norm) or isinstance(mixer, InhomogeneousDynamicDepthwiseConv):
+        return
     scale, shift = _affine(mixer.mid_norm)
     if isinstance(mixer, DepthwiseConv):
         weight = mixer.conv.weight * scale[:, None, None, None]
@@ -61,9 +75,6 @@ def _fold_mixer(mixer: ConvMixer) -> None:
         expand.bias = _parameter(expand.bias * rows, expand.bias)
         mixer.bias = _parameter(mixer.bias * scale + shift, mixer.bias)
         mixer.mid_norm = nn.Identity().eval()
-    if isinstance(mixer, DynamicDepthwiseConv | InhomogeneousDynamicDepthwiseConv):
-        mixer.reduce = _linear_before(mixer.reduce, mixer.reduce_norm)
-        mixer.reduce_norm = nn.Identity().eval()
 
 
 def _linear_before(linear: nn.Linear, norm: nn.Module) -> nn.Linear:
@@ -90,8 +101,11 @@ def _linear(like: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Linear:
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Factor and summand of a batch norm in evaluation mode, float64."""
-    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = -norm.running_mean.double() * scale
+    if norm.weight is not None:
+        scale, shift = scale * norm.weight, shift * norm.weight
+    return scale, shift if norm.bias is None else shift + norm.bias
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -214,6 +214,12 @@ def family_of(names: Mapping[str, Tensor]) -> str | None:
     return next((family for mark, family in _MARKS.items() if mark in text), None)
 
 
+def is_of_square_window(bias_table: Tensor) -> bool:
+    """Whether the rows of a relative position bias table are those of a square window."""
+    side = round(bias_table.shape[0] ** 0.5)
+    return side**2 == bias_table.shape[0] and side % 2 == 1
+
+
 def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names and orders for anybody's; what is ours, or nobody's, passes unchanged."""
     layout = layout_of(state_dict)
@@ -248,6 +254,10 @@ def from_ours(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Ten
         theirs, value = _entry_from_ours(layout, layout.inner[family], name, value)
         converted[theirs] = value
         if layout.index_buffer and name.endswith("relative_position_bias_table"):
+            if not is_of_square_window(value):
+                raise ValueError(
+                    f"{name} is of a window that is not square: {layout.name} has none"
+                )
             side = (round(value.shape[0] ** 0.5) + 1) // 2
             index = layout.index_buffer(relative_position_index((side, side)))
             converted[theirs.rsplit(".", 1)[0] + _INDEX] = index

@@ -8,9 +8,11 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import URLError
+from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 # Where training scripts put the weights inside a checkpoint, EMA first. MMEngine writes the
 # averaged ones under "state_dict" and the others under "ema_state_dict".
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # What is found beside weights in files of MMEngine, of Swin's and of the authors' code: log buffers
 # of numpy numbers, and the options that a script was run with.
 _NOT_WEIGHTS = (
@@ -83,17 +85,14 @@ def read_with_classes(
     source: str | Path, *, weights_only: bool = True
 ) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """As :func:`read_checkpoint`, and the names of the classes where the file has them."""
-    if not is_url(source):
-        content = _load(Path(source).expanduser(), str(source), weights_only)
-        return _unwrap(content, str(source)), _classes(content)
-    path = fetch(str(source))
+    path = fetch(str(source)) if is_url(source) else Path(source).expanduser()
     content = _load(path, str(source), weights_only)
     return _unwrap(content, str(source)), _classes(content)
 
 
 def is_url(source: str | Path) -> bool:
     """Whether a source is to be downloaded."""
-    return re.match(r"https?://", str(source)) is not None
+    return re.match(r"https?://", str(source), re.IGNORECASE) is not None
 
 
 def fetch(url: str) -> Path:
@@ -104,17 +103,23 @@ def fetch(url: str) -> Path:
     Raises:
         CheckpointError: the server cannot be reached, or never sent the file to its end.
     """
-    name = url.rsplit("/", 1)[-1].split("?")[0]
+    # Files of one name at two addresses are two files.
+    name = f"{sha256(url.encode()).hexdigest()[:8]}_{PurePosixPath(urlparse(url).path).name}"
     cached = Path(get_cache_dir(), name)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            path = Path(download_cached_file(url, check_hash=True, progress=True))
+            path = Path(download_cached_file((url, name), check_hash=True, progress=True))
         except (URLError, OSError, RuntimeError) as error:
             reason = str(error)
         else:
             if _is_whole(path):
                 return path
-            reason = f"what arrived ({path.stat().st_size} bytes) is no whole checkpoint"
+            with open(path, "rb") as file:
+                begins = file.read(16)
+            reason = (
+                f"what arrived ({path.stat().st_size} bytes, beginning with {begins!r}) is no "
+                "whole checkpoint"
+            )
             path.unlink()
         _logger.warning(f"{url}: {reason} (attempt {attempt} of {_ATTEMPTS})")
     raise CheckpointError(
@@ -125,22 +130,40 @@ def fetch(url: str) -> Path:
 
 def _is_whole(path: Path) -> bool:
     """Whether a download is a checkpoint to its end: archives and safetensors say where that is."""
-    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
-        return True
+    if _kind(path) == "archive":
+        return zipfile.is_zipfile(path)
     try:
         _load(path, path.name, weights_only=True)
     except _Damaged:
         return False
+    # Whole, and not safe to read.
     except CheckpointError:
-        pass
+        return True
     return True
+
+
+def _kind(path: Path) -> str | None:
+    """What a file is by how it begins, whatever it is called: PyTorch's archive or its older
+    pickle, safetensors, or None of them."""
+    with open(path, "rb") as file:
+        begins = file.read(9)
+    # The length of its header, which may begin like either of the others.
+    if begins[8:] == b"{" and int.from_bytes(begins[:8], "little") < 100_000_000:
+        return "safetensors"
+    if begins.startswith(b"PK"):
+        return "archive"
+    return "pickle" if begins.startswith(b"\x80") else None
 
 
 def _load(path: Path, source: str, weights_only: bool) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {source}: a file or a URL is needed")
+    kind = _kind(path)
     with _refusing(source):
-        if path.suffix == ".safetensors":
+        if kind is None:
+            with open(path, "rb") as file:
+                raise ValueError(f"it is no checkpoint: it begins with {file.read(16)!r}")
+        if kind == "safetensors":
             with safe_open(path, "pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}
                 return {"state_dict": weights, "meta": _parsed(file.metadata() or {})}
@@ -160,12 +183,12 @@ def _refusing(source: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        text = str(error)
+        text = str(error).strip()
         named = re.search(r"GLOBAL (\S+)", text) or re.search(r"Unpickler error: (.+)", text)
         if named is None and ("pickle" not in text or "truncated" in text):
-            raise _Damaged(f"{source} cannot be read: {text}") from error
+            raise _Damaged(f"{source} cannot be read: {text.splitlines()[0]}") from error
         raise CheckpointError(
-            f"{source} cannot be read as weights alone: it holds {named[1] if named else text}. "
+            f"{source} cannot be read as weights alone: it holds {_first(named, text)}. "
             "Reading it all the same runs code that the file names: if you trust where it is from, "
             "pass weights_only=False to backbones.load_checkpoint, or write its weights to a safe "
             "file by tools/convert_checkpoint.py --trust"
@@ -173,6 +196,10 @@ def _refusing(source: str) -> Iterator[None]:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _Damaged(f"{source} cannot be read: {reason}") from error
+
+
+def _first(named: re.Match | None, text: str) -> str:
+    return named[1] if named else text.splitlines()[0]
 
 
 def _unpickle(path: Path) -> Any:
@@ -183,17 +210,21 @@ def _unpickle(path: Path) -> Any:
 
 
 def _unwrap(content: object, source: str) -> dict[str, Tensor]:
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+    # Some wrap twice.
+    for _ in range(2):
+        for key in _WRAPPERS:
+            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    found = type(content).__name__
     if isinstance(content, Mapping):
         weights = {k: _tensor(v) for k, v in content.items() if hasattr(v, "shape")}
-        if weights:
+        if weights and all(isinstance(name, str) for name in weights):
             return weights
+        found = f"a mapping with {', '.join(map(repr, list(content)[:6])) or 'nothing'}"
     raise CheckpointError(
-        f"{source} holds no state dict: it should be a mapping of names to tensors, bare or under "
-        f"one of {', '.join(_WRAPPERS)}"
+        f"{source} holds no state dict but {found}: it should be a mapping of names to tensors, "
+        f"bare or under one of {', '.join(_WRAPPERS)}"
     )
 
 

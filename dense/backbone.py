@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 
 import timm
 import torch
@@ -127,19 +128,36 @@ class DenseBackbone(nn.Module):
 
     def _folded_stages(self) -> nn.ModuleList:
         """The stages to run: folded ones where that is asked for and nothing is to be learned."""
-        if not self.fuse or self.training or torch.is_grad_enabled():
+        if (
+            not self.fuse
+            or self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(module.training for module in self.stages.modules())
+        ):
             return self.stages
-        if self._folded[0] is None:
-            self._folded[0] = backbones.fuse(self.stages)
-        return self._folded[0]
+        # A weight that was replaced, or changed in place, has another of these.
+        tensors = chain(self.stages.parameters(), self.stages.buffers())
+        key = [(id(t), t._version, t.device, t.dtype) for t in tensors]
+        if self._folded is None or self._folded[0] != key:
+            self._folded = key, backbones.fuse(self.stages)
+        return self._folded[1]
 
     def _drop_folded(self) -> None:
-        # In a list, for it is no submodule: neither saved nor moved nor trained.
-        self._folded: list[nn.ModuleList | None] = [None]
+        # In a tuple, for it is no submodule: neither saved nor moved nor trained.
+        self._folded: tuple[list, nn.ModuleList] | None = None
 
     def _apply(self, fn, recurse: bool = True) -> "DenseBackbone":
         self._drop_folded()
         return super()._apply(fn, recurse)
+
+    def _replicate_for_data_parallel(self) -> "DenseBackbone":
+        replica = super()._replicate_for_data_parallel()
+        replica._drop_folded()
+        return replica
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_folded": None}
 
 
 def step_back_norms(model: nn.Module) -> nn.Module:

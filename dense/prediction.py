@@ -6,6 +6,7 @@ Neither framework is imported before it is known which one the config belongs to
 import ast
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -147,9 +148,10 @@ def plan(
     stems = [name.with_suffix("") for name in found.values()]
     folder, suffix = RESULTS[framework]
     jobs: dict[PurePosixPath, Job] = {}
+    counts = Counter(stems)
     for (source, name), stem in zip(found.items(), stems, strict=True):
         # a.jpg and a.png in one folder: the whole name tells them apart.
-        key = stem if stems.count(stem) == 1 else name.with_name(name.name.replace(".", "_"))
+        key = stem if counts[stem] == 1 else name.with_name(name.name.replace(".", "_"))
         if key in jobs:
             raise PredictionError(
                 f"{jobs[key].source} and {source} would be written to one place; "
@@ -215,7 +217,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 def run(
     jobs: Iterable[Job], predict_and_write: Callable[[np.ndarray, Job], None]
 ) -> list[UnreadableImage]:
-    """Do the jobs one after another; returns the images that could not be read."""
+    """Do the jobs one after another; returns the images that could not be read or predicted."""
     failed = []
     for job in jobs:
         try:
@@ -225,7 +227,15 @@ def run(
             continue
         for path in (job.overlay, job.result):
             path.parent.mkdir(parents=True, exist_ok=True)
-        predict_and_write(image, job)
+        try:
+            predict_and_write(image, job)
+        # The frameworks' transforms raise all sorts of things for a picture two pixels wide.
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            height, width = image.shape[:2]
+            failed.append(
+                UnreadableImage(f"{job.source} ({width}x{height}) cannot be predicted: {lines[0]}")
+            )
     return failed
 
 

@@ -359,11 +359,13 @@ def segmentor(tmp_path_factory):
 def test_tool_detects_beside_an_unreadable_photo(detector, tmp_path, quadrants):
     photos = write_photos(tmp_path / "photos", quadrants)
     (photos / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    Image.new("RGB", (3000, 2)).save(photos / "thin.png")
     out = tmp_path / "out"
     result = run_tool(photos, "--checkpoint", detector, "--out", out, "--score-thr", 0)
     assert result.returncode == 1, result.stderr
     assert "broken.jpg cannot be read as an image" in result.stderr
-    assert "1 of 3 images were unreadable" in result.stderr and "Traceback" not in result.stderr
+    assert "thin.png (3000x2) cannot be predicted" in result.stderr
+    assert "2 of 4 images were unreadable" in result.stderr and "Traceback" not in result.stderr
     for name in ("a", "inside/grey"):
         content = json.loads((out / "detections" / f"{name}.json").read_text())
         assert content["classes"] == ["cat", "dog"]

@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("target", help=".pth or .safetensors to write")
     add("--to", required=True, choices=list(LAYOUTS), help="whose names to write")
     add("--prefix", default="", help='put before every name, "backbone." say')
+    add("--from-prefix", help="what stands before the backbone's names, if there are several")
     add(
         "--trust",
         action="store_true",
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             args.target,
             args.to,
             prefix=args.prefix,
+            from_prefix=args.from_prefix,
             weights_only=not args.trust,
         )
     except (CheckpointError, ValueError, OSError) as error:

@@ -72,7 +72,7 @@ class DepthwiseConv(ConvMixer):
             mode="bicubic",
             align_corners=False,
         )
-        self.conv.weight = nn.Parameter(weight)
+        self.conv.weight = nn.Parameter(weight, requires_grad=self.conv.weight.requires_grad)
         self.conv.kernel_size = (kernel_size, kernel_size)
         self.kernel_size = kernel_size
 

@@ -119,6 +119,97 @@ def test_timm_loads_a_file_through_the_same_code(tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: nn.Sequential(model),
+        lambda model: nn.ModuleDict({"backbone": nn.ModuleDict({"bottom_up": model})}),
+    ],
+)
+def test_the_pyramid_inside_a_module_is_loaded(wrap, tmp_path):
+    source, target = build("swin_nano"), build("swin_nano", seed=1)
+    torch.save(source.state_dict(), tmp_path / "file.pth")
+    backbones.load_checkpoint(wrap(target), tmp_path / "file.pth")
+    with torch.no_grad():
+        assert target(X).equal(source(X))
+    features = timm.create_model("swin_nano", features_only=True, out_indices=(0, 1))
+    backbones.load_checkpoint(features, tmp_path / "file.pth")
+    with torch.no_grad():
+        expected = source.forward_intermediates(X, indices=[1], intermediates_only=True)[0]
+        assert features(X)[1].equal(expected)
+    with pytest.raises(backbones.CheckpointError, match="Linear holds 0 backbones"):
+        backbones.load_checkpoint(nn.Linear(2, 2), tmp_path / "file.pth")
+    with torch.device("meta"):
+        empty = timm.create_model("swin_nano")
+    with pytest.raises(backbones.CheckpointError, match="meta device"):
+        backbones.load_checkpoint(empty, tmp_path / "file.pth")
+
+
+def test_of_several_backbones_the_one_named_or_of_the_family(tmp_path):
+    student, teacher, other = (
+        build("swin_nano"), build("swin_nano", seed=1), build("dw_conv_nano")
+    )  # fmt: skip
+    content = {f"student.backbone.{k}": v for k, v in student.state_dict().items()}
+    content |= {f"depth.{k}": v for k, v in other.state_dict().items()}
+    content["vgg.features.0.0.weight"] = torch.zeros(3)
+    torch.save(content, tmp_path / "one.pth")
+    target = build("swin_nano", seed=2)
+    backbones.load_checkpoint(target, tmp_path / "one.pth")
+    with torch.no_grad():
+        assert target(X).equal(student(X))
+
+    content |= {f"teacher.backbone.{k}": v for k, v in teacher.state_dict().items()}
+    torch.save(content, tmp_path / "two.pth")
+    with pytest.raises(backbones.CheckpointError, match="2 backbones, under 'student.backbone.'"):
+        backbones.load_checkpoint(target, tmp_path / "two.pth")
+    backbones.load_checkpoint(target, tmp_path / "two.pth", prefix="teacher.backbone.")
+    with torch.no_grad():
+        assert target(X).equal(teacher(X))
+    with pytest.raises(backbones.CheckpointError, match="no backbone under the prefix 'x.'"):
+        backbones.load_checkpoint(target, tmp_path / "two.pth", prefix="x.")
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (dict(name="swin_local_mlp_nano", shared=True), dict(name="swin_local_mlp_tiny")),
+        (dict(name="dw_conv_nano", in_chans=4), dict(name="dw_conv_nano", in_chans=1)),
+        (dict(name="swin_nano", window_size=(7, 14)), dict(name="swin_nano")),
+    ],
+)
+def test_what_cannot_be_resized_is_refused_by_name(source, target, tmp_path):
+    torch.save(build(**source).state_dict(), tmp_path / "file.pth")
+    with pytest.raises(backbones.CheckpointError, match="does not fit"):
+        backbones.load_checkpoint(build(**target), tmp_path / "file.pth")
+
+
+def test_half_a_classifier_is_no_classifier(tmp_path):
+    state_dict = build("swin_nano", num_classes=21841).state_dict()
+    del state_dict["head.fc.bias"]
+    torch.save(state_dict, tmp_path / "file.pth")
+    report = backbones.load_checkpoint(build("swin_nano", num_classes=1000), tmp_path / "file.pth")
+    assert set(report.missing) == {"head.fc.weight", "head.fc.bias"}
+
+
+def test_other_wrappers_and_suffixes(tmp_path):
+    weights = build("dw_conv_nano").state_dict()
+    torch.save({"module": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "a.pth")
+    torch.save({"model": {"model": weights}}, tmp_path / "b.pth")
+    safetensors.torch.save_file(weights, tmp_path / "c.pth")
+    for name in "abc":
+        assert not backbones.load_checkpoint(
+            build("dw_conv_nano"), tmp_path / f"{name}.pth"
+        ).missing
+    torch.save({1: torch.zeros(2)}, tmp_path / "d.pth")
+    with pytest.raises(backbones.CheckpointError, match="no state dict but a mapping with 1"):
+        backbones.read_checkpoint(tmp_path / "d.pth")
+    (tmp_path / "e.pth").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(
+        backbones.CheckpointError, match="e.pth cannot be read: it is no checkpoint"
+    ):
+        backbones.read_checkpoint(tmp_path / "e.pth")
+
+
 def test_a_wrong_network_is_refused_and_left_as_it_was(tmp_path):
     path = tmp_path / "dw.pth"
     torch.save(build("dw_conv_nano").state_dict(), path)

@@ -91,3 +91,51 @@ def test_the_adapters_flag_follows_what_is_learned_and_loaded():
         assert (twin - changed).abs().max() < 1e-4 * changed.abs().max()
     deepcopy(fused)
     pickle.loads(pickle.dumps(fused))
+
+
+def test_folding_twice_is_folding_once():
+    model = spread(DenseBackbone("i_d_dw_conv_nano", fuse=True))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = DenseBackbone.forward(model, x)
+        for ours, theirs in zip(backbones.fuse(model, inplace=True)(x), expected, strict=True):
+            assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.stages[0].blocks[0].mixer.in_proj.weight.mul_(1.5),
+        lambda model: model.stages.load_state_dict(
+            {k: v * 1.5 for k, v in model.stages.state_dict().items() if v.is_floating_point()},
+            strict=False,
+        ),
+        lambda model: model.stages[0].blocks[0].mixer.in_norm.running_mean.add_(1),
+        lambda model: setattr(
+            model.stages[1].blocks[0].mixer, "bias", nn.Parameter(torch.full((64,), 3.0))
+        ),
+    ],
+)
+def test_the_folded_copy_follows_every_change(change):
+    model = spread(DenseBackbone("d_dw_conv_nano", fuse=True))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)[3]
+        change(model)
+        after = model(x)[3]
+        model.fuse = False
+        expected = model(x)[3]
+    assert not after.allclose(before)
+    assert (after - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_compiler_sees_the_network_itself():
+    model = spread(DenseBackbone("dw_conv_nano", fuse=True))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)[3]
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(x)[3]
+        assert (compiled - expected).abs().max() < 1e-4 * expected.abs().max()
+        exported = torch.export.export(model, (x,))
+    assert len(exported.constants) == 0
+    assert len(pickle.dumps(model)) < 1.1 * len(pickle.dumps(DenseBackbone("dw_conv_nano")))

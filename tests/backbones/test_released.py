@@ -90,9 +90,29 @@ def test_pretrained_downloads_also_when_the_connection_breaks(
     with torch.no_grad():
         assert loaded(x).equal(source(x))
     assert server.handler.asked["net.pth"] == (2 if breaks else 1)
-    assert [p.name for p in cache.iterdir()] == ["net.pth"]
+    assert [p.name.split("_", 1)[1] for p in cache.iterdir()] == ["net.pth"]
     fetch(f"{server.url}/net.pth")
     assert server.handler.asked["net.pth"] == (2 if breaks else 1)
+
+
+def test_two_addresses_with_one_file_name_are_two_files(server, cache):
+    for folder in ("a", "b"):
+        (server.folder / folder).mkdir()
+        released_file(server.folder / folder / "best.pth", "dw_conv_nano", num_classes=ord(folder))
+    for folder in ("a", "b"):
+        weights = backbones.read_checkpoint(f"{server.url}/{folder}/best.pth")
+        assert len(weights["head.bias"]) == ord(folder)
+
+
+def test_a_page_instead_of_a_file_is_not_kept(server, cache):
+    (server.folder / "net.pth").write_text("<html>come back later</html>")
+    with pytest.raises(backbones.CheckpointError) as error:
+        backbones.read_checkpoint(f"{server.url}/net.pth")
+    assert "beginning with b'<html>come" in str(error.value)
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+    assert not list(cache.iterdir())
+    released_file(server.folder / "net.pth", "dw_conv_nano", num_classes=3)
+    assert backbones.read_checkpoint(f"{server.url}/net.pth")
 
 
 def test_a_file_that_never_comes_is_one_clear_error(server, cache):
