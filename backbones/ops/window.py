@@ -143,9 +143,10 @@ def steps(length: int, step: int) -> int:
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
     """The first ``height`` rows and ``width`` columns of ``(B, H, W, C)``."""
-    x = x.narrow(1, 0, height).narrow(2, 0, width)
-    # Whether it is contiguous would split a compiled graph; there the copy costs nothing.
-    return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
+    if not torch.compiler.is_compiling():
+        return x[:, :height, :width]
+    # A slice asks whether it is contiguous, by which a graph would be split.
+    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
 
 
 def partition(x: Tensor, window_size: Size, num_heads: int) -> Tensor:
