@@ -42,14 +42,15 @@ def window_attention(
         .unbind(3)
     )
     bias = bias.to(query.dtype)
-    if not any(shift) and qkv.device.type == "cpu" and not torch.is_grad_enabled():
+    if not _shifts(shift) and qkv.device.type == "cpu" and not torch.is_grad_enabled():
         # Faster than the explicit form forward, slower backward.
         windows = (part.flatten(0, 2) for part in (query, key, value))
         out = F.scaled_dot_product_attention(*windows, attn_mask=bias[None], scale=scale)
         out = out.unflatten(0, query.shape[:3])
     else:
         with torch.autocast(qkv.device.type, enabled=False):
-            out = _Attend.apply(query * scale, key, value, bias, window_size, shift)
+            masks = _seam_masks(window_size, shift, bias)
+            out = _Attend.apply(query * scale, key, value, bias, *masks)
     return _roll(reverse(out, window_size), shift, 1)
 
 
@@ -60,14 +61,13 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, window_size: Size, shift: Size) -> Tensor:
+    def forward(ctx, query, key, value, bias, rows: Tensor | None, columns: Tensor | None):
         weights = query @ key.transpose(-2, -1)
         weights += bias
         # Every row keeps its diagonal, so -inf is safe; the usual -100 costs denormals.
-        rows, columns = _seam_masks(window_size, shift, bias)
-        if shift[0]:
+        if rows is not None:
             weights[:, -1:] += rows
-        if shift[1]:
+        if columns is not None:
             weights[:, :, -1:] += columns
         weights = weights.softmax(-1)
         out = weights @ value
@@ -86,8 +86,13 @@ class _Attend(torch.autograd.Function):
         return grad_query, grad_key, grad_value, grad_scores.sum((0, 1, 2)), None, None
 
 
-def _seam_masks(window_size: Size, shift: Size, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Two ``(N, N)``, for the last windows of each axis: 0, and -inf across the seam there."""
+def _seam_masks(
+    window_size: Size, shift: Size, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Two ``(N, N)``, for the last windows of each axis: 0, and -inf across the seam there.
+
+    None for an axis that is not shifted.
+    """
     # Cached by shape, a few numbers each; a graph being captured must make its own.
     make = _make_seam_masks if torch.compiler.is_compiling() else _cached_seam_masks
     return make(window_size, shift, like.device, like.dtype)
@@ -95,10 +100,13 @@ def _seam_masks(window_size: Size, shift: Size, like: Tensor) -> tuple[Tensor, T
 
 def _make_seam_masks(
     window_size: Size, shift: Size, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     masks = []
     for axis in range(2):
         along = (shift[0], 0) if axis == 0 else (0, shift[1])
+        if not _shifts(along):
+            masks.append(None)
+            continue
         same = region_mask(*window_size, window_size, along, device)[0, 0]
         masks.append(torch.zeros_like(same, dtype=dtype).masked_fill(~same, float("-inf")))
     return masks[0], masks[1]
@@ -129,7 +137,7 @@ def local_mlp(
         return reference.local_mlp(value, weight, bias, window_size, shift)
     height, width = value.shape[1:3]
     mixing = weight + bias
-    if any(shift):
+    if _shifts(shift):
         same_region = region_mask(height, width, window_size, shift, value.device)
         mixing = mixing * same_region[:, :, None]
     windows = partition(_roll(value, shift, -1), window_size, mixing.shape[-3])
@@ -190,9 +198,14 @@ def _region(length: int, window: int, shift: int, device: torch.device) -> Tenso
 
 
 def _roll(x: Tensor, shift: Size, sign: int) -> Tensor:
-    if not any(shift):
+    if not _shifts(shift):
         return x
     return torch.roll(x, (sign * shift[0], sign * shift[1]), (1, 2))
+
+
+def _shifts(shift: Size) -> bool:
+    """Whether there is a shift, or may be one where a compiler's symbolic sizes leave it open."""
+    return not (surely(shift[0] == 0) and surely(shift[1] == 0))
 
 
 def surely(condition: bool) -> bool:
