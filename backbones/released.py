@@ -18,7 +18,8 @@ class Released:
 
     Attributes:
         url: where it is.
-        top1: ImageNet-1K accuracy in percent that the paper gives for it, None where it gives none.
+        top1: ImageNet-1K accuracy in percent as released, which is not the tables' of the paper to
+            the last digit; None where none was given.
         num_classes: outputs of its classifier, 21841 of ImageNet-22K.
         window_size: positions on a window's side.
         img_size: rows and columns of its training images in pixels.

@@ -49,8 +49,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch {args.batch}: at least 1 is needed")
     if args.rounds < 3:
         parser.error(f"--rounds {args.rounds}: at least 3 are needed for a median with quartiles")
+    if args.device.split(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"--device {args.device}: cpu, cuda or cuda:N is needed")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: there is no CUDA here")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        parser.error(f"--out {args.out} is a file; a folder is needed")
+    for option in ("sizes", "batch", "scale", "compiled"):
+        if getattr(args, option) != parser.get_default(option) and "networks" not in args.suites:
+            parser.error(f"--{option} is for the suite networks, which is not asked for")
     return args
 
 
@@ -99,7 +106,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def read(file: Path, where: str) -> list[measure.Result]:
     """The contests of an earlier run, on this machine."""
-    content = json.loads(file.read_text())
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise SystemExit(f"benchmark: {file} is damaged ({error}): remove it") from error
     if content["machine"] != where:
         raise SystemExit(
             f"benchmark: {file} was measured on another machine ({content['machine']}; here: "

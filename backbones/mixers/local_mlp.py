@@ -57,7 +57,7 @@ class LocalMLP(WindowedMixer):
         x = ops.local_mlp(self.value(x), weight, self.bias(), self.window_size, shift)
         return self.proj(x)
 
-    def set_input_size(self, feat_size: Size, window_size: int | Size | None = None) -> None:
+    def set_input_size(self, feat_size: Size | None, window_size: int | Size | None = None) -> None:
         """Prepare for maps of ``feat_size``: resize the window grid, once and for good.
 
         Raises:
@@ -69,9 +69,9 @@ class LocalMLP(WindowedMixer):
                 f"Swin-Local-MLP's window cannot change from {self.window_size} to {window_size}: "
                 "its weights are learned for each pair of positions; build it with window_size"
             )
-        if not self.shared:
+        if not self.shared and feat_size is not None:
             weight = resize_window_grid(self.weight.detach(), self._grid(*feat_size))
-            self.weight = nn.Parameter(weight)
+            self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
 
     def _grid(self, height: int, width: int) -> Size:
         rows, columns = self.window_size

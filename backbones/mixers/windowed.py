@@ -67,7 +67,8 @@ class WindowedMixer(nn.Module):
             new_bias_shape=((2 * rows - 1) * (2 * columns - 1), self.num_heads),
             old_window_size=self.window_size,
         )
-        self.relative_position_bias_table = nn.Parameter(table)
+        learned = self.relative_position_bias_table.requires_grad
+        self.relative_position_bias_table = nn.Parameter(table, requires_grad=learned)
         self.relative_position_index = relative_position_index(window_size).to(table.device)
         self.window_size = window_size
 

@@ -54,7 +54,8 @@ def contests(
                 for name in ours:
                     build = _builder(_our(name, mode), size, images, mode, device, compile_it)
                     contenders.append(Contender(name + suffix, build, ours=True))
-            title = f"{mode}, {size[0]}x{size[1]}, batch {images}"
+            title = f"{scale}, {mode}, {size[0]}x{size[1]}, batch {images}"
+            title += ", eager and compiled" if compiled else ""
             pixels = images * size[0] * size[1]
             found.append(Contest("networks", title, tuple(contenders), images, pixels))
     return found

@@ -146,7 +146,8 @@ def _fpn_from_yacs(name: str, cfg: CfgNode) -> FPN:
             f"{list(cfg.MODEL.DENSE.OUT_FEATURES)} are valid"
         )
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-        top_block = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, channels)
+        last = in_features[-1]
+        top_block = LastLevelP6P7(bottom_up.output_shape()[last].channels, channels, last)
     else:
         top_block = LastLevelMaxPool()
     return FPN(

@@ -234,3 +234,14 @@ def test_memory_format_of_the_whole_model(family, kwargs):
         expected = model(x)
         model.to(memory_format=torch.channels_last)
         torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize("family", ["swin", "swin_local_mlp", "dw_conv"])
+def test_another_size_keeps_what_is_frozen(family):
+    model = timm.create_model(f"{family}_nano", num_classes=0).requires_grad_(False)
+    if family == "swin_local_mlp":
+        model.set_input_size(window_size=7)
+        model.set_input_size(img_size=448)
+    else:
+        model.set_input_size(window_size=9)
+    assert not any(parameter.requires_grad for parameter in model.parameters())

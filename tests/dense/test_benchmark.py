@@ -87,6 +87,9 @@ def test_the_tool_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert tool.main([*args, "--resume"]) == 0
     second = json.loads((tmp_path / "results.json").read_text())["results"]
     assert second[: len(first)] == first and len(second) == 2 * len(first)
+    assert tool.main([*args, "--scale", "tiny", "--modes", "inference", "--resume"]) == 0
+    third = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert third[-1]["name"] == "i_d_dw_conv_tiny"
     table = (tmp_path / "results.md").read_text()
     assert "training, 64x64, batch 1" in table and "**i_d_dw_conv_nano**" in table
 
@@ -109,6 +112,9 @@ def test_the_plot_of_cost_against_size(tmp_path):
         (["networks", "--sizes", "224"], "ROWSxCOLUMNS"),
         (["networks", "--rounds", "1"], "at least 3"),
         (["networks", "--batch", "0"], "--batch 0"),
+        (["networks", "--device", "foo"], "--device foo"),
+        (["networks", "--out", __file__], "is a file"),
+        (["operators", "--scale", "nano"], "--scale is for the suite networks"),
     ],
 )
 def test_bad_requests(args, reason, capsys):

@@ -24,6 +24,7 @@ model.backbone.bottom_up = L(PyramidBackbone)(
     norm="SyncBN",
     grad_checkpointing=False,
     window_size=None,
+    fuse=False,
 )
 
 # Every stage: 4 convolutions with SyncBN, one linear layer; GIoU loss of weight 10 on the box.
