@@ -1,7 +1,7 @@
 """The one place that chooses how an operator is computed.
 
 Paths, slowest first: ``reference`` (plain and differentiated by autograd: the truth), ``torch``
-(no compiler), ``native`` (C, built on first use, for a CPU), ``triton`` (a GPU).
+(no compiler), ``native`` (C, built on first use, for a CPU).
 """
 
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backbones.ops import native
 
-PATHS = ("reference", "torch", "native", "triton")
+PATHS = ("reference", "torch", "native")
 OPERATORS = {
     "depthwise_conv": ("reference", "torch", "native"),
     "dynamic_depthwise_conv": ("reference", "torch", "native"),
@@ -87,7 +87,5 @@ def _check(path: str | None) -> None:
         return
     if path not in PATHS:
         raise ValueError(f"{ENVIRONMENT}={path!r}: {', '.join(PATHS)} are valid")
-    if path == "triton":
-        raise ValueError(f"{ENVIRONMENT}=triton: no operator here has a Triton kernel")
     if path == "native" and (missing := native.missing()) is not None:
         raise ValueError(f"{ENVIRONMENT}=native: {missing}")
