@@ -41,6 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for file in filter(None, (args.json, args.markdown)):
         if not file.absolute().parent.is_dir():
             parser.error(f"{file}: there is no folder {file.absolute().parent}")
+        if file.is_dir():
+            parser.error(f"{file} is a folder; a file is needed")
     return args
 
 
