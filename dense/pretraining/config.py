@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 import backbones
 from dense.openmmlab.config import ConfigError, build_runner
@@ -155,12 +156,12 @@ def evaluate(runner: Runner, checkpoint: str) -> dict[str, float]:
     return runner.val()
 
 
-def _loader(cfg: dict[str, Any], dataset: Any) -> dict[str, Any]:
-    loader = dict(cfg, dataset=dataset)
-    if isinstance(dataset, ImageStream):
-        # A stream has its own order.
-        loader["sampler"] = None
-    return loader
+def _loader(cfg: dict[str, Any], dataset: Any) -> dict[str, Any] | DataLoader:
+    if not isinstance(dataset, ImageStream):
+        return dict(cfg, dataset=dataset)
+    # A stream has its own order, and cannot be copied, which mmengine does with what it builds.
+    not_torchs = ("dataset", "sampler", "collate_fn")
+    return DataLoader(dataset, **{k: v for k, v in cfg.items() if k not in not_torchs})
 
 
 def _cuda() -> bool:

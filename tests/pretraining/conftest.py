@@ -1,5 +1,6 @@
 """Small folders of images, and the tool in this process."""
 
+import itertools
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 collect_ignore_glob = [] if find_spec("mmengine") else ["test_*.py"]
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/pretraining"
+_RUNS = itertools.count()
 CLASSES = ("n01", "n02", "n03")
 
 
@@ -64,6 +66,8 @@ def run(pretrain, photos, tmp_path):
         argv += ["val_dataloader.persistent_workers=False", "val_dataloader.batch_size=4"]
         argv += ["total_batch_size=8"]
         argv += ["train_dataloader.batch_size=8", *options]
+        # Runs that start in one second would share a log.
+        argv.append(f"experiment_name=run{next(_RUNS)}")
         pretrain.main(argv)
         return work_dir
 

@@ -1,9 +1,11 @@
 """The tool trains, evaluates, goes on, and says in one line what is wrong."""
 
 import csv
+import io
 import json
 import math
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,29 @@ def test_losses_are_timms(mixup):
     if mixup is None:
         expected = torch.nn.functional.cross_entropy(model.network(x), labels, label_smoothing=0.1)
         torch.testing.assert_close(loss, expected)
+
+
+def test_training_on_shards(run, photos, tmp_path):
+    pytest.importorskip("webdataset")
+    for split in ("train", "val"):
+        paths = sorted((photos / split).rglob("*.jpg"))
+        with tarfile.open(tmp_path / f"photos-{split}-0000.tar", "w") as archive:
+            for path in paths:
+                label = str(int(path.parent.name[1:]) - 1).encode()
+                for suffix, content in ((".jpg", path.read_bytes()), (".cls", label)):
+                    info = tarfile.TarInfo(path.stem + suffix)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    stream = ["type=ImageStream", f"root={tmp_path}", "name=wds/photos"]
+    options = [f"{loader}.dataset.{entry}" for loader in ("train_dataloader", "val_dataloader")
+               for entry in stream]  # fmt: skip
+    options += [
+        f"train_dataloader.dataset.split={tmp_path}/photos-train-0000.tar|24",
+        "train_dataloader.dataset.is_training=True",
+        "train_dataloader.dataset.batch_size=8",
+        f"val_dataloader.dataset.split={tmp_path}/photos-val-0000.tar|12",
+    ]
+    work = run("--num-classes", "3", data=False, options=options)
+    assert last_metrics(work)["top1"] >= 0
+    lines = next(work.glob("*/vis_data/scalars.json")).read_text()
+    assert backbones.read_checkpoint(work / "epoch_2.pth") and "loss" in lines
