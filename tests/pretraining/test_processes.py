@@ -1,0 +1,78 @@
+"""Two processes, or accumulated gradients, train as one process with the larger batch."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/pretrain.py"
+WORKER = Path(__file__).with_name("two_processes.py")
+FAMILIES = ("swin", "i_d_dw_conv")
+WAYS = {
+    "one": ["--batch-size", "8"],
+    "accumulated": ["--batch-size", "4"],
+    "two": ["--batch-size", "4", "--launcher", "pytorch"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory) -> Path:
+    """A folder with ``<family>_<way>``, the work folder of every training."""
+    out = tmp_path_factory.mktemp("trained")
+    spec = spec_from_file_location("two_processes", WORKER)
+    worker = module_from_spec(spec)
+    spec.loader.exec_module(worker)
+
+    def rows(*ways):
+        words = []
+        for family in FAMILIES:
+            for way in ways:
+                name = f"{family}_{way}"
+                words += ["--", str(ROOT / f"configs/pretraining/{family}_nano.py")]
+                words += ["--data-root", str(photos), "--num-classes", "3"]
+                words += ["--work-dir", str(out / name), *WAYS[way], *worker.options(name)]
+        return words[1:]
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for launcher, ways in (([], ("one", "accumulated")), (torchrun, ("two",))):
+        done = subprocess.run(
+            [sys.executable, *launcher, str(WORKER), str(TOOL), *rows(*ways)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return out
+
+
+def losses(work: Path) -> np.ndarray:
+    """``(processes, iterations)``."""
+    return np.array([json.loads(path.read_text()) for path in sorted(work.glob("losses_*.json"))])
+
+
+def last_top1(work: Path) -> float:
+    lines = next(work.glob("*/vis_data/scalars.json")).read_text().splitlines()
+    return [json.loads(line)["top1"] for line in lines if "top1" in line][-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_train_as_one_with_twice_the_batch(trained, family):
+    one, two = trained / f"{family}_one", trained / f"{family}_two"
+    assert losses(one).shape == (1, 6) and losses(two).shape == (2, 6)
+    # Each process saw images of its own.
+    assert not np.allclose(*losses(two))
+    np.testing.assert_allclose(losses(two).mean(0), losses(one)[0], rtol=1e-4)
+    assert losses(one)[0, -1] < losses(one)[0, 0]
+    assert last_top1(two) == pytest.approx(last_top1(one), abs=100 / 12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accumulated_gradients_train_as_the_whole_batch(trained, family):
+    one, accumulated = trained / f"{family}_one", trained / f"{family}_accumulated"
+    np.testing.assert_allclose(losses(accumulated).reshape(6, 2).mean(1), losses(one)[0], rtol=1e-4)
