@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -87,6 +88,7 @@ def write_weights(
     state_dict: Mapping[str, Tensor],
     wrapper: str | None = None,
     classes: Sequence[str] | None = None,
+    meta: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights whole or not at all.
 
@@ -96,7 +98,9 @@ def write_weights(
         wrapper: the key to put them under in PyTorch's format; None writes them bare, unless there
             are classes to be kept beside.
         classes: names of the classifier's outputs.
+        meta: plain values to be kept beside, under ``meta``; JSON in a safetensors header.
     """
+    meta = dict(meta or {}) | ({"classes": list(classes)} if classes else {})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -105,11 +109,11 @@ def write_weights(
         name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()
     }
     if path.suffix == ".safetensors":
-        metadata = {"format": "pt"} | ({"classes": json.dumps(list(classes))} if classes else {})
-        save_file(weights, partial, metadata)
+        header = {key: json.dumps(value) for key, value in meta.items()}
+        save_file(weights, partial, {"format": "pt"} | header)
     else:
-        content = {wrapper or "state_dict": weights} if wrapper or classes else weights
-        if classes:
-            content["meta"] = {"classes": list(classes)}
+        content = {wrapper or "state_dict": weights} if wrapper or meta else weights
+        if meta:
+            content["meta"] = meta
         torch.save(content, partial)
     os.replace(partial, path)

@@ -85,9 +85,17 @@ def read_with_classes(
     source: str | Path, *, weights_only: bool = True
 ) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """As :func:`read_checkpoint`, and the names of the classes where the file has them."""
+    content = read_content(source, weights_only=weights_only)
+    return _unwrap(content, str(source)), class_names(content)
+
+
+def read_content(source: str | Path, *, weights_only: bool = True) -> Any:
+    """All that a file holds, what is neither weights nor plain values left empty.
+
+    A safetensors file gives ``state_dict`` and, of its header, ``meta``.
+    """
     path = fetch(str(source)) if is_url(source) else Path(source).expanduser()
-    content = _load(path, str(source), weights_only)
-    return _unwrap(content, str(source)), _classes(content)
+    return _load(path, str(source), weights_only)
 
 
 def is_url(source: str | Path) -> bool:
@@ -244,7 +252,7 @@ def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
     return parsed
 
 
-def _classes(content: Any) -> tuple[str, ...] | None:
+def class_names(content: Any) -> tuple[str, ...] | None:
     """Class names as the three trainings, and MMSegmentation before 1.0, write them."""
     if not isinstance(content, Mapping):
         return None

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         require("mmengine", "pretraining")
         from backbones import CheckpointError
+        from dense.metrics import plot_finished
         from dense.openmmlab.config import ConfigError, best_half, load_config, use_amp
         from dense.pretraining import config
         from dense.pretraining.data import TooManyUnreadable
@@ -105,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         runner.logger.info(batches)
         runner.train()
+        if runner.rank == 0:
+            plot_finished(runner.work_dir)
     except (ConfigError, CheckpointError, FloatingPointError, TooManyUnreadable) as error:
         sys.exit(f"pretrain: {error}")
 

@@ -52,6 +52,7 @@ def main() -> None:
     from dense.detection import engine
     from dense.detection.config import ConfigError, load_config
     from dense.detection.data import resolve_data
+    from dense.metrics import plot_finished
 
     try:
         cfg = load_config(args.config_file, args.overrides)
@@ -67,6 +68,8 @@ def main() -> None:
         cfg.data = {**(cfg.get("data") or {}), **{k: v for k, v in given.items() if v}}
         resolve_data(cfg, training=not args.eval_only)
         engine.start(cfg, args)
+        if not args.eval_only and args.machine_rank == 0:
+            plot_finished(cfg.train.output_dir)
     except (ConfigError, CheckpointError) as error:
         sys.exit(f"train_detector: {error}")
 

@@ -55,8 +55,9 @@ def main() -> None:
     try:
         require("mmseg", "segmentation")
         from backbones import CheckpointError
+        from dense.metrics import plot_finished
+        from dense.openmmlab.config import ConfigError
         from dense.segmentation import config
-        from dense.segmentation.data import ConfigError
     except ImportError as error:
         sys.exit(f"train_segmentor: {error}")
 
@@ -80,7 +81,10 @@ def main() -> None:
             config.use_amp(cfg)
         config.use_own_data(cfg, own_data)
         config.check(cfg, training=True)
-        config.build_runner(cfg).train()
+        runner = config.build_runner(cfg)
+        runner.train()
+        if runner.rank == 0:
+            plot_finished(runner.work_dir)
     except (ConfigError, CheckpointError, FloatingPointError) as error:
         sys.exit(f"train_segmentor: {error}")
 

@@ -40,6 +40,7 @@ def test_train_then_evaluate_the_checkpoint(run, tmp_path, capsys):
     ]
     assert any("images_per_second" in line and "memory_mb" in line for line in train)
     assert list(work.glob("*/vis_data/events.out.tfevents*"))
+    assert (work / "metrics.png").is_file()
 
     capsys.readouterr()
     evaluation = run("--eval-only", work / "epoch_2.pth", work_dir=tmp_path / "evaluated")

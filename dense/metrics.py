@@ -1,0 +1,141 @@
+"""What a run has logged, whichever of the trainings wrote it, as series and as a picture."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_logger = logging.getLogger(__name__)
+
+_RATES = ("lr", "base_lr")
+_LOSSES = ("loss", "total_loss")
+# Validation's figures in percent: pretraining, MMSegmentation, MMDetection, Detectron2.
+_METRICS = (
+    *("top1", "top5", "real", "mIoU", "mAcc", "aAcc"),
+    *("coco/bbox_mAP", "coco/segm_mAP", "bbox/AP", "segm/AP", "bbox/AP50", "segm/AP50"),
+)
+Points = list[tuple[int, float]]
+
+
+@dataclass
+class Run:
+    """One run's series, each a list of iteration and value, by iteration.
+
+    Attributes:
+        name: the work folder's.
+        loss: the total of the losses.
+        rate: the learning rate.
+        metrics: accuracy, mIoU or AP, by the name in the log.
+    """
+
+    name: str
+    loss: Points = field(default_factory=list)
+    rate: Points = field(default_factory=list)
+    metrics: dict[str, Points] = field(default_factory=dict)
+
+
+def read_run(work_dir: str | Path) -> Run:
+    """Read the logs of a work folder, those after a resume over those before it.
+
+    Args:
+        work_dir: with MMEngine's ``<time>/vis_data/scalars.json`` or Detectron2's
+            ``metrics.json``.
+
+    Raises:
+        ValueError: it has neither, or nothing is in it yet.
+    """
+    work_dir = Path(work_dir)
+    logs = sorted(work_dir.glob("*/vis_data/scalars.json")) or list(work_dir.glob("metrics.json"))
+    if not logs:
+        raise ValueError(
+            f"{work_dir} has no log of a training: <time>/vis_data/scalars.json (MMEngine) or "
+            "metrics.json (Detectron2)"
+        )
+    loss: dict[int, float] = {}
+    rate: dict[int, float] = {}
+    metrics: dict[str, dict[int, float]] = {}
+    for log in logs:
+        step = 0
+        for entry in _entries(log):
+            # MMEngine counts epochs in a validation's line: it belongs to the step before it.
+            if any(key in entry for key in _LOSSES):
+                step = int(entry.get("iteration", entry.get("step", step)))
+            step = int(entry.get("iteration", step))
+            for series, names in ((loss, _LOSSES), (rate, _RATES)):
+                found = [entry[name] for name in names if isinstance(entry.get(name), int | float)]
+                if found:
+                    series[step] = float(found[0])
+            for name in _METRICS:
+                if isinstance(entry.get(name), int | float):
+                    metrics.setdefault(name, {})[step] = float(entry[name])
+    if not loss and not metrics:
+        raise ValueError(f"{logs[0]} holds no losses and no metrics yet")
+    return Run(
+        work_dir.absolute().name,
+        sorted(loss.items()),
+        sorted(rate.items()),
+        {name: sorted(points.items()) for name, points in metrics.items()},
+    )
+
+
+def plot(runs: Sequence[Run], path: str | Path) -> Path:
+    """Loss, learning rate and validation of several runs in one picture.
+
+    Args:
+        runs: of any of the trainings.
+        path: ``.png`` or ``.svg``, written whole or not at all.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    lines = ("-", "--", ":", "-.")
+    for number, run in enumerate(runs):
+        colour = f"C{number}"
+        axes[0].plot(*_columns(run.loss), color=colour, label=run.name, linewidth=1)
+        axes[1].plot(*_columns(run.rate), color=colour, label=run.name)
+        for (name, points), style in zip(run.metrics.items(), lines * 4, strict=False):
+            label = f"{run.name}: {name}" if len(runs) > 1 else name
+            axes[2].plot(*_columns(points), style, color=colour, label=label, marker=".")
+    for axis, title in zip(axes, ("loss", "learning rate", "validation"), strict=True):
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format=path.suffix[1:], dpi=110)
+    pyplot.close(figure)
+    return partial.replace(path)
+
+
+def plot_run(work_dir: str | Path) -> Path:
+    """``metrics.png`` in a run's work folder."""
+    return plot([read_run(work_dir)], Path(work_dir, "metrics.png"))
+
+
+def plot_finished(work_dir: str | Path) -> None:
+    """:func:`plot_run` after a training: what goes wrong is said, and costs the run nothing."""
+    try:
+        plot_run(work_dir)
+    except Exception as error:
+        _logger.warning(f"no plot of {work_dir}: {error}")
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _entries(log: Path) -> Iterator[dict]:
+    for line in log.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        # A line that a kill cut off.
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict):
+            yield entry

@@ -1,0 +1,124 @@
+"""What is published is what was trained, says what it is, and loads."""
+
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import safetensors
+import timm
+import torch
+
+import backbones
+
+pytest.importorskip("mmengine")
+ROOT = Path(__file__).parents[1]
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool("publish_checkpoint")
+CLASSES = ["n01443537", "n01629819", "n02124075"]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The work folder of a pretraining with averaged weights, as MMEngine leaves it."""
+    from mmengine.config import Config
+
+    torch.manual_seed(0)
+    average = timm.create_model("d_dw_conv_nano", num_classes=3, img_size=64).state_dict()
+    other = timm.create_model("d_dw_conv_nano", num_classes=3, img_size=64).state_dict()
+    work = tmp_path / "work"
+    work.mkdir()
+    content = {
+        "state_dict": {f"network.{k}": v for k, v in average.items()},
+        "ema_state_dict": {f"module.network.{k}": v for k, v in other.items()}
+        | {"steps": torch.tensor(7)},
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(1000)}}},
+        "meta": {"epoch": 2, "iter": 20, "dataset_meta": {"classes": CLASSES}},
+    }
+    torch.save(content, work / "epoch_2.pth")
+    Config.fromfile(ROOT / "configs/pretraining/d_dw_conv_nano.py").dump(work / "d_dw_conv_nano.py")
+    log = work / "20260101_000000/vis_data"
+    log.mkdir(parents=True)
+    (log / "scalars.json").write_text(
+        '{"loss": 2.0, "lr": 0.1, "epoch": 1, "iter": 10, "step": 10}\n{"top1": 30.0, "step": 1}\n'
+        '{"loss": 1.0, "lr": 0.05, "epoch": 2, "iter": 20, "step": 20}\n'
+        '{"top1": 41.5, "top5": 100.0, "step": 2}\n'
+    )
+    return work, average, other
+
+
+@pytest.mark.parametrize("weights", ["averaged", "model"])
+def test_a_classifier(trained, weights, tmp_path, capsys):
+    work, average, other = trained
+    args = [str(work / "epoch_2.pth"), "--out", str(tmp_path / "out"), "--weights", weights]
+    assert tool.main(args) == 0
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.suffix for file in files] in ([".pth", ".safetensors"], [".safetensors", ".pth"])
+    expected = average if weights == "averaged" else other
+    for file in files:
+        digest = re.fullmatch(r"d_dw_conv_nano-([0-9a-f]{8})\..*", file.name)[1]
+        assert hashlib.sha256(file.read_bytes()).hexdigest().startswith(digest)
+        network = timm.create_model("d_dw_conv_nano", num_classes=3)
+        report = backbones.load_checkpoint(network, file)
+        assert not (report.missing or report.unexpected)
+        assert all(v.equal(expected[k]) for k, v in network.state_dict().items())
+    meta = torch.load(next(f for f in files if f.suffix == ".pth"), weights_only=True)["meta"]
+    assert meta["model"] == "d_dw_conv_nano" and meta["classes"] == CLASSES
+    assert meta["image_size"] == 64 and meta["recipe"] == "d_dw_conv_nano"
+    assert meta["metrics"] == {"top1": 41.5, "top5": 100.0} and meta["weights"] == weights
+    with safetensors.safe_open(next(f for f in files if f.suffix == ".safetensors"), "pt") as file:
+        assert '"n01443537"' in file.metadata()["classes"]
+    # Another set of classes finds its rows by name.
+    few = timm.create_model("d_dw_conv_nano", num_classes=2)
+    backbones.load_checkpoint(few, files[0], classes=[CLASSES[2], CLASSES[0]])
+    assert few.head.fc.weight.equal(expected["head.fc.weight"][[2, 0]])
+
+
+def test_the_line_in_the_table(trained, tmp_path):
+    work, *_ = trained
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n\nText.\n")
+    args = [str(work / "epoch_2.pth"), "--out", str(tmp_path / "out"), "--readme", str(readme)]
+    assert tool.main(args) == 0 and tool.main([*args, "--weights", "model"]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n\nText.\n")
+    assert text.count("| `d_dw_conv_nano` | `d_dw_conv_nano` | 64x64 | 3 | 41.5 | 100.0 |") == 1
+
+
+def test_a_whole_segmentor_keeps_its_frameworks_names(tmp_path):
+    weights = {
+        "backbone.patch_embed.proj.weight": torch.zeros(2, 3, 4, 4),
+        "backbone.stages.0.blocks.0.mixer.qkv.weight": torch.zeros(2),
+        "decode_head.conv_seg.weight": torch.ones(3),
+    }
+    meta = {"iter": 9, "dataset_meta": {"classes": ["a", "b"]}}
+    torch.save({"state_dict": weights, "meta": meta}, tmp_path / "iter_9.pth")
+    (tmp_path / "swin_nano_upernet.py").write_text("model = dict(backbone=dict(type='swin_nano'))")
+    assert tool.main([str(tmp_path / "iter_9.pth"), "--out", str(tmp_path / "out")]) == 0
+    (file,) = (tmp_path / "out").glob("*.pth")
+    content = torch.load(file, weights_only=True)
+    assert content["state_dict"].keys() == weights.keys()
+    assert content["meta"]["model"] == "swin_nano" and content["meta"]["classes"] == ["a", "b"]
+
+
+def test_what_cannot_be_published_is_one_line(trained, tmp_path, capsys):
+    work, *_ = trained
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "lonely.pth")
+    for args, reason in (
+        ([tmp_path / "absent.pth"], "no checkpoint at"),
+        ([tmp_path / "lonely.pth"], "holds no config"),
+        ([work / "d_dw_conv_nano.py"], "it is no checkpoint"),
+    ):
+        assert tool.main([*map(str, args), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

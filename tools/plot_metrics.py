@@ -1,0 +1,44 @@
+"""Loss, learning rate and validation of one or more trainings in one picture.
+
+    python tools/plot_metrics.py work_dirs/detector work_dirs/segmentor --out runs.png
+
+Takes the work folders of pretrain.py, train_segmentor.py and train_detector.py alike, finished,
+under way or resumed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dense import metrics
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="WORK_DIR", help="work folders")
+    add("--out", default="metrics.png", help=".png or .svg to write (metrics.png)")
+    args = parser.parse_args(argv)
+    if Path(args.out).suffix not in (".png", ".svg"):
+        parser.error(f"--out {args.out}: a .png or .svg is needed")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read all, then draw."""
+    args = parse_args(argv)
+    try:
+        runs = [metrics.read_run(run) for run in args.runs]
+        path = metrics.plot(runs, args.out)
+    except (OSError, ValueError) as error:
+        print(f"plot_metrics: {error}", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
