@@ -31,5 +31,10 @@ class DynamicDepthwiseConv(ConvMixer):
 
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels for each image, ``(B, H, W, C)`` to ``(B, C, K, K)``."""
-        hidden = F.relu(pooled_batch_norm(self.reduce_norm, self.reduce(x.mean((1, 2)))))
-        return self.expand(hidden).unflatten(-1, (-1, self.kernel_size, self.kernel_size))
+        # Outside of autocast: pooled maps differ little from image to image, and the norm blows up
+        # those differences, with whatever rounding there is in them.
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = x.mean((1, 2), dtype=self.reduce.weight.dtype)
+            hidden = F.relu(pooled_batch_norm(self.reduce_norm, self.reduce(pooled)))
+            kernels = self.expand(hidden)
+        return kernels.unflatten(-1, (-1, self.kernel_size, self.kernel_size))
