@@ -9,8 +9,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -63,6 +65,7 @@ class State:
     def __init__(self, out: Path, digest: str):
         self._path = out / STATE
         self._digest = digest
+        self._lock = threading.Lock()
         self._content = {"sources": digest, "steps": {}}
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             self._content = json.loads(self._path.read_text())
@@ -82,8 +85,9 @@ class State:
 
     def note(self, step: Step, seconds: float, done: bool) -> None:
         """Write down how far a step is."""
-        self._content["steps"][step.name] = {"seconds": round(seconds, 1), "done": done}
-        self.save()
+        with self._lock:
+            self._content["steps"][step.name] = {"seconds": round(seconds, 1), "done": done}
+            self.save()
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
@@ -172,7 +176,13 @@ def _locked(lock: TextIO) -> bool:
 
 
 def run_all(
-    steps: Sequence[Step], out: Path, places: Mapping[str, str], state: State, lock: int, cwd: Path
+    steps: Sequence[Step],
+    out: Path,
+    places: Mapping[str, str],
+    state: State,
+    lock: int,
+    cwd: Path,
+    jobs: int = 1,
 ) -> None:
     """Run what is not done yet, with progress on the terminal and each step's output in a log.
 
@@ -183,21 +193,46 @@ def run_all(
         state: what is done; kept up to date.
         lock: from :func:`only_one`.
         cwd: where the commands run.
+        jobs: how many run side by side; with more than one, no step may need another's result.
 
     Raises:
-        StepError: a step failed; with the end of its log.
+        StepError: a step failed; with the end of its log. Those beside it are ended.
     """
-    for number, step in enumerate(steps, start=1):
+    stop = threading.Event()
+
+    def run(number: int, step: Step) -> None:
+        if stop.is_set():
+            return
         head = f"[{number}/{len(steps)}]"
         if state.done(step):
-            print(f"{head} {step.title}: done before, in {state.seconds(step):.0f} s")
-            continue
-        print(f"{head} {step.line(places)}", flush=True)
-        _run(step, out, places, state, lock, cwd)
+            tqdm.write(f"{head} {step.title}: done before, in {state.seconds(step):.0f} s")
+            return
+        tqdm.write(f"{head} {step.line(places)}")
+        sys.stdout.flush()
+        try:
+            _run(step, out, places, state, lock, cwd, stop)
+        except BaseException:
+            stop.set()
+            raise
+
+    # Threads, so that a signal reaches this one while steps run.
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(run, *numbered) for numbered in enumerate(steps, start=1)]
+        try:
+            for done in as_completed(running):
+                done.result()
+        finally:
+            stop.set()
 
 
 def _run(
-    step: Step, out: Path, places: Mapping[str, str], state: State, lock: int, cwd: Path
+    step: Step,
+    out: Path,
+    places: Mapping[str, str],
+    state: State,
+    lock: int,
+    cwd: Path,
+    stop: threading.Event,
 ) -> None:
     log_path = out / LOGS / f"{step.name}.log"
     before, started = state.seconds(step), time.monotonic()
@@ -214,12 +249,14 @@ def _run(
             pass_fds=[lock],
         )
         try:
-            _watch(step, out, process, lambda: note(done=False))
+            _watch(step, out, process, lambda: note(done=False), stop)
         finally:
             # Still running only where this process is itself being stopped.
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+    if process.returncode and stop.is_set():
+        return
     if process.returncode:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
         raise StepError(
@@ -230,7 +267,13 @@ def _run(
     note(done=True)
 
 
-def _watch(step: Step, out: Path, process: subprocess.Popen, note: Callable[[], None]) -> None:
+def _watch(
+    step: Step,
+    out: Path,
+    process: subprocess.Popen,
+    note: Callable[[], None],
+    stop: threading.Event,
+) -> None:
     bar = tqdm(
         total=step.total or None,
         initial=min(step.position(out), step.total),
@@ -240,7 +283,7 @@ def _watch(step: Step, out: Path, process: subprocess.Popen, note: Callable[[], 
     )
     with bar:
         noted = time.monotonic()
-        while process.poll() is None:
+        while process.poll() is None and not stop.is_set():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=1)
             bar.update(max(0, min(step.position(out), step.total) - bar.n))
