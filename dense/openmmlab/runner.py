@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from mmengine.dist import master_only
 from mmengine.optim import OptimWrapper
-from mmengine.registry import MODELS, RUNNERS
+from mmengine.registry import DATASETS, MODELS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 import backbones
 from dense.backbone import DenseBackbone, step_back_norms
 from dense.openmmlab import checkpoints
+from dense.openmmlab.resuming import SeededDataset
 
 
 @RUNNERS.register_module()
@@ -103,6 +105,22 @@ class DenseRunner(Runner):
             optim_wrapper = {k: v for k, v in optim_wrapper.items() if k not in amp_only}
             optim_wrapper["type"] = "OptimWrapper"
         return super().build_optim_wrapper(optim_wrapper)
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """As MMEngine's; what a :class:`.resuming.ResumableSampler` samples is seeded by place."""
+        if isinstance(dataloader, dict):
+            sampler = dataloader.get("sampler")
+            if isinstance(sampler, dict) and sampler.get("type") == "ResumableSampler":
+                dataset = dataloader["dataset"]
+                if isinstance(dataset, dict):
+                    dataset = DATASETS.build(dataset)
+                    if hasattr(dataset, "full_init"):
+                        dataset.full_init()
+                dataloader = dict(dataloader, dataset=SeededDataset(dataset))
+        return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def load_checkpoint(
         self,

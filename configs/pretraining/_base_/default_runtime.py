@@ -5,6 +5,7 @@ custom_imports = dict(
         "dense.pretraining",
         "dense.openmmlab.hooks",
         "dense.openmmlab.optim",
+        "dense.openmmlab.resuming",
         "dense.openmmlab.runner",
     ]
 )
@@ -24,10 +25,14 @@ default_hooks = dict(
     ),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
-custom_hooks = [dict(type="StopOnNonFiniteLoss"), dict(type="ProgressBar")]
+custom_hooks = [
+    dict(type="SeedEveryIteration"),
+    dict(type="StopOnNonFiniteLoss"),
+    dict(type="ProgressBar"),
+]
 vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
 visualizer = dict(type="Visualizer", vis_backends=vis_backends)
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=300, val_interval=1)
+train_cfg = dict(type="ResumableEpochTrainLoop", max_epochs=300, val_interval=1)
 val_cfg = dict(type="ValLoop")
 val_evaluator = dict(type="ClassificationMetric")
 log_level = "INFO"

@@ -5,6 +5,7 @@ custom_imports = dict(
         "dense.segmentation",
         "dense.segmentation.dataset",
         "dense.openmmlab.hooks",
+        "dense.openmmlab.resuming",
         "dense.openmmlab.runner",
     ]
 )
@@ -15,7 +16,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
     dist_cfg=dict(backend="nccl"),
 )
-custom_hooks = [dict(type="StopOnNonFiniteLoss")]
+custom_hooks = [dict(type="SeedEveryIteration"), dict(type="StopOnNonFiniteLoss")]
 vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
 visualizer = dict(type="SegLocalVisualizer", vis_backends=vis_backends)
 log_processor = dict(by_epoch=False)

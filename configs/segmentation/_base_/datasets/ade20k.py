@@ -22,7 +22,7 @@ train_dataloader = dict(
     batch_size=2,
     num_workers=4,
     persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
+    sampler=dict(type="ResumableSampler", infinite=True),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,

@@ -1,0 +1,111 @@
+"""A run that was stopped and resumed is the run that was not, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dense.openmmlab.resuming import Place, ResumableSampler, SeededDataset
+
+SAVE = ["default_hooks.checkpoint.by_epoch=False", "default_hooks.checkpoint.interval=1"]
+SAVE += ["default_hooks.checkpoint.max_keep_ckpts=-1", "default_hooks.checkpoint.save_best=None"]
+SAVE += ["default_hooks.logger.interval=1", "randomness.seed=3"]
+
+
+def losses(work: Path) -> dict[int, float]:
+    return {
+        entry["step"]: entry["loss"]
+        for log in sorted(work.glob("*/vis_data/scalars.json"))
+        for entry in map(json.loads, log.read_text().splitlines())
+        if "loss" in entry
+    }
+
+
+def assert_same(one, two, path: str = "") -> None:
+    """Two checkpoints' contents, whatever is in them."""
+    if isinstance(one, torch.Tensor):
+        assert one.equal(two), path
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            assert_same(one[key], two[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), path
+        for number, pair in enumerate(zip(one, two, strict=True)):
+            assert_same(*pair, f"{path}[{number}]")
+    else:
+        assert one == two, path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_pretraining(run, tmp_path, workers, stop):
+    """Two epochs of three iterations, stopped in the middle of the first or at its end; dropout,
+    mixing, averaged weights and augmentation all draw."""
+    options = [*SAVE, "model.drop_path_rate=0.3", f"train_dataloader.num_workers={workers}"]
+    options += ["model.drop_rate=0.2", "train_dataloader.dataset.transform.color_jitter=0.4"]
+    whole = run("--ema", "0.9", options=options, work_dir=tmp_path / "whole")
+    parts = tmp_path / "parts"
+    # Stopped: the schedule is that of the whole run, and what came after is gone.
+    run("--ema", "0.9", options=options, work_dir=parts)
+    for path in parts.glob("*.pth"):
+        if int(path.stem.split("_")[-1]) > stop:
+            path.unlink()
+    for log in parts.glob("*/vis_data/scalars.json"):
+        log.write_text("")
+    run("--ema", "0.9", "--resume", options=options, work_dir=parts)
+
+    expected, found = losses(whole), losses(parts)
+    assert set(found) == set(range(stop + 1, 7))
+    assert all(found[step] == expected[step] for step in found)
+    one, two = (torch.load(w / "iter_6.pth", weights_only=False) for w in (whole, parts))
+    for key in ("state_dict", "ema_state_dict", "optimizer", "param_schedulers"):
+        assert_same(one[key], two[key], key)
+
+
+def test_every_process_takes_its_turn_from_any_place(monkeypatch):
+    data = list(range(10))
+    whole = list(map(int, ResumableSampler(data, seed=5)))
+    assert sorted(whole) == data and whole != data
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr("dense.openmmlab.resuming.get_dist_info", lambda r=rank: (r, 3))
+        sampler = ResumableSampler(data, seed=5)
+        share = list(sampler)
+        assert len(share) == len(sampler) == 4
+        sampler.start = 2
+        assert [(int(p), p.seed) for p in sampler] == [(int(p), p.seed) for p in share[2:]]
+        assert len(list(sampler)) == 4  # only once
+        shares.append(share)
+    turns = [int(share[step]) for step in range(4) for share in shares]
+    assert turns[:10] == whole and turns[10:] == whole[:2]
+    assert len({place.seed for share in shares for place in share}) == 12
+
+    monkeypatch.setattr("dense.openmmlab.resuming.get_dist_info", lambda: (1, 2))
+    endless = ResumableSampler(data, seed=5, infinite=True)
+    head = [place for place, _ in zip(endless, range(40), strict=False)]
+    assert sorted(map(int, head[:5] + head[5:10])) != data  # two passes, every second index
+    endless.start = 17
+    tail = [place for place, _ in zip(endless, range(23), strict=False)]
+    assert [(int(p), p.seed) for p in tail] == [(int(p), p.seed) for p in head[17:]]
+
+
+def test_a_sample_depends_on_its_place_alone():
+    class Noise(torch.utils.data.Dataset):
+        metainfo = {"classes": ["a"]}
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return index, torch.rand(())
+
+    dataset = SeededDataset(Noise())
+    assert dataset.metainfo == {"classes": ["a"]}
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = dataset[Place(2, 99)]
+    assert torch.get_rng_state().equal(before)
+    torch.rand(7)
+    assert dataset[Place(2, 99)] == first and dataset[Place(2, 98)] != first

@@ -1,0 +1,54 @@
+"""A segmentor's training that was stopped and resumed is the one that was not, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dense.segmentation.config import build_runner
+
+
+def losses(work: Path) -> dict[int, dict]:
+    return {
+        entry["step"]: {key: entry[key] for key in entry if "loss" in key or "acc" in key}
+        for log in sorted(work.glob("*/vis_data/scalars.json"))
+        for entry in map(json.loads, log.read_text().splitlines())
+        if "loss" in entry
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_and_resumed(nano_cfg, tmp_path, workers):
+    def train(name: str, resume: bool = False) -> Path:
+        cfg = nano_cfg("i_d_dw_conv", max_iters=5)
+        cfg.work_dir = str(tmp_path / name)
+        cfg.experiment_name = f"{name}-{resume}-{workers}"
+        cfg.resume = resume
+        cfg.randomness = dict(seed=11)
+        cfg.train_cfg.val_interval = 100
+        cfg.model.backbone.drop_path_rate = 0.3
+        cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
+        cfg.default_hooks.logger.interval = 1
+        cfg.train_dataloader.num_workers = workers
+        pipeline = cfg.train_dataloader.dataset.pipeline
+        pipeline.insert(-1, dict(type="RandomFlip", prob=0.5))
+        pipeline.insert(-1, dict(type="PhotoMetricDistortion"))
+        build_runner(cfg).train()
+        return Path(cfg.work_dir)
+
+    whole, parts = train("whole"), train("parts")
+    for number in (3, 4, 5):
+        (parts / f"iter_{number}.pth").unlink()
+    for log in parts.glob("*/vis_data/scalars.json"):
+        log.write_text("")
+    train("parts", resume=True)
+
+    expected, found = losses(whole), losses(parts)
+    assert set(found) == {3, 4, 5}
+    assert all(found[step] == expected[step] for step in found)
+    one, two = (torch.load(w / "iter_5.pth", weights_only=False) for w in (whole, parts))
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    assert all(value.equal(two["state_dict"][key]) for key, value in one["state_dict"].items())
+    moments = [content["optimizer"]["state"] for content in (one, two)]
+    assert all(moments[0][i]["exp_avg"].equal(moments[1][i]["exp_avg"]) for i in moments[0])
