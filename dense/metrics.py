@@ -27,12 +27,15 @@ class Run:
         loss: the total of the losses.
         rate: the learning rate.
         metrics: accuracy, mIoU or AP, by the name in the log.
+        epochs: the iteration at which an epoch's validation stands, where the log counts epochs:
+            the last one logged before it, which need not be the epoch's last.
     """
 
     name: str
     loss: Points = field(default_factory=list)
     rate: Points = field(default_factory=list)
     metrics: dict[str, Points] = field(default_factory=dict)
+    epochs: dict[int, int] = field(default_factory=dict)
 
 
 def read_run(work_dir: str | Path) -> Run:
@@ -55,13 +58,18 @@ def read_run(work_dir: str | Path) -> Run:
     loss: dict[int, float] = {}
     rate: dict[int, float] = {}
     metrics: dict[str, dict[int, float]] = {}
+    epochs: dict[int, int] = {}
+    step, by_epoch = 0, False
     for log in logs:
-        step = 0
         for entry in _entries(log):
-            # MMEngine counts epochs in a validation's line: it belongs to the step before it.
-            if any(key in entry for key in _LOSSES):
+            # In a validation's line MMEngine counts epochs, if it does so in training's: it belongs
+            # to the step before it.
+            is_training = any(key in entry for key in _LOSSES)
+            by_epoch = "epoch" in entry if is_training else by_epoch
+            if is_training or not by_epoch:
                 step = int(entry.get("iteration", entry.get("step", step)))
-            step = int(entry.get("iteration", step))
+            elif "step" in entry:
+                epochs[int(entry["step"])] = step
             for series, names in ((loss, _LOSSES), (rate, _RATES)):
                 found = [entry[name] for name in names if isinstance(entry.get(name), int | float)]
                 if found:
@@ -76,6 +84,7 @@ def read_run(work_dir: str | Path) -> Run:
         sorted(loss.items()),
         sorted(rate.items()),
         {name: sorted(points.items()) for name, points in metrics.items()},
+        epochs,
     )
 
 

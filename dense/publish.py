@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+import yaml
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
@@ -76,8 +78,8 @@ def publish(
         "model": None,
         "classes": list(classes) if classes else None,
         "image_size": None,
-        "mean": list(IMAGENET_DEFAULT_MEAN),
-        "std": list(IMAGENET_DEFAULT_STD),
+        "mean": None,
+        "std": None,
         "recipe": _recipe(config, Path(checkpoint)),
         "weights": weights if "ema_state_dict" in content else "model",
         "metrics": _metrics(Path(checkpoint), content),
@@ -88,18 +90,20 @@ def publish(
         state_dict = backbone
         meta |= _of_the_classifier(config)
     else:
-        meta["model"] = _backbone_name(config)
+        meta |= {"model": _backbone_name(config)} | _normalisation(config)
     out = Path(out)
-    files = []
-    for suffix in (".pth", ".safetensors"):
-        whole = out / f"{meta['recipe']}{suffix}"
-        write_weights(whole, state_dict, "state_dict", meta=meta)
-        digest = hashlib.sha256(whole.read_bytes()).hexdigest()[:8]
-        files.append(whole.replace(out / f"{meta['recipe']}-{digest}{suffix}"))
-    if "head.fc.weight" in backbone:
-        for file in files:
-            _check(file, meta)
-    return Published(tuple(files), meta, _line(meta, files[0]))
+    written = [out / f"{meta['recipe']}{suffix}" for suffix in (".pth", ".safetensors")]
+    try:
+        for file in written:
+            write_weights(file, state_dict, "state_dict", meta=meta)
+            if "head.fc.weight" in backbone:
+                _check(file, meta)
+    except Exception:
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise
+    files = tuple(file.replace(_with_hash(file)) for file in written)
+    return Published(files, meta, _line(meta, files[0]))
 
 
 def write_line(published: Published, readme: str | Path) -> None:
@@ -136,6 +140,11 @@ def _chosen(content: Any, weights: str, source: str) -> Mapping[str, Tensor]:
     raise CheckpointError(f"{source} is no checkpoint of a training: it has no state_dict or model")
 
 
+def _with_hash(file: Path) -> Path:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    return file.with_name(f"{file.stem}-{digest}{file.suffix}")
+
+
 def _recipe(config: Path, checkpoint: Path) -> str:
     # Detectron2's trainings write every config as config.yaml; their folder has the name.
     return checkpoint.absolute().parent.name if config.suffix == ".yaml" else config.stem
@@ -145,11 +154,33 @@ def _of_the_classifier(config: Path) -> dict[str, Any]:
     from dense.openmmlab.config import load_config
 
     cfg = load_config(config)
-    size = cfg.val_dataloader.dataset.transform.input_size
+    transform = cfg.val_dataloader.dataset.transform
     options = {
         key: cfg.model[key] for key in ("img_size", "window_size", "shared") if key in cfg.model
     }
-    return {"model": cfg.model.name, "image_size": size, "options": options}
+    return {
+        "model": cfg.model.name,
+        "image_size": transform.input_size,
+        "mean": list(transform.get("mean", IMAGENET_DEFAULT_MEAN)),
+        "std": list(transform.get("std", IMAGENET_DEFAULT_STD)),
+        "options": options,
+    }
+
+
+def _normalisation(config: Path) -> dict[str, list[float] | None]:
+    """Mean and standard deviation of a detector's or segmentor's pixels, of 0 to 1 as timm's."""
+    if config.suffix == ".yaml":
+        model = yaml.safe_load(config.read_text()).get("model") or {}
+        mean, std = model.get("pixel_mean"), model.get("pixel_std")
+    else:
+        from dense.openmmlab.config import load_config
+
+        preprocessor = load_config(config).model.get("data_preprocessor") or {}
+        mean, std = preprocessor.get("mean"), preprocessor.get("std")
+    return {
+        key: [round(value / 255, 6) for value in values] if values else None
+        for key, values in (("mean", mean), ("std", std))
+    }
 
 
 def _backbone_name(config: Path) -> str | None:
@@ -166,10 +197,12 @@ def _metrics(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, float]:
         run = read_run(checkpoint.absolute().parent)
     except (OSError, ValueError):
         return {}
+    if run.epochs:
+        step = run.epochs.get(meta.get("epoch"), -math.inf)
     found = {}
     for name, points in run.metrics.items():
         at = [value for iteration, value in points if step is None or abs(iteration - step) <= 1]
-        if at:
+        if at and math.isfinite(at[-1]):
             found[name] = round(at[-1], 3)
     return found
 

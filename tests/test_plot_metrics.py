@@ -47,6 +47,15 @@ def test_a_resumed_run(pretraining):
     assert run.metrics == {"top1": [(10, 20.0), (20, 40.0)]}
 
 
+def test_a_log_by_iteration_says_where_it_validated(tmp_path):
+    (tmp_path / "20260101_000000/vis_data").mkdir(parents=True)
+    (tmp_path / "20260101_000000/vis_data/scalars.json").write_text(
+        '{"loss": 3.0, "lr": 0.1, "iter": 50, "step": 50}\n{"mIoU": 20.0, "step": 70}\n'
+    )
+    run = metrics.read_run(tmp_path)
+    assert run.loss == [(50, 3.0)] and run.metrics == {"mIoU": [(70, 20.0)]}
+
+
 def test_detectron2s(detection):
     run = metrics.read_run(detection)
     assert run.loss == [(19, 5.0), (39, 4.0)]

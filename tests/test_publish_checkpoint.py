@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,54 @@ def test_a_classifier(trained, weights, tmp_path, capsys):
     few = timm.create_model("d_dw_conv_nano", num_classes=2)
     backbones.load_checkpoint(few, files[0], classes=[CLASSES[2], CLASSES[0]])
     assert few.head.fc.weight.equal(expected["head.fc.weight"][[2, 0]])
+
+
+def test_figures_of_an_epoch_that_ends_between_two_logged_iterations(trained, tmp_path):
+    work, *_ = trained
+    (log,) = work.glob("*/vis_data/scalars.json")
+    log.write_text(
+        '{"loss": 2.0, "lr": 0.1, "epoch": 1, "iter": 50, "step": 50}\n{"top1": 30.0, "step": 1}\n'
+        '{"loss": 1.0, "lr": 0.1, "epoch": 2, "iter": 112, "step": 112}\n'
+        '{"top1": 41.5, "step": 2}\n'
+    )
+    content = torch.load(work / "epoch_2.pth", weights_only=True)
+    for epoch, expected in ((1, 30.0), (2, 41.5)):
+        content["meta"] |= {"epoch": epoch, "iter": 62 * epoch}
+        torch.save(content, work / f"epoch_{epoch}.pth")
+        done = tool.publish.publish(work / f"epoch_{epoch}.pth", tmp_path / "out")
+        assert done.meta["metrics"] == {"top1": expected}
+
+
+def test_what_does_not_fill_its_network_leaves_no_file(trained, tmp_path, capsys):
+    work, *_ = trained
+    content = torch.load(work / "epoch_2.pth", weights_only=True)
+    del content["state_dict"]["network.stages.0.blocks.0.mixer.in_proj.weight"]
+    torch.save(content, work / "epoch_2.pth")
+    assert tool.main([str(work / "epoch_2.pth"), "--out", str(tmp_path / "out")]) == 2
+    assert "does not fit" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_detector_without_mmengine(tmp_path):
+    weights = {"backbone.bottom_up.patch_embed.proj.weight": torch.zeros(2, 3, 4, 4)}
+    content = {"model": weights, "classes": ["a", "b"], "iteration": 9}
+    torch.save(content, tmp_path / "model_final.pth")
+    (tmp_path / "config.yaml").write_text(
+        "model:\n  backbone: {bottom_up: {name: dw_conv_nano}}\n"
+        "  pixel_mean: [127.5, 127.5, 51.0]\n  pixel_std: [255.0, 51.0, 51.0]\n"
+    )
+    code = (
+        "import runpy, sys; sys.modules['mmengine'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "tools/publish_checkpoint.py")]
+    command += [str(tmp_path / "model_final.pth"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").glob("*.pth")
+    meta = torch.load(file, weights_only=True)["meta"]
+    assert meta["model"] == "dw_conv_nano" and meta["classes"] == ["a", "b"]
+    assert meta["mean"] == [0.5, 0.5, 0.2] and meta["std"] == [1.0, 0.2, 0.2]
 
 
 def test_the_line_in_the_table(trained, tmp_path):

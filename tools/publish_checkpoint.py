@@ -14,7 +14,6 @@ import sys
 
 from backbones import CheckpointError
 from dense import publish
-from dense.openmmlab.config import ConfigError
 from dense.prediction import PredictionError
 
 
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         done = publish.publish(args.checkpoint, args.out, config=args.config, weights=args.weights)
-    except (CheckpointError, ConfigError, PredictionError, ValueError, OSError) as error:
+    except (CheckpointError, PredictionError, ValueError, OSError) as error:
         print(f"publish_checkpoint: {error}", file=sys.stderr)
         return 2
     print(publish.as_json(done.meta))
