@@ -70,7 +70,7 @@ def main() -> None:
         engine.start(cfg, args)
         if not args.eval_only and args.machine_rank == 0:
             plot_finished(cfg.train.output_dir)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, FloatingPointError) as error:
         sys.exit(f"train_detector: {error}")
 
 

@@ -23,6 +23,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         model: the detector, or the DDP module around it.
         save_dir: where checkpoints lie.
         classes: class names, saved with every checkpoint under ``"classes"``.
+        seed: the run's, saved under ``"seed"``.
         **checkpointables: as Detectron2 has it; ``trainer=`` for one.
     """
 
@@ -32,16 +33,18 @@ class WholeCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         classes: list[str] | None = None,
+        seed: int | None = None,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
-        self.classes = classes
+        self.classes, self.seed = classes, seed
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write beside its place, move it there whole, then tag it as the last one."""
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(), "classes": self.classes, **kwargs}
+        about = {"classes": self.classes, "seed": self.seed}
+        data = {"model": self.model.state_dict(), **about, **kwargs}
         data.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
         path = Path(self.save_dir, f"{name}.pth")
         _logger.info(f"Saving checkpoint to {path}")

@@ -10,8 +10,6 @@ import cloudpickle
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import (
-    AMPTrainer,
-    SimpleTrainer,
     create_ddp_model,
     default_setup,
     default_writers,
@@ -23,11 +21,15 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
+from backbones import CheckpointError
 from dense.backbone import step_back_norms
 from dense.detection.backbone import PyramidBackbone
 from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import ConfigError
+from dense.detection.resuming import SeedSteps, resumable
+from dense.detection.trainer import build_trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def start(cfg: DictConfig, args: Namespace) -> None:
 
     Raises:
         ConfigError: more GPUs than there are, several machines without a URL to meet at, or an
-            evaluation without a checkpoint.
+            evaluation without a checkpoint; and what :func:`train` raises, in whichever process.
     """
     processes = _processes(args)
     if args.eval_only and not cfg.train.init_checkpoint:
@@ -52,29 +54,42 @@ def start(cfg: DictConfig, args: Namespace) -> None:
         raise ConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
     if args.num_machines > 1 and args.dist_url == "auto":
         raise ConfigError("several machines need --dist-url, such as tcp://<first machine>:29500")
-    # By value, so that functions defined in a config file reach the processes too.
-    launch(
-        _run,
-        processes,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cloudpickle.dumps((cfg, args)), processes),
-    )
+    try:
+        # By value, so that functions defined in a config file reach the processes too.
+        launch(
+            _run,
+            processes,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(cloudpickle.dumps((cfg, args)), processes),
+        )
+    except ProcessRaisedException as error:
+        # It comes as the text of the process's traceback.
+        name, _, reason = str(error).strip().splitlines()[-1].partition(": ")
+        for kind in (CheckpointError, ConfigError, FloatingPointError):
+            if name.rpartition(".")[2] == kind.__name__:
+                raise kind(reason) from error
+        raise
 
 
 def train(cfg: DictConfig, *, resume: bool) -> None:
     """Train as configured; ``resume`` goes on from the last whole checkpoint if there is one.
 
+    On a CPU a resumed run is bit for bit the one that was not stopped: the order of the data, the
+    augmentation and what the model draws follow from the run's seed, which checkpoints keep.
+
     Raises:
         CheckpointError: weights to start from cannot be read or do not fit.
         ConfigError: the checkpoint to resume from has other classes.
+        FloatingPointError: a loss is NaN or infinite, in all processes together.
     """
     model = step_back_norms(instantiate(cfg.model)).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     classes = _classes(cfg)
-    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, classes=classes)
+    seed = cfg.train.seed if cfg.train.get("seed", -1) >= 0 else comm.shared_random_seed()
+    checkpointer = WholeCheckpointer(model, cfg.train.output_dir, classes=classes, seed=seed)
     last = checkpointer.last_whole() if resume else None
     if last is None:
         if resume:
@@ -85,7 +100,7 @@ def train(cfg: DictConfig, *, resume: bool) -> None:
     if cfg.train.device == "cpu":
         ddp["device_ids"] = None
     parallel = create_ddp_model(model, **ddp)
-    trainer = _trainer(cfg, parallel, instantiate(cfg.dataloader.train), optimizer)
+    trainer = build_trainer(cfg, parallel, instantiate(cfg.dataloader.train), optimizer)
     checkpointer.add_checkpointable("trainer", trainer)
     is_main = comm.is_main_process()
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if is_main else []
@@ -100,12 +115,16 @@ def train(cfg: DictConfig, *, resume: bool) -> None:
     )
     first = 0
     if last is not None:
-        _same_classes(checkpointer.resume(last), classes, last)
+        extra = checkpointer.resume(last)
+        _same_classes(extra, classes, last)
+        checkpointer.seed = extra.get("seed", seed)
         first = trainer.iter + 1
     if first >= cfg.train.max_iter:
         _logger.info(f"{last} is the end of training (train.max_iter={cfg.train.max_iter})")
         evaluate(cfg, parallel)
         return
+    trainer.register_hooks([SeedSteps(checkpointer.seed)])
+    trainer.data_loader = resumable(trainer.data_loader, checkpointer.seed, first)
     trainer.train(first, cfg.train.max_iter)
 
 
@@ -173,13 +192,6 @@ def _step_back(cfg: DictConfig, processes: int) -> None:
         _logger.warning(f"no CUDA here: {', '.join(steps)}")
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-
-
-def _trainer(cfg: DictConfig, model: nn.Module, loader, optimizer) -> SimpleTrainer:
-    if not cfg.train.amp.enabled:
-        return SimpleTrainer(model, loader, optimizer)
-    precision = getattr(torch, cfg.train.amp.get("precision", "float16"))
-    return AMPTrainer(model, loader, optimizer, precision=precision)
 
 
 def _start_fresh(cfg: DictConfig, model: nn.Module, checkpointer: WholeCheckpointer) -> None:

@@ -1,0 +1,44 @@
+"""Samples and iterations whose random draws follow from a run's seed and their place in it."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+# What is seeded, so that a sample and an iteration of one number draw differently.
+SAMPLE, ITERATION = 0, 1
+
+_CPU = torch.random.default_generator
+
+
+def mixed(*numbers: int) -> int:
+    """One seed of 32 bits from several numbers that are not negative, far from its neighbours'."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch, on the CPU and on all GPUs."""
+    _seed_cpu(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it all draws on the CPU follow from the seed; after it all is as it was before."""
+    before = random.getstate(), np.random.get_state(), _CPU.get_state()
+    _seed_cpu(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        _CPU.set_state(before[2])
+
+
+def _seed_cpu(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    _CPU.manual_seed(seed)

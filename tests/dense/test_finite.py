@@ -1,0 +1,57 @@
+"""One process's loss of NaN stops all of them, at the same iteration, in a line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dense.finite import stop_if_not_finite
+
+
+def optimizer(lr=0.02):
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+
+
+def test_finite_losses_pass():
+    stop_if_not_finite({"loss_a": torch.tensor(1e30), "loss_b": 2.0}, 1, optimizer(), "")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_line(value):
+    losses = {"loss_a": torch.tensor(value, requires_grad=True), "loss_b": torch.tensor(2.0)}
+    with pytest.raises(FloatingPointError) as stopped:
+        stop_if_not_finite(losses, 7, optimizer(), "do that")
+    text = f"iteration 7: loss_a={value:.4g} is not finite (loss_a={value:.4g}, loss_b=2; "
+    assert str(stopped.value) == f"{text}learning rate 0.02); do that"
+
+
+def work(rank: int, folder: str) -> None:
+    """One of two processes; the second one's third loss is NaN."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for iteration in range(1, 6):
+        value = float("nan") if (rank, iteration) == (1, 3) else 1.0
+        stop_if_not_finite({"loss": torch.tensor(value)}, iteration, optimizer(), "")
+
+
+def test_all_processes_stop_together(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, second = (process.communicate()[1] for process in processes)
+    assert "iteration 3: a loss of another process is not finite (loss=1;" in first
+    assert "iteration 3: loss=nan is not finite" in second
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2])
