@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import get_rank
 from mmengine.registry import DATASETS
 from PIL import Image
@@ -22,6 +23,10 @@ _logger = logging.getLogger(__name__)
 
 class TooManyUnreadable(RuntimeError):
     """More images do not decode than is allowed."""
+
+    def __str__(self) -> str:
+        # A loader's worker hands on its traceback, which ends with the reason.
+        return super().__str__().strip().splitlines()[-1].rpartition("TooManyUnreadable: ")[2]
 
 
 class ListReader(Reader):
@@ -119,7 +124,8 @@ class ImageDataset(Dataset):
         self.metainfo = {"classes": names}
         self.transform = create_transform(**transform)
         self.allowed = max(1, int(unreadable_share * len(self.reader)))
-        self.unreadable: set[int] = set()
+        # Shared with the loader's workers: each damaged file counts once, whoever meets it.
+        self._unreadable = torch.zeros(len(self.reader), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -128,20 +134,21 @@ class ImageDataset(Dataset):
         """``(3, H, W)`` float32 normalised, its class, and the image's index.
 
         Raises:
-            TooManyUnreadable: beyond the share of images that may fail, in this process.
+            TooManyUnreadable: beyond the share of images that may fail, in this process and its
+                workers.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         for offset in range(len(self)):
             found = (index + offset) % len(self)
-            if found in self.unreadable:
+            if self._unreadable[found]:
                 continue
             try:
                 file, label = self.reader[found]
                 with file, Image.open(file) as opened:
                     image = to_rgb(opened)
             # A damaged file raises whatever its decoder meets first.
-            except (OSError, SyntaxError, ValueError, EOFError) as error:
+            except Exception as error:
                 self._skip(found, error)
                 continue
             return self.transform(image), label, found
@@ -152,15 +159,14 @@ class ImageDataset(Dataset):
         return str(self.reader.filename(index, basename=True))
 
     def _skip(self, index: int, error: Exception) -> None:
-        self.unreadable.add(index)
-        name = self.reader.filename(index)
+        self._unreadable[index] = True
+        name, count = self.reader.filename(index), int(self._unreadable.sum())
         _logger.warning(
-            f"{name} cannot be read ({error}): left out, {len(self.unreadable)} so far in this "
-            f"process, {self.allowed} allowed"
+            f"{name} cannot be read ({error}): left out, {count} so far, {self.allowed} allowed"
         )
-        if len(self.unreadable) > self.allowed:
+        if count > self.allowed:
             raise TooManyUnreadable(
-                f"{len(self.unreadable)} of {len(self)} images cannot be read, {name} for one: "
+                f"{count} of {len(self)} images cannot be read, {name} for one: "
                 "unreadable_share of the dataset allows more"
             )
 
@@ -219,10 +225,11 @@ class ImageStream(IterableDataset):
         self.transform = create_transform(**transform)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
-        for number, (image, label) in enumerate(self.reader):
+        for image, label in self.reader:
             if not isinstance(image, Image.Image):
                 image = Image.open(image)
-            yield self.transform(to_rgb(image)), label, number
+            # Nobody knows a sample's place in all shards.
+            yield self.transform(to_rgb(image)), label, -1
 
     def __len__(self) -> int:
         return len(self.reader)

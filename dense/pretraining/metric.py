@@ -70,9 +70,12 @@ class ClassificationMetric(BaseMetric):
         """Percentages over all images of all processes.
 
         Args:
-            results: ``(label, index, best, second, ...)`` of every image.
+            results: ``(label, index, best, second, ...)`` of every image. An image that came twice,
+                in the place of one that does not decode, counts once; -1 is no index.
         """
         table = np.asarray(results)
+        if (table[:, 1] >= 0).all():
+            table = table[np.unique(table[:, 1], return_index=True)[1]]
         labels, best = table[:, 0], table[:, 2:]
         hit = best == labels[:, None]
         metrics = {

@@ -122,6 +122,14 @@ def test_what_does_not_decode_is_named_and_skipped_up_to_a_share(tmp_path, caplo
     with pytest.raises(TooManyUnreadable, match=r"2 of 8 images cannot be read, .*0.png"):
         list(dataset)
 
+    # Workers count together, and hand on one line.
+    dataset = ImageDataset(str(tmp_path), PLAIN, unreadable_share=0.2)
+    order = [1, 2, 3, 4]
+    with pytest.raises(TooManyUnreadable) as error:
+        list(DataLoader(dataset, batch_size=2, sampler=order, num_workers=2))
+    assert str(error.value).startswith("2 of 8 images cannot be read")
+    assert "\n" not in str(error.value)
+
 
 @pytest.mark.parametrize(
     ("change", "reason"),

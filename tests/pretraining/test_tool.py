@@ -138,6 +138,17 @@ def test_real_labels(tmp_path):
     assert metrics["top1"] == pytest.approx(100 / 3) and metrics["top5"] == pytest.approx(200 / 3)
 
 
+def test_an_image_in_anothers_place_counts_once():
+    from dense.pretraining.metric import ClassificationMetric
+
+    metric = ClassificationMetric()
+    rows = [(0, 0, 0, 1), (1, 2, 0, 1), (1, 2, 0, 1)]  # label, index, best, second
+    assert metric.compute_metrics(rows)["top1"] == 50
+    # Shards have no indices.
+    rows = [(label, -1, *best) for label, _, *best in rows]
+    assert metric.compute_metrics(rows)["top1"] == pytest.approx(100 / 3)
+
+
 def test_timm_brings_the_real_labels():
     from dense.pretraining.metric import ClassificationMetric
 
