@@ -125,7 +125,7 @@ def prepare(out: Path, made: Sequence[str], digest: str, fresh: bool) -> State:
         raise StepError(f"{out / foreign[0]} is there and was not made here; name another folder")
     state = State(out, digest)
     if state.outdated and not fresh:
-        print("the code has changed since the last run: starting over")
+        print("the code or the data has changed since the last run: starting over")
     if state.outdated or fresh:
         for name in made:
             path = out / name

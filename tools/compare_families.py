@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     num_classes = count_classes(data)
     out = Path(args.out).resolve() / f"{data.name}_{args.size}_{args.epochs}e"
     planned = plan(args, num_classes)
-    digest = steps.sources_digest(ROOT, SOURCES, (Path(comparison.__file__),))
+    digest = f"{steps.sources_digest(ROOT, SOURCES, (Path(comparison.__file__),))} {data}"
     places = {"data": str(data), "runs": str(out / RUNS)}
     with steps.only_one(out) as lock:
         state: State = steps.prepare(out, MADE, digest, args.fresh)
