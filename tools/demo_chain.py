@@ -26,15 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKBONES = ("d_dw_conv_nano", "i_d_dw_conv_nano")
 HEADS = {"detector": "Cascade Mask R-CNN", "segmentor": "UPerNet"}
 STARTS = ("pretrained", "random")
-EPOCHS, ITERATIONS, LOGGED = 10, 60, 5
+EPOCHS, ITERATIONS, LOGGED = 30, 80, 5
 # Each is longer than what single batches differ by.
-PARTS = 4
+PARTS = 2
 MADE = ("pretrained", "published", "detector", "segmentor", "chain.json", "chain.png")
 
 PRETRAIN = (
     "tools/pretrain.py configs/pretraining/{name}.py --resume --data-root {{photos}}"
     " --num-classes {classes} --work-dir {{out}}/pretrained/{name} --cfg-options"
-    f" randomness.seed=0 train_cfg.max_epochs={EPOCHS} train_cfg.val_interval=5"
+    f" randomness.seed=0 train_cfg.max_epochs={EPOCHS} train_cfg.val_interval=10"
     f" param_scheduler.0.end=1 param_scheduler.1.begin=1 param_scheduler.1.end={EPOCHS}"
 )
 PUBLISH = (
@@ -48,7 +48,7 @@ TRAIN = {
         " --train-json {{coco}}/annotations/instances_train2017.json"
         " --train-images {{coco}}/train2017 --output-dir {{out}}/detector/{run} --resume"
         f" train.seed=0 train.max_iter={ITERATIONS} train.log_period={LOGGED}"
-        " train.checkpointer.period=20 optimizer.lr=5e-4"
+        " train.checkpointer.period=20 optimizer.lr=1e-3"
     ),
     "segmentor": (
         "tools/train_segmentor.py configs/segmentation/{name}_upernet.py --data-root {{ade}}"

@@ -1,12 +1,12 @@
 """Hooks of every training here."""
 
-import math
-
-import torch
-from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+
+from dense.finite import stop_if_not_finite
+
+_ADVICE = "a lower learning rate, or AMP in bfloat16 (optim_wrapper.dtype=bfloat16), may help"
 
 
 @HOOKS.register_module()
@@ -29,14 +29,6 @@ class StopOnNonFiniteLoss(Hook):
     ) -> None:
         """Look at the losses of one iteration."""
         losses = {name: value for name, value in (outputs or {}).items() if "loss" in name}
-        values = {name: float(torch.as_tensor(value).detach()) for name, value in losses.items()}
-        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-        anywhere = torch.tensor(float(bool(bad)))
-        all_reduce(anywhere, "max")
-        if anywhere:
-            named = ", ".join(f"{name}={value}" for name, value in bad.items())
-            raise FloatingPointError(
-                f"iteration {runner.iter + 1}: {named or 'a loss of another process'} is not "
-                "finite; a lower learning rate, or AMP in bfloat16 "
-                "(optim_wrapper.dtype=bfloat16), may help"
-            )
+        if losses:
+            optimizer = runner.optim_wrapper.optimizer
+            stop_if_not_finite(losses, runner.iter + 1, optimizer, _ADVICE)

@@ -6,11 +6,9 @@ matter, and data that was trained on is skipped instead of read again.
 """
 
 import itertools
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.hooks import Hook
@@ -19,7 +17,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import Dataset, Sampler
 
-_SAMPLE, _ITERATION = 0, 1
+from dense.seeding import ITERATION, SAMPLE, mixed, seed_all, seeded
 
 
 class Place(int):
@@ -79,7 +77,7 @@ class ResumableSampler(Sampler):
                 place += self.epoch * len(self) * self.world_size
             if turn != current:
                 order, current = self._order(turn), turn
-            yield Place(order[at], _mixed(self.seed, _SAMPLE, place))
+            yield Place(order[at], mixed(self.seed, SAMPLE, place))
 
     def __len__(self) -> int:
         return self.size if self.infinite else -(-self.size // self.world_size)
@@ -107,14 +105,8 @@ class SeededDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         if not isinstance(index, Place):
             return self.dataset[index]
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
-            _seed(index.seed)
+        with seeded(index.seed):
             return self.dataset[int(index)]
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -136,10 +128,8 @@ class SeedEveryIteration(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict | tuple | list | None = None
     ) -> None:
         """Before anything of the iteration is drawn."""
-        seed = _mixed(runner.seed, _ITERATION, runner.iter * runner.world_size + runner.rank)
-        _seed(seed)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(seed)
+        number = runner.iter * runner.world_size + runner.rank
+        seed_all(mixed(runner.seed, ITERATION, number))
 
 
 @LOOPS.register_module()
@@ -206,14 +196,3 @@ class _Advanced(_InfiniteDataloaderIterator):
             self._skipped -= 1
             return None
         return super().__next__()
-
-
-def _mixed(*numbers: int) -> int:
-    """One seed of 32 bits from several numbers, far from that of their neighbours."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.random.default_generator.manual_seed(seed)
