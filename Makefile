@@ -2,6 +2,7 @@
 # PYTHON=python3.12 picks the interpreter, WHEELHOUSE=folder offers prebuilt wheels (mmcv's above all).
 
 WORK_DIR ?= work_dirs/demo
+CHAIN_DIR ?= work_dirs/chain
 WORKERS ?= 2
 
 ifndef PYTHON
@@ -13,11 +14,12 @@ PYTHON := $(shell for p in $(candidates); do \
 endif
 export WHEELHOUSE
 
-.PHONY: help setup demo test test-e2e lint lock clean
+.PHONY: help setup demo demo-chain test test-e2e lint lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       scenes drawn, a detector and a segmentor trained on them: $(WORK_DIR)/index.html"
+	@echo "make demo-chain photos to classifier to detector and segmentor: $(CHAIN_DIR)/chain.png (DENSE_SAMPLE_DATA=folder)"
 	@echo "make test       the test suite, $(WORKERS) processes (WORKERS=n)"
 	@echo "make test-e2e   the long tests; DENSE_SAMPLE_DATA=folder names the photos"
 	@echo "make setup      builds .venv; the others do so too"
@@ -32,6 +34,9 @@ setup:
 
 demo: setup
 	.venv/bin/python tools/demo.py --out $(WORK_DIR)
+
+demo-chain: setup
+	.venv/bin/python tools/demo_chain.py --out $(CHAIN_DIR)
 
 # Many small networks: a process each is faster than threads that share one.
 test: setup

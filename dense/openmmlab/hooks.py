@@ -1,6 +1,6 @@
 """Hooks of every training here."""
 
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -32,3 +32,20 @@ class StopOnNonFiniteLoss(Hook):
         if losses:
             optimizer = runner.optim_wrapper.optimizer
             stop_if_not_finite(losses, runner.iter + 1, optimizer, _ADVICE)
+
+
+@HOOKS.register_module()
+class AveragedWeights(EMAHook):
+    """MMEngine's average of the weights, in checkpoints that say which weights are which.
+
+    ``meta["weights"]`` of a checkpoint tells ``state_dict``, the average, from ``ema_state_dict``,
+    which despite its name are the weights as trained.
+    """
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Swap the two, as MMEngine does, and say so."""
+        super().before_save_checkpoint(runner, checkpoint)
+        checkpoint["meta"]["weights"] = {
+            "state_dict": f"averaged, decay {1 - self.ema_cfg['momentum']:g}",
+            "ema_state_dict": "as trained",
+        }

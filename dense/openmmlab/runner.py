@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import master_only
+from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, MODELS, RUNNERS
 from mmengine.runner import Runner
@@ -135,7 +136,13 @@ class DenseRunner(Runner):
             CheckpointError: the file cannot be read, or leaves part of the model random.
         """
         with checkpoints.refusing(filename), checkpoints.safe_reading():
-            return super().load_checkpoint(filename, map_location, strict, revise_keys)
+            content = super().load_checkpoint(filename, map_location, strict, revise_keys)
+        averaging = any(isinstance(hook, EMAHook) for hook in self.hooks)
+        if self._resume and "ema_state_dict" in content and not averaging:
+            raise backbones.CheckpointError(
+                f"{filename} is of a run that averages its weights: --resume needs the same --ema"
+            )
+        return content
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:

@@ -94,7 +94,7 @@ def use_ema(cfg: Config, decay: float) -> None:
     """
     if not 0 < decay < 1:
         raise ConfigError(f"--ema {decay}: a decay between 0 and 1 is needed, 0.9999 say")
-    cfg.custom_hooks.append(dict(type="EMAHook", momentum=1 - decay, update_buffers=True))
+    cfg.custom_hooks.append(dict(type="AveragedWeights", momentum=1 - decay, update_buffers=True))
 
 
 def build(cfg: Config, training: bool = True, real_labels: str | None = None) -> Runner:

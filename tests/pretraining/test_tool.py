@@ -84,11 +84,18 @@ def test_options_of_a_run(run, tmp_path):
         work_dir=tmp_path / "second",
     )
     content = torch.load(second / "epoch_2.pth", weights_only=False)
-    assert "ema_state_dict" in content
+    assert content["meta"]["weights"] == {
+        "state_dict": "averaged, decay 0.9",
+        "ema_state_dict": "as trained",
+    }
+    trained = content["ema_state_dict"]["module.network.head.fc.weight"]
+    assert not trained.equal(content["state_dict"]["network.head.fc.weight"])
     assert content["meta"]["dataset_meta"]["classes"] == ["n01", "n02", "n03"]
     log = next(second.glob("*/*.log")).read_text()
     assert "1 x 4 images x 2 accumulated = 8 a step" in log
     assert "0 missing, 0 unexpected" in log
+    with pytest.raises(SystemExit, match="--resume needs the same --ema"):
+        run("--resume", work_dir=tmp_path / "second")
 
 
 def test_going_on(run, tmp_path):
