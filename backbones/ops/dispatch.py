@@ -18,8 +18,8 @@ OPERATORS = {
     "depthwise_conv": ("reference", "torch", "native"),
     "dynamic_depthwise_conv": ("reference", "torch", "native"),
     "inhomogeneous_dynamic_depthwise_conv": ("reference", "torch", "native"),
-    "window_attention": ("reference", "torch"),
-    "local_mlp": ("reference", "torch"),
+    "window_attention": ("reference", "torch", "native"),
+    "local_mlp": ("reference", "torch", "native"),
 }
 ENVIRONMENT = "DENSE_OPS"
 

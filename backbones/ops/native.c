@@ -41,7 +41,7 @@ DEPTHWISE_BLOCK(One)
 
 /* out[b, p, c] = bias[c] + sum over taps of x[b, p + tap, c] * w[b, tap, c]; w of one image for all
    where step is 0. */
-void depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H, I W, I C, I K,
+I depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H, I W, I C, I K,
                I before, I step, I flip, I threads) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (I b = 0; b < B; b++)
@@ -65,6 +65,7 @@ void depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I
         left += wide ? 8 : 1;
       }
     }
+  return 0;
 }
 
 #define DEPTHWISE_WEIGHT(T)                                                                       \
@@ -104,7 +105,7 @@ DEPTHWISE_WEIGHT(One)
 
 /* dw[b, tap, c] += sum over p of x[b, p + tap, c] * grad[b, p, c], over images too where step is 0.
  */
-void depthwise_weight(const REAL *x, const REAL *grad, REAL *dw, I B, I H, I W, I C, I K, I before,
+I depthwise_weight(const REAL *x, const REAL *grad, REAL *dw, I B, I H, I W, I C, I K, I before,
                       I step, I threads) {
   I blocks = C / LANES + C % LANES, kernels = step ? B : 1, shared = step ? 1 : B;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
@@ -118,6 +119,7 @@ void depthwise_weight(const REAL *x, const REAL *grad, REAL *dw, I B, I H, I W, 
         else
           depthwise_weight_One(xb, gb, dw + n * step, H, W, C, K, before, c);
       }
+  return 0;
 }
 
 /* One position, the groups at g, N of its S shared channels from j on. */
@@ -147,7 +149,7 @@ AGGREGATE(One)
 
 /* Rows first..last of an image: x padded (H + K - 1, W + K - 1, S, G), kernels (rows, W, K*K, G) of
    those rows alone, out (H, W, S, G). */
-void aggregate(const REAL *x, const REAL *kernels, REAL *out, I first, I last, I W, I S, I G, I K,
+I aggregate(const REAL *x, const REAL *kernels, REAL *out, I first, I last, I W, I S, I G, I K,
                I threads) {
   I Wp = W + K - 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -161,6 +163,7 @@ void aggregate(const REAL *x, const REAL *kernels, REAL *out, I first, I last, I
         aggregate_all_Vec(from, kernel, out + p * S * G, Wp, S, G, K, g);
     for (; g < G; g++) aggregate_all_One(from, kernel, out + p * S * G, Wp, S, G, K, g);
   }
+  return 0;
 }
 
 #define KERNEL_GRADIENT(T)                                                                        \
@@ -178,7 +181,7 @@ KERNEL_GRADIENT(Vec)
 KERNEL_GRADIENT(One)
 
 /* The gradient of those rows' kernels, (rows, W, K*K, G); grad is (H, W, S, G). */
-void kernel_gradient(const REAL *x, const REAL *grad, REAL *dk, I first, I last, I W, I S, I G, I K,
+I kernel_gradient(const REAL *x, const REAL *grad, REAL *dk, I first, I last, I W, I S, I G, I K,
                      I threads) {
   I Wp = W + K - 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -189,6 +192,7 @@ void kernel_gradient(const REAL *x, const REAL *grad, REAL *dk, I first, I last,
     for (; g + LANES <= G; g += LANES) kernel_gradient_Vec(from, grad + p * S * G, to, Wp, S, G, K, g);
     for (; g < G; g++) kernel_gradient_One(from, grad + p * S * G, to, Wp, S, G, K, g);
   }
+  return 0;
 }
 
 #define SPREAD(T)                                                                                 \
@@ -217,7 +221,7 @@ SPREAD(Vec)
 SPREAD(One)
 
 /* dx, padded as x is, gains what those rows' outputs say: gathered, so no two threads meet. */
-void spread(const REAL *grad, const REAL *kernels, REAL *dx, I first, I last, I W, I S, I G, I K,
+I spread(const REAL *grad, const REAL *kernels, REAL *dx, I first, I last, I W, I S, I G, I K,
             I threads) {
   I Wp = W + K - 1;
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
@@ -231,4 +235,5 @@ void spread(const REAL *grad, const REAL *kernels, REAL *dx, I first, I last, I 
     for (; g < G; g++)
       spread_all_One(grad, kernels, dx + q * S * G, first, last, W, S, G, K, y, left, g);
   }
+  return 0;
 }

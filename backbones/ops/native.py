@@ -1,7 +1,7 @@
-"""``native.c``: built by the machine's C compiler on first use, once for all processes, and called.
+"""``native.c`` and ``windows.c``: built by the machine's C compiler on first use, and called.
 
-Nothing is built at import. A machine without a compiler, or one whose compiler fails, takes the
-other paths; a failure is said once.
+They are built once for all processes, and nothing at import. A machine without a compiler, or one
+whose compiler fails, takes the other paths; a failure is said once.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "windows.c"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
@@ -30,11 +30,14 @@ def missing() -> str | None:
 
 
 def call(name: str, *arguments: Tensor | int | None) -> None:
-    """Run a function of ``native.c``, all of whose tensors are contiguous and of one dtype.
+    """Run a function of the C sources, all of whose tensors are contiguous and of one dtype.
 
     Args:
         name: the function.
         arguments: its own, but for the last, the number of threads.
+
+    Raises:
+        MemoryError: it had none to work in.
     """
     dtype = next(a.dtype for a in arguments if isinstance(a, Tensor))
     for tensor in (a for a in arguments if isinstance(a, Tensor)):
@@ -49,7 +52,8 @@ def call(name: str, *arguments: Tensor | int | None) -> None:
         else ctypes.c_int64(a)
         for a in arguments
     ]
-    getattr(_library(dtype), name)(*values, ctypes.c_int64(torch.get_num_threads()))
+    if getattr(_library(dtype), name)(*values, ctypes.c_int64(torch.get_num_threads())):
+        raise MemoryError(f"native {name} got no memory for its windows")
 
 
 @cache
@@ -86,7 +90,12 @@ def _folder(compiler: str) -> Path:
     flags = [
         line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))
     ]
-    key = (_SOURCE.read_text(), version.stdout, str(_FLAGS), flags[0] if flags else "")
+    key = (
+        *(path.read_text() for path in _SOURCES),
+        version.stdout,
+        str(_FLAGS),
+        flags[0] if flags else "",
+    )
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "dense-backbones" / hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
 
@@ -95,7 +104,15 @@ def _compile(compiler: str, name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / f"{name}.so"
-        command = [compiler, *_FLAGS, f"-DREAL={name}", str(_SOURCE), "-o", str(built)]
+        command = [
+            compiler,
+            *_FLAGS,
+            f"-DREAL={name}",
+            *map(str, _SOURCES),
+            "-o",
+            str(built),
+            "-lm",
+        ]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         # Several processes may build at once; each puts a whole file in place.
         built.replace(folder / f"{name}.so")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from backbones.ops import reference
+from backbones.ops import reference, window_native
 from backbones.ops.dispatch import choose, exporting
 
 Size = tuple[int, int]
@@ -32,7 +32,10 @@ def window_attention(
     Returns:
         ``(B, H, W, C)``.
     """
-    if choose("window_attention", qkv) == "reference" or exporting():
+    path = choose("window_attention", qkv)
+    if path == "native":
+        return window_native.window_attention(qkv, bias, num_heads, window_size, shift)
+    if path == "reference" or exporting():
         return reference.window_attention(qkv, bias, num_heads, window_size, shift)
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
     # (3, B, nH, nW, heads, N, C/heads)
@@ -133,10 +136,13 @@ def local_mlp(
     Returns:
         ``(B, H, W, C)``.
     """
-    if choose("local_mlp", value) == "reference":
+    path = choose("local_mlp", value)
+    if path == "reference":
         return reference.local_mlp(value, weight, bias, window_size, shift)
     height, width = value.shape[1:3]
     mixing = weight + bias
+    if path == "native":
+        return window_native.local_mlp(value, mixing, window_size, shift)
     if _shifts(shift):
         same_region = region_mask(height, width, window_size, shift, value.device)
         mixing = mixing * same_region[:, :, None]

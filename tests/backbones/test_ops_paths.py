@@ -115,7 +115,33 @@ def test_precisions(make, path, dtype, tolerance):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", CONVOLUTIONS)
+@pytest.mark.parametrize("window", [(7, 7), (1, 2), (2, 5), (12, 12)])
+@pytest.mark.parametrize("dim", [1, 3, 8, 32])
+def test_windows(path, window, dim, heads=2):
+    rows, columns = window
+    size = (2 * rows, 3 * columns)
+    for shift in {(0, 0), (rows // 2, columns // 2), (0, columns // 2), (rows - 1, 0)}:
+        bias = randn(heads, rows * columns, rows * columns)
+        qkv = randn(2, *size, 3 * heads * dim)
+        agrees(("window_attention", [qkv, bias], (heads, window, shift)), path)
+        for grid in ((), (2, 3)):
+            weight = randn(*grid, *bias.shape)
+            value = randn(2, *size, heads * dim)
+            agrees(("local_mlp", [value, weight, bias], (window, shift)), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_attention_of_any_sharpness(path, scale):
+    """From even weights to a single one, whose others are below the smallest float32."""
+    torch.manual_seed(0)
+    case = "window_attention", [scale * randn(1, 7, 14, 192), randn(2, 49, 49)], (2, (7, 7), (3, 3))
+    agrees(case, path)
+    agrees(case, path, torch.float32, 1e-5 * max(1.0, scale**2))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", ALL)
 def test_an_empty_batch(make, path):
     agrees(make((4, 4), batch=0), path)
 

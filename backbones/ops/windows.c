@@ -1,0 +1,382 @@
+/* Attention and static mixing inside shifted windows, built with native.c.
+
+   Maps are (B, H, W, channels), contiguous; the shift and the windows are index arithmetic on them.
+   A window's numbers are gathered into small matrices, rows padded to whole vectors, and multiplied
+   there. Sums over windows go by fixed chunks, so results repeat bit for bit on any number of
+   threads. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int64_t I;
+typedef REAL Vec __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
+typedef __typeof__(__builtin_choose_expr(sizeof(REAL) == 4, (int32_t)0, (int64_t)0)) Bits;
+typedef Bits VecBits __attribute__((vector_size(32)));
+#define LANES ((I)(32 / sizeof(REAL)))
+#define INLINE static inline __attribute__((always_inline))
+#define LOAD(pointer) (*(const Vec *)(pointer))
+#define STORE(pointer) (*(Vec *)(pointer))
+
+INLINE I least(I a, I b) { return a < b ? a : b; }
+INLINE I padded(I n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* How a map is cut into windows; N positions each, rows of Np numbers, heads of D channels. */
+typedef struct {
+  I B, H, W, heads, D, rows, columns, down, right, N, Np, Dp, across, windows;
+} Cut;
+
+static Cut cut(I B, I H, I W, I heads, I D, I rows, I columns, I down, I right) {
+  I N = rows * columns, across = W / columns;
+  return (Cut){B, H, W, heads, D, rows, columns, down, right, N, padded(N), padded(D), across,
+               H / rows * across};
+}
+
+/* Whether the seam of the shift runs through a window: along its rows 1, its columns 2. */
+INLINE I seam_of(const Cut *c, I window) {
+  I last_row = window / c->across == c->H / c->rows - 1, last = window % c->across == c->across - 1;
+  return (last_row && c->down ? 1 : 0) + (last && c->right ? 2 : 0);
+}
+
+/* Where the positions of a window lie in its image, in numbers of a map of so many channels. */
+INLINE void places(const Cut *c, I window, I channels, I *to) {
+  I top = window / c->across * c->rows + c->down, left = window % c->across * c->columns + c->right;
+  for (I y = top; y < top + c->rows; y++)
+    for (I x = left; x < left + c->columns; x++)
+      *to++ = ((y < c->H ? y : y - c->H) * c->W + (x < c->W ? x : x - c->W)) * channels;
+}
+
+/* On which sides of a seam the positions of a window are: 1 below it, 2 right of it. */
+static unsigned char *sides_of(const Cut *c) {
+  unsigned char *sides = malloc(c->N);
+  for (I n = 0; sides && n < c->N; n++)
+    sides[n] = (n / c->columns >= c->rows - c->down) | (n % c->columns >= c->columns - c->right) << 1;
+  return sides;
+}
+
+/* A tile of out (+)= a @ b: R rows, J vectors. Element (r, k) of a is a[r * ar + k * ak]. */
+INLINE void tile(const REAL *a, I ar, I ak, const REAL *b, I bk, REAL *out, I outr, I K, int more,
+                 const int R, const int J) {
+  Vec sum[3][4];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < J; j++) sum[r][j] = more ? LOAD(out + r * outr + j * LANES) : (Vec){0};
+  for (I k = 0; k < K; k++) {
+    Vec from[4];
+    for (int j = 0; j < J; j++) from[j] = LOAD(b + k * bk + j * LANES);
+    for (int r = 0; r < R; r++) {
+      REAL value = a[r * ar + k * ak];
+      for (int j = 0; j < J; j++) sum[r][j] += value * from[j];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < J; j++) STORE(out + r * outr + j * LANES) = sum[r][j];
+}
+
+#define TILE_ROWS(J)                                                                  \
+  static void tile_rows_##J(const REAL *a, I ar, I ak, const REAL *b, I bk, REAL *out, \
+                            I outr, I M, I K, int more) {                              \
+    I r = 0;                                                                           \
+    for (; r + 3 <= M; r += 3)                                                         \
+      tile(a + r * ar, ar, ak, b, bk, out + r * outr, outr, K, more, 3, J);            \
+    for (; r < M; r++)                                                                 \
+      tile(a + r * ar, ar, ak, b, bk, out + r * outr, outr, K, more, 1, J);            \
+  }
+TILE_ROWS(1)
+TILE_ROWS(2)
+TILE_ROWS(3)
+TILE_ROWS(4)
+
+/* out (+)= a @ b, (M, K) by (K, width), the width in whole vectors. */
+static void multiply(const REAL *a, I ar, I ak, const REAL *b, REAL *out, I width, I M, I K,
+                     int more) {
+  I j = 0;
+  for (; j + 4 * LANES <= width; j += 4 * LANES)
+    tile_rows_4(a, ar, ak, b + j, width, out + j, width, M, K, more);
+  I left = (width - j) / LANES;
+  if (left == 3) tile_rows_3(a, ar, ak, b + j, width, out + j, width, M, K, more);
+  if (left == 2) tile_rows_2(a, ar, ak, b + j, width, out + j, width, M, K, more);
+  if (left == 1) tile_rows_1(a, ar, ak, b + j, width, out + j, width, M, K, more);
+}
+
+/* A head's channels of a window into (N, Dp), and back; at has where its positions lie. */
+INLINE void gather(const Cut *c, const REAL *map, const I *at, REAL *to, REAL scale) {
+  for (I n = 0; n < c->N; n++) {
+    const REAL *from = map + at[n];
+    for (I d = 0; d < c->D; d++) to[n * c->Dp + d] = from[d] * scale;
+    for (I d = c->D; d < c->Dp; d++) to[n * c->Dp + d] = 0;
+  }
+}
+INLINE void scatter(const Cut *c, const REAL *from, REAL *map, const I *at, REAL scale) {
+  for (I n = 0; n < c->N; n++) {
+    REAL *to = map + at[n];
+    for (I d = 0; d < c->D; d++) to[d] = from[n * c->Dp + d] * scale;
+  }
+}
+
+/* (N, Dp) to (D, Np), zeros behind. */
+INLINE void transpose(const Cut *c, const REAL *from, REAL *to) {
+  for (I d = 0; d < c->D; d++) {
+    for (I n = 0; n < c->N; n++) to[d * c->Np + n] = from[n * c->Dp + d];
+    for (I n = c->N; n < c->Np; n++) to[d * c->Np + n] = 0;
+  }
+}
+
+/* exp of what is not positive, zero where the result would be denormal. */
+INLINE Vec exponential(Vec x) {
+  const int single = sizeof(REAL) == 4, degree = single ? 7 : 13;
+  const REAL low = single ? -87 : -708, magic = single ? 12582912.0 : 6755399441055744.0;
+  /* ln 2 in two parts, the first of few enough bits for n times it to be exact. */
+  const REAL high = 0.693145751953125, rest = 1.42860682030941723212e-6;
+  VecBits normal = x > low;
+  x = (Vec)((VecBits)x & normal);
+  Vec n = x * (REAL)1.44269504088896340736 + magic;
+  Bits shift = single ? 23 : 52, bias = single ? 127 : 1023;
+  VecBits power = ((VecBits)n - (VecBits)((Vec){0} + magic) + bias) << shift;
+  n -= magic;
+  Vec r = x - n * high - n * rest, sum = (Vec){0} + 1;
+  for (int i = degree; i > 0; i--) sum = 1 + sum * r * (REAL)(1.0 / i);
+  return (Vec)((VecBits)(sum * (Vec)power) & normal);
+}
+
+static void softmax(const Cut *c, REAL *scores) {
+  for (I n = 0; n < c->N; n++) {
+    REAL *row = scores + n * c->Np, most = -INFINITY, total = 0;
+    Vec top = LOAD(row), sum = {0};
+    for (I m = LANES; m < c->Np; m += LANES) {
+      Vec next = LOAD(row + m);
+      VecBits more = next > top;
+      top = (Vec)(((VecBits)next & more) | ((VecBits)top & ~more));
+    }
+    for (I i = 0; i < LANES; i++) most = top[i] > most ? top[i] : most;
+    for (I m = 0; m < c->Np; m += LANES) {
+      Vec weight = exponential(LOAD(row + m) - most);
+      STORE(row + m) = weight;
+      sum += weight;
+    }
+    for (I i = 0; i < LANES; i++) total += sum[i];
+    for (I m = 0; m < c->Np; m += LANES) STORE(row + m) *= 1 / total;
+  }
+}
+
+/* (4, heads, N, Np) for the four seams: the bias, -inf across the seam and behind the rows. */
+static REAL *masked_bias(const Cut *c, const REAL *bias) {
+  REAL *all = malloc(4 * c->heads * c->N * c->Np * sizeof(REAL)), *to = all;
+  unsigned char *sides = sides_of(c);
+  for (I seam = 0; all && sides && seam < 4; seam++)
+    for (I h = 0; h < c->heads; h++)
+      for (I n = 0; n < c->N; n++, to += c->Np)
+        for (I m = 0; m < c->Np; m++) {
+          int seen = m < c->N && !((sides[n] ^ sides[m]) & seam);
+          to[m] = seen ? bias[(h * c->N + n) * c->N + m] : -INFINITY;
+        }
+  if (!sides) {
+    free(all);
+    all = NULL;
+  }
+  free(sides);
+  return all;
+}
+
+/* Weights (N, Np) of a window and head; query and key are left in (N, Dp), keys in (D, Np). */
+static void attend(const Cut *c, const REAL *image, const REAL *bias, I window, I h, const I *at,
+                   REAL *query, REAL *key, REAL *keys, REAL *weights) {
+  I C = c->heads * c->D, square = c->N * c->Np;
+  gather(c, image + h * c->D, at, query, (REAL)(1 / sqrt((double)c->D)));
+  gather(c, image + C + h * c->D, at, key, 1);
+  transpose(c, key, keys);
+  memcpy(weights, bias + (seam_of(c, window) * c->heads + h) * square, square * sizeof(REAL));
+  multiply(query, c->Dp, 1, keys, weights, c->Np, c->N, c->D, 1);
+  softmax(c, weights);
+}
+
+/* out (B, H, W, C) from qkv (B, H, W, 3C) and bias (heads, N, N); 1 where memory is short. */
+I window_attention(const REAL *qkv, const REAL *bias, REAL *out, I B, I H, I W, I heads, I D, I rows,
+                   I columns, I down, I right, I threads) {
+  Cut c = cut(B, H, W, heads, D, rows, columns, down, right);
+  I C = heads * D, failed = 0;
+  REAL *masked = masked_bias(&c, bias);
+  if (!masked) return 1;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    I part = c.N * c.Dp;
+    REAL *query = malloc((3 * part + D * c.Np + c.N * c.Np) * sizeof(REAL));
+    REAL *key = query + part, *value = key + part, *keys = value + part, *weights = keys + D * c.Np;
+    I *at = malloc(2 * c.N * sizeof(I)), *to = at + c.N;
+    failed = !query || !at;
+#pragma omp for collapse(3) schedule(static)
+    for (I b = 0; b < B; b++)
+      for (I window = 0; window < c.windows; window++)
+        for (I h = 0; h < heads; h++) {
+          if (failed) continue;
+          const REAL *image = qkv + b * H * W * 3 * C;
+          places(&c, window, 3 * C, at);
+          places(&c, window, C, to);
+          attend(&c, image, masked, window, h, at, query, key, keys, weights);
+          gather(&c, image + 2 * C + h * D, at, value, 1);
+          multiply(weights, c.Np, 1, value, query, c.Dp, c.N, c.N, 0);
+          scatter(&c, query, out + b * H * W * C + h * D, to, 1);
+        }
+    free(query);
+    free(at);
+  }
+  free(masked);
+  return failed;
+}
+
+/* dqkv, and dbias in parts (chunks, heads, N, N), from the gradient of out. */
+I window_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias, REAL *dqkv,
+                            REAL *dbias, I chunks, I B, I H, I W, I heads, I D, I rows, I columns,
+                            I down, I right, I threads) {
+  Cut c = cut(B, H, W, heads, D, rows, columns, down, right);
+  I C = heads * D, all = B * c.windows, failed = 0;
+  REAL *masked = masked_bias(&c, bias);
+  if (!masked) return 1;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    I part = c.N * c.Dp, square = c.N * c.Np;
+    REAL *query = malloc((5 * part + D * c.Np + 3 * square) * sizeof(REAL));
+    REAL *key = query + part, *value = key + part, *from = value + part, *to = from + part;
+    REAL *turned = to + part, *weights = turned + D * c.Np, *scores = weights + square;
+    REAL *total = scores + square, scale = (REAL)(1 / sqrt((double)D));
+    I *at = malloc(2 * c.N * sizeof(I)), *given = at + c.N;
+    failed = !query || !at;
+#pragma omp for collapse(2) schedule(static)
+    for (I chunk = 0; chunk < chunks; chunk++)
+      for (I h = 0; h < heads; h++) {
+        if (failed) continue;
+        memset(total, 0, square * sizeof(REAL));
+        for (I i = all * chunk / chunks; i < all * (chunk + 1) / chunks; i++) {
+          I b = i / c.windows, window = i % c.windows;
+          const REAL *image = qkv + b * H * W * 3 * C;
+          REAL *dimage = dqkv + b * H * W * 3 * C + h * D;
+          places(&c, window, 3 * C, at);
+          places(&c, window, C, given);
+          attend(&c, image, masked, window, h, at, query, key, turned, weights);
+          gather(&c, image + 2 * C + h * D, at, value, 1);
+          gather(&c, grad + b * H * W * C + h * D, given, from, 1);
+          multiply(weights, 1, c.Np, from, to, c.Dp, c.N, c.N, 0);
+          scatter(&c, to, dimage + 2 * C, at, 1);
+          transpose(&c, value, turned);
+          multiply(from, c.Dp, 1, turned, scores, c.Np, c.N, D, 0);
+          for (I n = 0; n < c.N; n++) {
+            REAL *score = scores + n * c.Np, *weight = weights + n * c.Np, mean = 0;
+            Vec sum = {0};
+            for (I m = 0; m < c.Np; m += LANES) sum += LOAD(score + m) * LOAD(weight + m);
+            for (I m = 0; m < LANES; m++) mean += sum[m];
+            for (I m = 0; m < c.Np; m += LANES) {
+              Vec value = (LOAD(score + m) - mean) * LOAD(weight + m);
+              STORE(score + m) = value;
+              STORE(total + n * c.Np + m) += value;
+            }
+          }
+          multiply(scores, c.Np, 1, key, to, c.Dp, c.N, c.N, 0);
+          scatter(&c, to, dimage, at, scale);
+          multiply(scores, 1, c.Np, query, to, c.Dp, c.N, c.N, 0);
+          scatter(&c, to, dimage + C, at, 1);
+        }
+        for (I n = 0; n < c.N; n++)
+          memcpy(dbias + ((chunk * heads + h) * c.N + n) * c.N, total + n * c.Np,
+                 c.N * sizeof(REAL));
+      }
+    free(query);
+    free(at);
+  }
+  free(masked);
+  return failed;
+}
+
+/* (N, Np): what mixes a window, zero across the seam. */
+INLINE void mix(const Cut *c, const REAL *weight, const unsigned char *sides, I seam, REAL *to) {
+  for (I n = 0; n < c->N; n++) {
+    for (I m = 0; m < c->N; m++)
+      to[n * c->Np + m] = (sides[n] ^ sides[m]) & seam ? 0 : weight[n * c->N + m];
+    for (I m = c->N; m < c->Np; m++) to[n * c->Np + m] = 0;
+  }
+}
+
+/* out = weight @ value in every window; weight (windows or 1, heads, N, N), step from one window's
+   to the next one's. */
+I local_mlp(const REAL *value, const REAL *weight, REAL *out, I step, I B, I H, I W, I heads, I D,
+            I rows, I columns, I down, I right, I threads) {
+  Cut c = cut(B, H, W, heads, D, rows, columns, down, right);
+  I C = heads * D, failed = 0;
+  unsigned char *sides = sides_of(&c);
+  if (!sides) return 1;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    I part = c.N * c.Dp;
+    REAL *from = malloc((2 * part + c.N * c.Np) * sizeof(REAL));
+    REAL *to = from + part, *mixing = to + part;
+    I *at = malloc(c.N * sizeof(I));
+    failed = !from || !at;
+#pragma omp for collapse(2) schedule(static)
+    for (I window = 0; window < c.windows; window++)
+      for (I h = 0; h < heads; h++) {
+        if (failed) continue;
+        places(&c, window, C, at);
+        mix(&c, weight + window * step + h * c.N * c.N, sides, seam_of(&c, window), mixing);
+        for (I b = 0; b < B; b++) {
+          I place = b * H * W * C + h * D;
+          gather(&c, value + place, at, from, 1);
+          multiply(mixing, c.Np, 1, from, to, c.Dp, c.N, c.N, 0);
+          scatter(&c, to, out + place, at, 1);
+        }
+      }
+    free(from);
+    free(at);
+  }
+  free(sides);
+  return failed;
+}
+
+/* dvalue, and dweight in parts (chunks, heads, N, N): a chunk a window where each has its own. */
+I local_mlp_backward(const REAL *grad, const REAL *value, const REAL *weight, REAL *dvalue,
+                     REAL *dweight, I chunks, I step, I B, I H, I W, I heads, I D, I rows, I columns,
+                     I down, I right, I threads) {
+  Cut c = cut(B, H, W, heads, D, rows, columns, down, right);
+  I C = heads * D, failed = 0;
+  unsigned char *sides = sides_of(&c);
+  if (!sides) return 1;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    I part = c.N * c.Dp, square = c.N * c.Np;
+    REAL *from = malloc((3 * part + D * c.Np + 3 * square) * sizeof(REAL));
+    REAL *to = from + part, *given = to + part, *turned = given + part;
+    REAL *mixing = turned + D * c.Np, *one = mixing + square, *total = one + square;
+    I *at = malloc(c.N * sizeof(I));
+    failed = !from || !at;
+#pragma omp for collapse(2) schedule(static)
+    for (I chunk = 0; chunk < chunks; chunk++)
+      for (I h = 0; h < heads; h++) {
+        if (failed) continue;
+        memset(total, 0, square * sizeof(REAL));
+        for (I window = c.windows * chunk / chunks; window < c.windows * (chunk + 1) / chunks;
+             window++) {
+          I seam = seam_of(&c, window);
+          places(&c, window, C, at);
+          mix(&c, weight + window * step + h * c.N * c.N, sides, seam, mixing);
+          memset(one, 0, square * sizeof(REAL));
+          for (I b = 0; b < B; b++) {
+            I place = b * H * W * C + h * D;
+            gather(&c, grad + place, at, from, 1);
+            gather(&c, value + place, at, given, 1);
+            multiply(mixing, 1, c.Np, from, to, c.Dp, c.N, c.N, 0);
+            scatter(&c, to, dvalue + place, at, 1);
+            transpose(&c, given, turned);
+            multiply(from, c.Dp, 1, turned, one, c.Np, c.N, D, 1);
+          }
+          for (I n = 0; n < c.N; n++)
+            for (I m = 0; m < c.N; m++)
+              if (!((sides[n] ^ sides[m]) & seam)) total[n * c.Np + m] += one[n * c.Np + m];
+        }
+        for (I n = 0; n < c.N; n++)
+          memcpy(dweight + ((chunk * heads + h) * c.N + n) * c.N, total + n * c.Np,
+                 c.N * sizeof(REAL));
+      }
+    free(from);
+    free(at);
+  }
+  free(sides);
+  return failed;
+}
