@@ -68,6 +68,8 @@ def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
         return wanted, f"forced by {by}"
     if "native" in known and device == "cpu" and wanted is None:
         missing = native.missing()
+        if missing is None and operator == "depthwise_conv" and not torch.is_grad_enabled():
+            return "torch", "oneDNN has the faster forward pass; with gradients C has"
         if missing is None:
             return "native", "C, faster than the others on a CPU"
         return "torch", missing

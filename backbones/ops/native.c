@@ -14,6 +14,7 @@ typedef REAL One;
 #define LANES ((I)(32 / sizeof(REAL)))
 #define INLINE static inline __attribute__((always_inline))
 #define AT(T, pointer) (*(const T *)(pointer))
+#define LOAD(pointer) AT(Vec, pointer)
 #define SET(T, pointer) (*(T *)(pointer))
 
 INLINE I least(I a, I b) { return a < b ? a : b; }
@@ -39,26 +40,60 @@ INLINE I most(I a, I b) { return a > b ? a : b; }
 DEPTHWISE_BLOCK(Vec)
 DEPTHWISE_BLOCK(One)
 
+/* Eight outputs of one row by kernels of 7, fewer where the row ends: every number is loaded once a
+   row of the kernel. */
+INLINE void depthwise_seven(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I H, I W, I C,
+                            I before, int flip, I y, I left, I c, const int edge) {
+  Vec sum[8];
+  for (int i = 0; i < 8; i++) sum[i] = bias ? LOAD(bias + c) : (Vec){0};
+  for (I u = most(0, before - y); u < least(7, H - y + before); u++) {
+    const REAL *row = x + ((y + u - before) * W + left - before) * C + c;
+    Vec weight[7];
+    for (int v = 0; v < 7; v++) {
+      I tap = u * 7 + v;
+      weight[v] = LOAD(w + (flip ? 48 - tap : tap) * C + c);
+    }
+#pragma GCC unroll 14
+    for (int i = 0; i < 14; i++) {
+      if (edge && (left + i < before || left + i - before >= W)) continue;
+      Vec value = LOAD(row + i * C);
+#pragma GCC unroll 7
+      for (int v = 0; v < 7; v++)
+        if (i - v >= 0 && i - v < 8) sum[i - v] += value * weight[v];
+    }
+  }
+  for (int i = 0; i < (edge ? least(8, W - left) : 8); i++)
+    SET(Vec, out + (y * W + left + i) * C + c) = sum[i];
+}
+
 /* out[b, p, c] = bias[c] + sum over taps of x[b, p + tap, c] * w[b, tap, c]; w of one image for all
    where step is 0. */
 I depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H, I W, I C, I K,
-               I before, I step, I flip, I threads) {
+            I before, I step, I flip, I threads) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (I b = 0; b < B; b++)
     for (I y = 0; y < H; y++) {
       const REAL *xb = x + b * H * W * C, *wb = w + b * step;
       REAL *ob = out + b * H * W * C;
+      I whole = K == 7 ? C / LANES * LANES : 0;
+      for (I left = 0; whole && left < W; left += 8) {
+        /* The last eight overlap their neighbours: the same is written again. */
+        I from = most(0, least(left, W - 8));
+        int edge = from < before || from + 14 - before > W;
+        for (I c = 0; c < whole; c += LANES)
+          if (edge)
+            depthwise_seven(xb, wb, bias, ob, H, W, C, before, flip, y, from, c, 1);
+          else
+            depthwise_seven(xb, wb, bias, ob, H, W, C, before, flip, y, from, c, 0);
+      }
       for (I left = 0; left < W;) {
         int wide = left >= before && left + 8 + (K - 1 - before) <= W;
-        I c = 0;
-        for (; c + LANES <= C; c += LANES) {
-          if (wide && K == 7)
-            depthwise_block_Vec(xb, wb, bias, ob, H, W, C, 7, before, flip, y, left, c, 8);
-          else if (wide)
+        I c = whole;
+        for (; c + LANES <= C; c += LANES)
+          if (wide)
             depthwise_block_Vec(xb, wb, bias, ob, H, W, C, K, before, flip, y, left, c, 8);
           else
             depthwise_block_Vec(xb, wb, bias, ob, H, W, C, K, before, flip, y, left, c, 1);
-        }
         for (; c < C; c++)
           for (I i = 0; i < (wide ? 8 : 1); i++)
             depthwise_block_One(xb, wb, bias, ob, H, W, C, K, before, flip, y, left + i, c, 1);
@@ -82,6 +117,15 @@ I depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H,
             for (int v = 0; v < 7; v++)                                                           \
               if (p + v - before >= 0 && p + v - before < W)                                      \
                 sum[v] += AT(T, row + (p + v - before) * C) * AT(T, g + p * C);                   \
+          for (; p + 13 - before < W; p += 8) {                                                   \
+            T given[8];                                                                           \
+            for (int i = 0; i < 8; i++) given[i] = AT(T, g + (p + i) * C);                        \
+            _Pragma("GCC unroll 14") for (int i = 0; i < 14; i++) {                               \
+              T value = AT(T, row + (p + i - before) * C);                                        \
+              _Pragma("GCC unroll 7") for (int v = 0; v < 7; v++)                                                         \
+                if (i - v >= 0 && i - v < 8) sum[v] += value * given[i - v];                      \
+            }                                                                                     \
+          }                                                                                       \
           for (; p + 6 - before < W; p++) {                                                       \
             T value = AT(T, g + p * C);                                                           \
             for (int v = 0; v < 7; v++) sum[v] += AT(T, row + (p + v - before) * C) * value;      \
@@ -106,7 +150,7 @@ DEPTHWISE_WEIGHT(One)
 /* dw[b, tap, c] += sum over p of x[b, p + tap, c] * grad[b, p, c], over images too where step is 0.
  */
 I depthwise_weight(const REAL *x, const REAL *grad, REAL *dw, I B, I H, I W, I C, I K, I before,
-                      I step, I threads) {
+                   I step, I threads) {
   I blocks = C / LANES + C % LANES, kernels = step ? B : 1, shared = step ? 1 : B;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (I n = 0; n < kernels; n++)
@@ -150,7 +194,7 @@ AGGREGATE(One)
 /* Rows first..last of an image: x padded (H + K - 1, W + K - 1, S, G), kernels (rows, W, K*K, G) of
    those rows alone, out (H, W, S, G). */
 I aggregate(const REAL *x, const REAL *kernels, REAL *out, I first, I last, I W, I S, I G, I K,
-               I threads) {
+            I threads) {
   I Wp = W + K - 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (I p = first * W; p < last * W; p++) {
@@ -182,7 +226,7 @@ KERNEL_GRADIENT(One)
 
 /* The gradient of those rows' kernels, (rows, W, K*K, G); grad is (H, W, S, G). */
 I kernel_gradient(const REAL *x, const REAL *grad, REAL *dk, I first, I last, I W, I S, I G, I K,
-                     I threads) {
+                  I threads) {
   I Wp = W + K - 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (I p = first * W; p < last * W; p++) {
@@ -222,7 +266,7 @@ SPREAD(One)
 
 /* dx, padded as x is, gains what those rows' outputs say: gathered, so no two threads meet. */
 I spread(const REAL *grad, const REAL *kernels, REAL *dx, I first, I last, I W, I S, I G, I K,
-            I threads) {
+         I threads) {
   I Wp = W + K - 1;
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
   for (I q = first * Wp; q < (last + K - 1) * Wp; q++) {

@@ -77,7 +77,9 @@ def _build() -> tuple[Path, str | None]:
             ctypes.CDLL(str(folder / f"{name}.so"))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        reason = f"{compiler} could not build the C kernels: {said.strip().splitlines()[-1]}"
+        lines = said.strip().splitlines()
+        said = next((line for line in lines if "error" in line.lower()), lines[-1])
+        reason = f"{compiler} could not build the C kernels: {said.strip()}"
         warnings.warn(f"{reason}; slower paths take over", RuntimeWarning, stacklevel=2)
         return Path(), reason
     return folder, None
