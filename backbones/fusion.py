@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from backbones.layers import Linear
 from backbones.mixers import (
     DepthwiseConv,
     DynamicDepthwiseConv,
@@ -93,7 +94,7 @@ def _linear_after(norm: nn.Module, linear: nn.Linear) -> nn.Linear:
 
 
 def _linear(like: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Linear:
-    folded = nn.Linear(like.in_features, like.out_features, device="meta")
+    folded = Linear(like.in_features, like.out_features, device="meta")
     folded.weight = _parameter(weight, like.weight)
     folded.bias = _parameter(bias, like.weight)
     return folded.eval()

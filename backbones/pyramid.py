@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, to_2tuple, trunc_normal_
 from timm.layers import calculate_drop_path_rates as drop_path_rates
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
@@ -18,6 +18,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from backbones.checkpoints import load_checkpoint
+from backbones.layers import Linear, Mlp
 from backbones.mixers.norm import batch_norm, paused_statistics
 from backbones.ops.window import Size, steps
 
@@ -244,7 +245,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``."""

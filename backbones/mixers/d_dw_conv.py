@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import ops
+from backbones.layers import Linear
 from backbones.mixers.dw_conv import ConvMixer
 from backbones.mixers.norm import pooled_batch_norm
 from backbones.ops.window import Size
@@ -20,9 +21,9 @@ class DynamicDepthwiseConv(ConvMixer):
 
     def __init__(self, dim: int, kernel_size: int | Size = 7):
         super().__init__(dim, kernel_size)
-        self.reduce = nn.Linear(dim, dim // 4, bias=False)
+        self.reduce = Linear(dim, dim // 4, bias=False)
         self.reduce_norm = nn.BatchNorm2d(dim // 4)
-        self.expand = nn.Linear(dim // 4, dim * self.kernel_size**2)
+        self.expand = Linear(dim // 4, dim * self.kernel_size**2)
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def mix(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from backbones import ops
+from backbones.layers import Linear
 from backbones.mixers.norm import batch_norm
 from backbones.ops.window import Size
 
@@ -24,10 +25,10 @@ class ConvMixer(nn.Module):
     def __init__(self, dim: int, kernel_size: int | Size = 7):
         super().__init__()
         self.kernel_size = _square(kernel_size)
-        self.in_proj = nn.Linear(dim, dim, bias=False)
+        self.in_proj = Linear(dim, dim, bias=False)
         self.in_norm = nn.BatchNorm2d(dim)
         self.mid_norm = nn.BatchNorm2d(dim)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim, bias=False)
         self.out_norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import ops
+from backbones.layers import Linear
 from backbones.mixers.dw_conv import ConvMixer
 from backbones.mixers.norm import batch_norm
 from backbones.ops.window import Size
@@ -24,9 +25,9 @@ class InhomogeneousDynamicDepthwiseConv(ConvMixer):
         super().__init__(dim, kernel_size)
         if dim % num_groups:
             raise ValueError(f"num_groups={num_groups} does not divide the {dim} channels")
-        self.reduce = nn.Linear(dim, dim // 4)
+        self.reduce = Linear(dim, dim // 4)
         self.reduce_norm = nn.BatchNorm2d(dim // 4)
-        self.expand = nn.Linear(dim // 4, num_groups * self.kernel_size**2)
+        self.expand = Linear(dim // 4, num_groups * self.kernel_size**2)
 
     def mix(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""

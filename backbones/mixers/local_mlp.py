@@ -5,6 +5,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from backbones import ops
+from backbones.layers import Linear
 from backbones.mixers.windowed import WindowedMixer
 from backbones.ops.window import Size, resize_window_grid, steps
 
@@ -41,8 +42,8 @@ class LocalMLP(WindowedMixer):
         self.weight = nn.Parameter(torch.empty(shape))
         # The bound of a linear layer over the positions of a window.
         nn.init.uniform_(self.weight, -(positions**-0.5), positions**-0.5)
-        self.value = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.value = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     @property
     def shared(self) -> bool:

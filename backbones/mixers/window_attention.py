@@ -1,8 +1,9 @@
 """Window attention (Swin): dynamic weights from query and key, inside shifted windows."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbones import ops
+from backbones.layers import Linear
 from backbones.mixers.windowed import WindowedMixer
 from backbones.ops.window import Size
 
@@ -17,8 +18,8 @@ class WindowAttention(WindowedMixer):
         self, dim: int, num_heads: int, window_size: int | Size = 7, shifted: bool = False
     ):
         super().__init__(dim, num_heads, window_size, shifted)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def mix(self, x: Tensor, shift: Size) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, H and W multiples of the window."""

@@ -8,12 +8,14 @@ that define them stand in :mod:`backbones.ops.reference`.
 from backbones.ops.depthwise import depthwise_conv, dynamic_depthwise_conv
 from backbones.ops.dispatch import force as force
 from backbones.ops.inhomogeneous import inhomogeneous_dynamic_depthwise_conv
+from backbones.ops.linear import linear
 from backbones.ops.window import local_mlp, window_attention
 
 __all__ = [
     "depthwise_conv",
     "dynamic_depthwise_conv",
     "inhomogeneous_dynamic_depthwise_conv",
+    "linear",
     "local_mlp",
     "window_attention",
 ]

@@ -1,7 +1,8 @@
 """The one place that chooses how an operator is computed.
 
 Paths, slowest first: ``reference`` (plain and differentiated by autograd: the truth), ``torch``
-(no compiler), ``native`` (C, built on first use, for a CPU).
+(no compiler), ``native`` (C, built on first use, for a CPU), ``onednn`` (the library's products,
+which PyTorch keeps for compiled graphs).
 """
 
 import os
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from backbones.ops import native
 
-PATHS = ("reference", "torch", "native")
+PATHS = ("reference", "torch", "native", "onednn")
 OPERATORS = {
     "depthwise_conv": ("reference", "torch", "native"),
     "dynamic_depthwise_conv": ("reference", "torch", "native"),
     "inhomogeneous_dynamic_depthwise_conv": ("reference", "torch", "native"),
     "window_attention": ("reference", "torch", "native"),
     "local_mlp": ("reference", "torch", "native"),
+    "linear": ("reference", "torch", "onednn"),
 }
 ENVIRONMENT = "DENSE_OPS"
 
@@ -63,6 +65,8 @@ def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     if exporting():
         return "torch", "an exported graph holds PyTorch's own operators only"
     known = OPERATORS[operator]
+    if "onednn" in known and (reason := _no_onednn(device, dtype)) is not None:
+        return "torch", reason
     wanted, by = (_forced, "ops.force") if _forced is not None else _environment()
     if wanted in known and not (wanted == "native" and device != "cpu"):
         return wanted, f"forced by {by}"
@@ -73,9 +77,23 @@ def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
         if missing is None:
             return "native", "C, faster than the others on a CPU"
         return "torch", missing
+    if "onednn" in known and wanted is None:
+        return "onednn", "faster than PyTorch's own products"
     if device != "cpu":
         return "torch", "PyTorch's own operators"
     return "torch", f"it has no path {wanted}" if wanted else "the fastest on a CPU"
+
+
+def _no_onednn(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu" or dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return "PyTorch's own products"
+    if torch.compiler.is_compiling():
+        return "a compiled graph chooses itself"
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch was built without oneDNN"
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this PyTorch does not lend oneDNN's products"
+    return None
 
 
 def _environment() -> tuple[str | None, str]:

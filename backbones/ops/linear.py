@@ -1,0 +1,57 @@
+"""Matrix products over channels, by whatever is fastest for them on a CPU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbones.ops.dispatch import choose
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """``x @ weight.T + bias``, and GELU (the exact one) over it.
+
+    Args:
+        x: ``(..., C)``.
+        weight: ``(D, C)``.
+        bias: ``(D,)`` or None.
+        gelu: apply GELU to the result.
+
+    Returns:
+        ``(..., D)``.
+    """
+    if choose("linear", x) == "onednn" and x.numel():
+        if not torch.is_grad_enabled():
+            return _onednn(x, weight, bias, gelu)
+        out = _Linear.apply(x, weight, bias)
+    else:
+        out = F.linear(x, weight, bias)
+    return F.gelu(out) if gelu else out
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN for the output and the input's gradient; the weight's is faster in a plain product."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            linear(grad, weight.t()) if wanted[0] else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    name = "gelu" if gelu else "none"
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], "none" if gelu else "")

@@ -1,0 +1,116 @@
+"""Linear layers by oneDNN: values, gradients of both orders, and who else wants a call."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from backbones import ops
+from backbones.layers import Linear, Mlp
+from backbones.ops.dispatch import explain
+
+PATHS = ["torch", "onednn"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (1, 7, 9, 5), (0, 4, 5)])
+def test_values_and_gradients(path, bias, shape):
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)]
+    inputs += [torch.randn(11, dtype=torch.float64)] if bias else []
+    grad = torch.randn(*shape[:-1], 11, dtype=torch.float64)
+    true = [x.requires_grad_() for x in inputs]
+    expected = F.linear(*true)
+    lower = [x.detach().float().requires_grad_() for x in inputs]
+    with ops.force(path):
+        got = ops.linear(*lower)
+        ours = torch.autograd.grad(got, lower, grad.float())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(ours, torch.autograd.grad(expected, true, grad), strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_views_give_the_same(path):
+    x, weight = torch.randn(6, 4, 8), torch.randn(8, 5).t()
+    turned = x.transpose(0, 1)
+    with ops.force(path), torch.no_grad():
+        torch.testing.assert_close(ops.linear(turned, weight), F.linear(turned, weight))
+        torch.testing.assert_close(
+            ops.linear(x[..., ::2], weight[:, ::2]), x[..., ::2] @ weight[:, ::2].t()
+        )
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gelu_is_the_exact_one(path):
+    x, weight, bias = torch.randn(9, 8), torch.randn(5, 8), torch.randn(5)
+    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    with ops.force(path):
+        for grad_mode in (True, False):
+            with torch.set_grad_enabled(grad_mode):
+                got = ops.linear(x, weight, bias, gelu=True)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivatives():
+    """A penalty on gradients reaches the weights as PyTorch's own layer has it."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, requires_grad=True)
+    ours, theirs = Linear(5, 4), nn.Linear(5, 4)
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for layer in (ours, theirs):
+        (grad,) = torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), [x, layer.weight, layer.bias]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_transforms_of_functions():
+    layer, x = Linear(5, 4), torch.randn(3, 5)
+    got = torch.func.grad(lambda x: layer(x).square().sum())(x)
+    weight = layer.weight.detach()
+    torch.testing.assert_close(got, 2 * layer(x).detach() @ weight)
+
+
+def test_what_takes_which():
+    assert explain("linear", "cpu", torch.float32)[0] == "onednn"
+    for dtype in (torch.float64, torch.bfloat16):
+        assert explain("linear", "cpu", dtype)[0] == "torch"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert explain("linear", "cpu", torch.float32)[0] == "torch"
+        assert Linear(5, 4)(torch.randn(2, 5)).dtype == torch.bfloat16
+
+
+def test_mlp_is_timms():
+    torch.manual_seed(0)
+    ours, theirs = Mlp(8, 20).eval(), timm.layers.Mlp(8, 20).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 4, 8)
+    for grad_mode in (True, False):
+        with torch.set_grad_enabled(grad_mode):
+            torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_what_others_put_into_an_mlp_is_called():
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x) + 1
+
+    x, mlp = torch.randn(2, 8), Mlp(8, 20).eval()
+    with torch.no_grad():
+        seen = []
+        handle = mlp.fc1.register_forward_hook(lambda m, i, out: seen.append(out))
+        plain = mlp(x)
+        handle.remove()
+        torch.testing.assert_close(seen[0], F.linear(x, mlp.fc1.weight, mlp.fc1.bias))
+        mlp.fc1 = Adapted(mlp.fc1)
+        torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))
+        assert not mlp(x).allclose(plain)
