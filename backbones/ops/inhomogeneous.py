@@ -1,6 +1,6 @@
 """Depth-wise convolution whose kernels are predicted at every position (I-D-DW-Conv).
 
-The kernels are never stored: a few rows at a time (``native``) or tap after tap (``torch``), a
+The kernels are never stored: a few positions at a time (``native``) or tap after tap (``torch``), a
 matrix product predicts them, they multiply the shifted map, and they are dropped; the backward pass
 predicts them again. What stays in memory is the map, the C/4 map that the prediction reads, and a
 handful of maps of the same size, whatever the kernel size.
@@ -18,8 +18,10 @@ from backbones.ops.layout import autocast_dtype, same_padding
 
 # Numbers of the map in a chunk on a CPU: the arrays that a tap touches then stay in its cache.
 _CHUNK = 2**17
-# Predicted weights in a chunk of the C kernels: a few megabytes, whatever the image.
-_KERNELS = 2**20
+# Numbers in all parts of the C kernels' sums over positions.
+_PARTS = 2**23
+# Of a vector of float32 in the C kernels, two of float64.
+_LANES = 8
 
 
 def inhomogeneous_dynamic_depthwise_conv(
@@ -122,54 +124,55 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _native_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    padded, hidden, weight, bias = _pad(x, size), _summed(hidden), _summed(weight), _summed(bias)
+    padded = _pad(x, size)
+    operands = _operands(hidden, weight, bias)
     out = torch.empty(x.shape, dtype=padded.dtype)
-    matrix, offset = weight.flatten(0, 1).T, bias.flatten()
-    for b, rows, kernels in _kernel_chunks(hidden, weight):
-        _predict(hidden[b, rows], matrix, offset, kernels)
-        shape = (rows.start, rows.stop, *x.shape[2:], size)
-        native.call("aggregate", padded[b], kernels, out[b], *shape)
+    native.call("predict_and_aggregate", padded, *operands, out, *_sizes(x, hidden, operands, size))
     return out.to(x.dtype)
 
 
 def _native_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, ...]:
-    padded, grad, hidden = _pad(x, size), _summed(grad), _summed(hidden)
-    weight, bias = _summed(weight), _summed(bias)
-    matrix, offset = weight.flatten(0, 1), bias.flatten()
-    grad_padded = torch.zeros_like(padded)
-    grad_hidden = torch.empty_like(hidden)
-    grad_matrix, grad_offset = torch.zeros_like(matrix), torch.zeros_like(offset)
-    for b, rows, kernels in _kernel_chunks(hidden, weight):
-        inputs = hidden[b, rows].flatten(0, 1)
-        shape = (rows.start, rows.stop, *x.shape[2:], size)
-        _predict(hidden[b, rows], matrix.T, offset, kernels)
-        native.call("spread", grad[b], kernels, grad_padded[b], *shape)
-        # The kernels have served: their memory takes their gradient.
-        native.call("kernel_gradient", padded[b], grad[b], kernels, *shape)
-        torch.mm(kernels, matrix, out=grad_hidden[b, rows].flatten(0, 1))
-        grad_matrix.addmm_(kernels.T, inputs)
-        grad_offset += kernels.sum(0)
-    inner = _inside(grad_padded, x.shape, size)
-    return inner, grad_hidden, grad_matrix.view_as(weight), grad_offset.view_as(bias)
+    padded, grad = _pad(x, size), _summed(grad)
+    inputs, matrix, offset = _operands(hidden, weight, bias)
+    back = F.pad(matrix.T, (0, inputs.shape[-1] - matrix.shape[0])).contiguous()
+    # Parts of the sum over positions: for many threads, and yet in tens of megabytes.
+    parts = max(4, min(64, _PARTS // back.numel()))
+    groups = min(x.shape[0], parts)
+    strips = max(1, min(parts // max(1, groups), x.shape[1] // max(1, size - 1)))
+    grad_padded, grad_inputs = torch.zeros_like(padded), torch.empty_like(inputs)
+    grad_back = back.new_empty(groups, strips, *back.shape)
+    grad_offset = offset.new_empty(groups, strips, *offset.shape)
+    native.call(
+        "predict_and_aggregate_backward",
+        *(grad, padded, inputs, matrix, offset, back),
+        *(grad_padded, grad_inputs, grad_back, grad_offset, groups, strips),
+        *_sizes(x, hidden, (inputs, matrix, offset), size),
+    )
+    rows = bias.numel()
+    return (
+        _inside(grad_padded, x.shape, size),
+        grad_inputs[..., : hidden.shape[-1]],
+        grad_back.sum((0, 1))[:rows, : hidden.shape[-1]].reshape(weight.shape),
+        grad_offset.sum((0, 1))[:rows].view_as(bias),
+    )
 
 
-def _kernel_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-    """Image, rows and ``(positions, K*K*G)`` memory for the kernels of those rows, time and again
-    the same."""
-    batch, height, width, _ = hidden.shape
-    at_a_position = weight[..., 0].numel()
-    rows = min(height, max(1, _KERNELS // max(1, width * at_a_position)))
-    memory = hidden.new_empty(rows * width, at_a_position)
-    for b in range(batch):
-        for start in range(0, height, rows):
-            stop = min(start + rows, height)
-            yield b, slice(start, stop), memory[: (stop - start) * width]
+def _operands(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(B, H, W, D)``, ``(D, K*K*G)`` and ``(K*K*G,)``, rows filled up to whole vectors."""
+    hidden, matrix, offset = (
+        _summed(hidden),
+        _summed(weight.flatten(0, 1).T),
+        _summed(bias.flatten()),
+    )
+    return tuple(F.pad(t, (0, -t.shape[-1] % _LANES)) for t in (hidden, matrix, offset))
 
 
-def _predict(hidden: Tensor, matrix: Tensor, offset: Tensor, kernels: Tensor) -> None:
-    torch.addmm(offset, hidden.flatten(0, 1), matrix, out=kernels)
+def _sizes(x: Tensor, hidden: Tensor, operands: tuple[Tensor, ...], size: int) -> list[int]:
+    """B, H, W, S, G, K, D, and the filled-up D and K*K*G."""
+    inputs, _, offset = operands
+    return [*x.shape, size, hidden.shape[-1], inputs.shape[-1], offset.shape[0]]
 
 
 def _summed(x: Tensor) -> Tensor:

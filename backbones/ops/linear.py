@@ -53,5 +53,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    if weight.numel() > max(2**20, 100 * x.numel()):
+        # Few rows by a large weight, a predictor's: what counts is to read the weight in order.
+        out = (weight @ x.reshape(-1, x.shape[-1]).t()).t().unflatten(0, x.shape[:-1])
+        out = out if bias is None else out + bias
+        return F.gelu(out) if gelu else out
     name = "gelu" if gelu else "none"
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], "none" if gelu else "")

@@ -1,4 +1,4 @@
-"""``native.c`` and ``windows.c``: built by the machine's C compiler on first use, and called.
+"""The C kernels: built by the machine's C compiler on first use, and called.
 
 They are built once for all processes, and nothing at import. A machine without a compiler, or one
 whose compiler fails, takes the other paths; a failure is said once.
@@ -18,7 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "windows.c"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("depthwise.c", "inhomogeneous.c", "windows.c")
+)
+_HEADER = Path(__file__).with_name("matrix.h")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 

@@ -1,25 +1,19 @@
-/* Attention and static mixing inside shifted windows, built with native.c.
+/* Attention and static mixing inside shifted windows, built by native.py.
 
    Maps are (B, H, W, channels), contiguous; the shift and the windows are index arithmetic on them.
    A window's numbers are gathered into small matrices, rows padded to whole vectors, and multiplied
    there. Sums over windows go by fixed chunks, so results repeat bit for bit on any number of
    threads. */
 
+#include "matrix.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef int64_t I;
-typedef REAL Vec __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
 typedef __typeof__(__builtin_choose_expr(sizeof(REAL) == 4, (int32_t)0, (int64_t)0)) Bits;
 typedef Bits VecBits __attribute__((vector_size(32)));
-#define LANES ((I)(32 / sizeof(REAL)))
-#define INLINE static inline __attribute__((always_inline))
-#define LOAD(pointer) (*(const Vec *)(pointer))
-#define STORE(pointer) (*(Vec *)(pointer))
 
-INLINE I least(I a, I b) { return a < b ? a : b; }
 INLINE I padded(I n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* How a map is cut into windows; N positions each, rows of Np numbers, heads of D channels. */
@@ -53,50 +47,6 @@ static unsigned char *sides_of(const Cut *c) {
   for (I n = 0; sides && n < c->N; n++)
     sides[n] = (n / c->columns >= c->rows - c->down) | (n % c->columns >= c->columns - c->right) << 1;
   return sides;
-}
-
-/* A tile of out (+)= a @ b: R rows, J vectors. Element (r, k) of a is a[r * ar + k * ak]. */
-INLINE void tile(const REAL *a, I ar, I ak, const REAL *b, I bk, REAL *out, I outr, I K, int more,
-                 const int R, const int J) {
-  Vec sum[3][4];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < J; j++) sum[r][j] = more ? LOAD(out + r * outr + j * LANES) : (Vec){0};
-  for (I k = 0; k < K; k++) {
-    Vec from[4];
-    for (int j = 0; j < J; j++) from[j] = LOAD(b + k * bk + j * LANES);
-    for (int r = 0; r < R; r++) {
-      REAL value = a[r * ar + k * ak];
-      for (int j = 0; j < J; j++) sum[r][j] += value * from[j];
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < J; j++) STORE(out + r * outr + j * LANES) = sum[r][j];
-}
-
-#define TILE_ROWS(J)                                                                  \
-  static void tile_rows_##J(const REAL *a, I ar, I ak, const REAL *b, I bk, REAL *out, \
-                            I outr, I M, I K, int more) {                              \
-    I r = 0;                                                                           \
-    for (; r + 3 <= M; r += 3)                                                         \
-      tile(a + r * ar, ar, ak, b, bk, out + r * outr, outr, K, more, 3, J);            \
-    for (; r < M; r++)                                                                 \
-      tile(a + r * ar, ar, ak, b, bk, out + r * outr, outr, K, more, 1, J);            \
-  }
-TILE_ROWS(1)
-TILE_ROWS(2)
-TILE_ROWS(3)
-TILE_ROWS(4)
-
-/* out (+)= a @ b, (M, K) by (K, width), the width in whole vectors. */
-static void multiply(const REAL *a, I ar, I ak, const REAL *b, REAL *out, I width, I M, I K,
-                     int more) {
-  I j = 0;
-  for (; j + 4 * LANES <= width; j += 4 * LANES)
-    tile_rows_4(a, ar, ak, b + j, width, out + j, width, M, K, more);
-  I left = (width - j) / LANES;
-  if (left == 3) tile_rows_3(a, ar, ak, b + j, width, out + j, width, M, K, more);
-  if (left == 2) tile_rows_2(a, ar, ak, b + j, width, out + j, width, M, K, more);
-  if (left == 1) tile_rows_1(a, ar, ak, b + j, width, out + j, width, M, K, more);
 }
 
 /* A head's channels of a window into (N, Dp), and back; at has where its positions lie. */
@@ -186,7 +136,7 @@ static void attend(const Cut *c, const REAL *image, const REAL *bias, I window, 
   gather(c, image + C + h * c->D, at, key, 1);
   transpose(c, key, keys);
   memcpy(weights, bias + (seam_of(c, window) * c->heads + h) * square, square * sizeof(REAL));
-  multiply(query, c->Dp, 1, keys, weights, c->Np, c->N, c->D, 1);
+  multiply(query, c->Dp, 1, keys, c->Np, weights, c->Np, c->Np, c->N, c->D, 1);
   softmax(c, weights);
 }
 
@@ -214,7 +164,7 @@ I window_attention(const REAL *qkv, const REAL *bias, REAL *out, I B, I H, I W, 
           places(&c, window, C, to);
           attend(&c, image, masked, window, h, at, query, key, keys, weights);
           gather(&c, image + 2 * C + h * D, at, value, 1);
-          multiply(weights, c.Np, 1, value, query, c.Dp, c.N, c.N, 0);
+          multiply(weights, c.Np, 1, value, c.Dp, query, c.Dp, c.Dp, c.N, c.N, 0);
           scatter(&c, query, out + b * H * W * C + h * D, to, 1);
         }
     free(query);
@@ -255,10 +205,10 @@ I window_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias,
           attend(&c, image, masked, window, h, at, query, key, turned, weights);
           gather(&c, image + 2 * C + h * D, at, value, 1);
           gather(&c, grad + b * H * W * C + h * D, given, from, 1);
-          multiply(weights, 1, c.Np, from, to, c.Dp, c.N, c.N, 0);
+          multiply(weights, 1, c.Np, from, c.Dp, to, c.Dp, c.Dp, c.N, c.N, 0);
           scatter(&c, to, dimage + 2 * C, at, 1);
           transpose(&c, value, turned);
-          multiply(from, c.Dp, 1, turned, scores, c.Np, c.N, D, 0);
+          multiply(from, c.Dp, 1, turned, c.Np, scores, c.Np, c.Np, c.N, D, 0);
           for (I n = 0; n < c.N; n++) {
             REAL *score = scores + n * c.Np, *weight = weights + n * c.Np, mean = 0;
             Vec sum = {0};
@@ -270,9 +220,9 @@ I window_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias,
               STORE(total + n * c.Np + m) += value;
             }
           }
-          multiply(scores, c.Np, 1, key, to, c.Dp, c.N, c.N, 0);
+          multiply(scores, c.Np, 1, key, c.Dp, to, c.Dp, c.Dp, c.N, c.N, 0);
           scatter(&c, to, dimage, at, scale);
-          multiply(scores, 1, c.Np, query, to, c.Dp, c.N, c.N, 0);
+          multiply(scores, 1, c.Np, query, c.Dp, to, c.Dp, c.Dp, c.N, c.N, 0);
           scatter(&c, to, dimage + C, at, 1);
         }
         for (I n = 0; n < c.N; n++)
@@ -319,7 +269,7 @@ I local_mlp(const REAL *value, const REAL *weight, REAL *out, I step, I B, I H, 
         for (I b = 0; b < B; b++) {
           I place = b * H * W * C + h * D;
           gather(&c, value + place, at, from, 1);
-          multiply(mixing, c.Np, 1, from, to, c.Dp, c.N, c.N, 0);
+          multiply(mixing, c.Np, 1, from, c.Dp, to, c.Dp, c.Dp, c.N, c.N, 0);
           scatter(&c, to, out + place, at, 1);
         }
       }
@@ -361,10 +311,10 @@ I local_mlp_backward(const REAL *grad, const REAL *value, const REAL *weight, RE
             I place = b * H * W * C + h * D;
             gather(&c, grad + place, at, from, 1);
             gather(&c, value + place, at, given, 1);
-            multiply(mixing, 1, c.Np, from, to, c.Dp, c.N, c.N, 0);
+            multiply(mixing, 1, c.Np, from, c.Dp, to, c.Dp, c.Dp, c.N, c.N, 0);
             scatter(&c, to, dvalue + place, at, 1);
             transpose(&c, given, turned);
-            multiply(from, c.Dp, 1, turned, one, c.Np, c.N, D, 1);
+            multiply(from, c.Dp, 1, turned, c.Np, one, c.Np, c.Np, c.N, D, 1);
           }
           for (I n = 0; n < c.N; n++)
             for (I m = 0; m < c.N; m++)

@@ -44,6 +44,18 @@ def test_views_give_the_same(path):
         )
 
 
+@pytest.mark.parametrize("gelu", [True, False])
+def test_few_rows_by_a_large_weight(gelu):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 1, 1, 512), torch.randn(2100, 512), torch.randn(2100)
+    with ops.force("onednn"), torch.no_grad():
+        for b in (bias, None):
+            expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
+            expected = F.gelu(expected) if gelu else expected
+            got = ops.linear(x, weight, b, gelu)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_gelu_is_the_exact_one(path):
     x, weight, bias = torch.randn(9, 8), torch.randn(5, 8), torch.randn(5)

@@ -2,23 +2,9 @@
 
    REAL is float or double. Maps are (rows, columns, channels) of an image, contiguous; `before` is
    the number of zeros that padding puts before an axis. No loop depends on the number of threads
-   in the order of its sums, so results repeat bit for bit.
-   Inhomogeneous maps hold channels group-innermost, (rows, columns, S, G): the G numbers that
-   neighbouring kernels multiply lie side by side. */
+   in the order of its sums, so results repeat bit for bit. */
 
-#include <stdint.h>
-
-typedef int64_t I;
-typedef REAL Vec __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
-typedef REAL One;
-#define LANES ((I)(32 / sizeof(REAL)))
-#define INLINE static inline __attribute__((always_inline))
-#define AT(T, pointer) (*(const T *)(pointer))
-#define LOAD(pointer) AT(Vec, pointer)
-#define SET(T, pointer) (*(T *)(pointer))
-
-INLINE I least(I a, I b) { return a < b ? a : b; }
-INLINE I most(I a, I b) { return a > b ? a : b; }
+#include "matrix.h"
 
 /* N neighbouring outputs of one row, for the channels at c. */
 #define DEPTHWISE_BLOCK(T)                                                                        \
@@ -163,121 +149,5 @@ I depthwise_weight(const REAL *x, const REAL *grad, REAL *dw, I B, I H, I W, I C
         else
           depthwise_weight_One(xb, gb, dw + n * step, H, W, C, K, before, c);
       }
-  return 0;
-}
-
-/* One position, the groups at g, N of its S shared channels from j on. */
-#define AGGREGATE(T)                                                                              \
-  INLINE void aggregate_##T(const REAL *x, const REAL *kernel, REAL *out, I Wp, I S, I G,         \
-                            const I K, I j, I g, const int N) {                                   \
-    T sum[4];                                                                                     \
-    for (int i = 0; i < N; i++) sum[i] = (T){0};                                                  \
-    for (I u = 0; u < K; u++)                                                                     \
-      for (I v = 0; v < K; v++) {                                                                 \
-        T weight = AT(T, kernel + (u * K + v) * G + g);                                           \
-        const REAL *from = x + (u * Wp + v) * S * G + j * G + g;                                  \
-        for (int i = 0; i < N; i++) sum[i] += AT(T, from + i * G) * weight;                       \
-      }                                                                                           \
-    for (int i = 0; i < N; i++) SET(T, out + (j + i) * G + g) = sum[i];                           \
-  }                                                                                               \
-  INLINE void aggregate_all_##T(const REAL *x, const REAL *kernel, REAL *out, I Wp, I S, I G,     \
-                                const I K, I g) {                                                 \
-    I j = 0;                                                                                      \
-    for (; j + 4 <= S; j += 4) aggregate_##T(x, kernel, out, Wp, S, G, K, j, g, 4);               \
-    if (S - j == 3) aggregate_##T(x, kernel, out, Wp, S, G, K, j, g, 3);                          \
-    if (S - j == 2) aggregate_##T(x, kernel, out, Wp, S, G, K, j, g, 2);                          \
-    if (S - j == 1) aggregate_##T(x, kernel, out, Wp, S, G, K, j, g, 1);                          \
-  }
-AGGREGATE(Vec)
-AGGREGATE(One)
-
-/* Rows first..last of an image: x padded (H + K - 1, W + K - 1, S, G), kernels (rows, W, K*K, G) of
-   those rows alone, out (H, W, S, G). */
-I aggregate(const REAL *x, const REAL *kernels, REAL *out, I first, I last, I W, I S, I G, I K,
-            I threads) {
-  I Wp = W + K - 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (I p = first * W; p < last * W; p++) {
-    const REAL *from = x + (p / W * Wp + p % W) * S * G, *kernel = kernels + (p - first * W) * K * K * G;
-    I g = 0;
-    for (; g + LANES <= G; g += LANES)
-      if (K == 7)
-        aggregate_all_Vec(from, kernel, out + p * S * G, Wp, S, G, 7, g);
-      else
-        aggregate_all_Vec(from, kernel, out + p * S * G, Wp, S, G, K, g);
-    for (; g < G; g++) aggregate_all_One(from, kernel, out + p * S * G, Wp, S, G, K, g);
-  }
-  return 0;
-}
-
-#define KERNEL_GRADIENT(T)                                                                        \
-  INLINE void kernel_gradient_##T(const REAL *x, const REAL *grad, REAL *dk, I Wp, I S, I G, I K, \
-                                  I g) {                                                          \
-    for (I u = 0; u < K; u++)                                                                     \
-      for (I v = 0; v < K; v++) {                                                                 \
-        const REAL *from = x + (u * Wp + v) * S * G + g;                                          \
-        T sum = AT(T, from) * AT(T, grad + g);                                                    \
-        for (I j = 1; j < S; j++) sum += AT(T, from + j * G) * AT(T, grad + j * G + g);           \
-        SET(T, dk + (u * K + v) * G + g) = sum;                                                   \
-      }                                                                                           \
-  }
-KERNEL_GRADIENT(Vec)
-KERNEL_GRADIENT(One)
-
-/* The gradient of those rows' kernels, (rows, W, K*K, G); grad is (H, W, S, G). */
-I kernel_gradient(const REAL *x, const REAL *grad, REAL *dk, I first, I last, I W, I S, I G, I K,
-                  I threads) {
-  I Wp = W + K - 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (I p = first * W; p < last * W; p++) {
-    const REAL *from = x + (p / W * Wp + p % W) * S * G;
-    REAL *to = dk + (p - first * W) * K * K * G;
-    I g = 0;
-    for (; g + LANES <= G; g += LANES) kernel_gradient_Vec(from, grad + p * S * G, to, Wp, S, G, K, g);
-    for (; g < G; g++) kernel_gradient_One(from, grad + p * S * G, to, Wp, S, G, K, g);
-  }
-  return 0;
-}
-
-#define SPREAD(T)                                                                                 \
-  INLINE void spread_##T(const REAL *grad, const REAL *kernels, REAL *dx, I first, I last, I W,   \
-                         I S, I G, I K, I y, I left, I j, I g, const int N) {                     \
-    T sum[4];                                                                                     \
-    for (int i = 0; i < N; i++) sum[i] = AT(T, dx + (j + i) * G + g);                             \
-    for (I u = most(0, y - last + 1); u <= least(K - 1, y - first); u++)                          \
-      for (I v = most(0, left - W + 1); v <= least(K - 1, left); v++) {                           \
-        I p = (y - u) * W + left - v;                                                             \
-        T weight = AT(T, kernels + ((p - first * W) * K * K + u * K + v) * G + g);                \
-        const REAL *from = grad + p * S * G + j * G + g;                                          \
-        for (int i = 0; i < N; i++) sum[i] += AT(T, from + i * G) * weight;                       \
-      }                                                                                           \
-    for (int i = 0; i < N; i++) SET(T, dx + (j + i) * G + g) = sum[i];                            \
-  }                                                                                               \
-  INLINE void spread_all_##T(const REAL *grad, const REAL *kernels, REAL *dx, I first, I last,    \
-                             I W, I S, I G, I K, I y, I left, I g) {                              \
-    I j = 0;                                                                                      \
-    for (; j + 4 <= S; j += 4) spread_##T(grad, kernels, dx, first, last, W, S, G, K, y, left, j, g, 4); \
-    if (S - j == 3) spread_##T(grad, kernels, dx, first, last, W, S, G, K, y, left, j, g, 3);     \
-    if (S - j == 2) spread_##T(grad, kernels, dx, first, last, W, S, G, K, y, left, j, g, 2);     \
-    if (S - j == 1) spread_##T(grad, kernels, dx, first, last, W, S, G, K, y, left, j, g, 1);     \
-  }
-SPREAD(Vec)
-SPREAD(One)
-
-/* dx, padded as x is, gains what those rows' outputs say: gathered, so no two threads meet. */
-I spread(const REAL *grad, const REAL *kernels, REAL *dx, I first, I last, I W, I S, I G, I K,
-         I threads) {
-  I Wp = W + K - 1;
-#pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
-  for (I q = first * Wp; q < (last + K - 1) * Wp; q++) {
-    I y = q / Wp, left = q % Wp, g = 0;
-    for (; g + LANES <= G; g += LANES)
-      if (K == 7)
-        spread_all_Vec(grad, kernels, dx + q * S * G, first, last, W, S, G, 7, y, left, g);
-      else
-        spread_all_Vec(grad, kernels, dx + q * S * G, first, last, W, S, G, K, y, left, g);
-    for (; g < G; g++)
-      spread_all_One(grad, kernels, dx + q * S * G, first, last, W, S, G, K, y, left, g);
-  }
   return 0;
 }
