@@ -241,7 +241,7 @@ def test_forcing(monkeypatch):
     with ops.force("torch"):
         assert explain(operator, "cpu", x.dtype)[0] == "torch"
     monkeypatch.setenv("DENSE_OPS", "fast")
-    with pytest.raises(ValueError, match="DENSE_OPS='fast': reference, torch, native, onednn are valid"):
+    with pytest.raises(ValueError, match="DENSE_OPS='fast': reference, torch, native, onednn "):
         explain(operator, "cpu", x.dtype)
     with pytest.raises(ValueError, match="valid"), ops.force("slow"):
         pass
