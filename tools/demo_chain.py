@@ -179,7 +179,10 @@ def full_match(name: str, checkpoint: str) -> int:
     import backbones
     from dense.backbone import DenseBackbone
 
-    found = backbones.load_checkpoint(DenseBackbone(name, norm="BN"), checkpoint)
+    try:
+        found = backbones.load_checkpoint(DenseBackbone(name, norm="BN"), checkpoint)
+    except backbones.CheckpointError as error:
+        raise StepError(f"not a full match: {error}") from error
     random = [entry for entry in found.missing if not entry.startswith("norms.")]
     unused = [entry for entry in found.unexpected if not entry.startswith(("norm.", "head."))]
     if random or unused or found.resized:
