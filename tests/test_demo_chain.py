@@ -69,6 +69,8 @@ def test_what_is_not_a_full_match_is_refused(tool, tmp_path):
     import timm
     import torch
 
+    import backbones  # noqa: F401
+
     network = timm.create_model("d_dw_conv_nano", num_classes=4)
     torch.save({"state_dict": network.state_dict()}, tmp_path / "whole.pth")
     matched = tool.full_match("d_dw_conv_nano", str(tmp_path / "whole.pth"))

@@ -5,8 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.ops import native, reference
-from backbones.ops.dispatch import choose, exporting
+from backbones.ops.dispatch import attempt, choose, exporting
 from backbones.ops.layout import autocast_dtype, same_padding
+
+# Both operators are one of kernels by image, whose number is one where all share them.
+_NAME = "dynamic_depthwise_conv"
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,10 +24,14 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         ``(B, H, W, C)``.
     """
     path = choose("depthwise_conv", x)
-    if path == "native" and _suits(x, weight):
-        return _native(x, weight[None, :, 0], bias)
+    if path in ("native", "triton") and _suits(x, weight):
+        return _own(x, weight[None, :, 0], bias)
     if path == "reference":
         return reference.depthwise_conv(x, weight, bias)
+    return _static(x, weight, bias)
+
+
+def _static(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     channels, _, height, width = weight.shape
     x = x.permute(0, 3, 1, 2)
     if height % 2 and width % 2:
@@ -47,12 +54,16 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
         ``(B, H, W, C)``.
     """
     path = choose("dynamic_depthwise_conv", x)
-    if path == "native" and _suits(x, kernels):
-        return _native(x, kernels, bias)
+    if path in ("native", "triton") and _suits(x, kernels):
+        return _own(x, kernels, bias)
     if path == "reference":
         return reference.dynamic_depthwise_conv(x, kernels, bias)
     if exporting() or x.shape[0] == 0:
         return _by_taps(x, kernels, bias)
+    return _grouped(x, kernels, bias)
+
+
+def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     batch, height, width, channels = x.shape
     size = kernels.shape[-1]
     # One convolution of B*C groups: an image's channels are groups of their own.
@@ -78,11 +89,11 @@ def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the C kernels take it: square, in a precision whose sums they keep."""
+    """Whether our kernels take it: square, in a precision whose sums they keep."""
     return weight.shape[-1] == weight.shape[-2] and x.dtype != torch.complex64
 
 
-def _native(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+def _own(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     """Kernels ``(B or 1, C, K, K)``."""
     dtype = autocast_dtype(x)
     taps = kernels.to(dtype).flatten(2).transpose(1, 2)
@@ -90,24 +101,70 @@ def _native(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.dense.depthwise(x.to(dtype), taps, bias, kernels.shape[-1])
 
 
-@torch.library.custom_op("dense::depthwise", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dense::depthwise", mutates_args=())
 def _depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     """``(B, H, W, C)`` by ``(B or 1, K*K, C)``."""
+    path, before = choose(_NAME, x), same_padding(size)[0]
+    if path == "triton":
+        args = x.contiguous(), taps.contiguous(), bias, size, before, False
+        out = attempt(_NAME, lambda: _triton().convolve(*args))
+        if out is not None:
+            return out
+    if x.device.type != "cpu":
+        return _plain(x, taps, bias, size).contiguous()
     bias = None if bias is None else _summed(bias)
     return _run(_summed(x), _summed(taps), bias, size, flip=False).to(x.dtype)
 
 
-@torch.library.custom_op("dense::depthwise_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dense::depthwise_backward", mutates_args=())
 def _depthwise_backward(
     grad: Tensor, x: Tensor, taps: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad.contiguous()
+    grad_bias = grad.sum((0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
+    own = None
+    if choose(_NAME, x) == "triton":
+        own = attempt(_NAME, lambda: _triton_backward(grad, x, taps, size))
+    if own is None:
+        backward = _native_backward if x.device.type == "cpu" else _plain_backward
+        own = backward(grad, x, taps, size)
+    return own[0].to(x.dtype), own[1].to(taps.dtype), grad_bias.to(x.dtype)
+
+
+def _native_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
     grad = _summed(grad)
-    grad_x = _run(grad, _summed(taps), None, size, flip=True).to(x.dtype)
+    grad_x = _run(grad, _summed(taps), None, size, flip=True)
     batch, height, width, channels = x.shape
     grad_taps = torch.zeros(taps.shape, dtype=grad.dtype)
     shape = (batch, height, width, channels, size, same_padding(size)[0], _step(taps))
     native.call("depthwise_weight", _summed(x), grad, grad_taps, *shape)
-    return grad_x, grad_taps.to(taps.dtype), grad.sum((0, 1, 2)).to(x.dtype)
+    return grad_x, grad_taps
+
+
+def _triton_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    before, after = same_padding(size)
+    grad_x = _triton().convolve(grad, taps.contiguous(), None, size, after, True)
+    images = taps.shape[0]
+    return grad_x, _triton().weight_gradient(x.contiguous(), grad, images, size, before)
+
+
+def _plain(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    kernels = taps.transpose(1, 2).unflatten(2, (size, size))
+    if taps.shape[0] == 1:
+        return _static(x, kernels.transpose(0, 1), bias)
+    return _grouped(x, kernels, bias)
+
+
+def _plain_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(), taps.detach().requires_grad_()]
+        return torch.autograd.grad(_plain(*leaves, None, size), leaves, grad)
+
+
+def _triton():
+    from backbones.ops.triton_kernels import depthwise
+
+    return depthwise
 
 
 def _run(x: Tensor, taps: Tensor, bias: Tensor | None, size: int, flip: bool) -> Tensor:

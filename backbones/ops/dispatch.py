@@ -2,30 +2,38 @@
 
 Paths, slowest first: ``reference`` (plain and differentiated by autograd: the truth), ``torch``
 (no compiler), ``native`` (C, built on first use, for a CPU), ``onednn`` (the library's products,
-which PyTorch keeps for compiled graphs).
+which PyTorch keeps for compiled graphs), ``triton`` (for GPUs; on a CPU by Triton's interpreter).
 """
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from backbones.ops import native
 
-PATHS = ("reference", "torch", "native", "onednn")
+PATHS = ("reference", "torch", "native", "onednn", "triton")
 OPERATORS = {
-    "depthwise_conv": ("reference", "torch", "native"),
-    "dynamic_depthwise_conv": ("reference", "torch", "native"),
-    "inhomogeneous_dynamic_depthwise_conv": ("reference", "torch", "native"),
-    "window_attention": ("reference", "torch", "native"),
+    "depthwise_conv": ("reference", "torch", "native", "triton"),
+    "dynamic_depthwise_conv": ("reference", "torch", "native", "triton"),
+    "inhomogeneous_dynamic_depthwise_conv": ("reference", "torch", "native", "triton"),
+    "window_attention": ("reference", "torch", "native", "triton"),
     "local_mlp": ("reference", "torch", "native"),
     "linear": ("reference", "torch", "onednn"),
 }
 ENVIRONMENT = "DENSE_OPS"
+# Those whose plain form stores what the kernels do not, or of which PyTorch's own is known as slow.
+ON_GPUS = ("dynamic_depthwise_conv", "inhomogeneous_dynamic_depthwise_conv", "window_attention")
 
+T = TypeVar("T")
 _forced: str | None = None
+# Operators whose Triton kernels did not compile here, and why.
+_broken: dict[str, str] = {}
 
 
 @contextmanager
@@ -51,6 +59,26 @@ def choose(operator: str, x: Tensor) -> str:
     return explain(operator, x.device.type, x.dtype)[0]
 
 
+def attempt(operator: str, compute: Callable[[], T]) -> T | None:
+    """What Triton kernels compute; None, for good and with one warning, if they do not compile.
+
+    Raises:
+        Exception: whatever it was, if the path was forced.
+    """
+    from triton.errors import TritonError
+
+    try:
+        return compute()
+    except (TritonError, ImportError, OSError, RuntimeError) as error:
+        if _forced == "triton" or os.environ.get(ENVIRONMENT) == "triton":
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _broken[operator] = f"Triton did not compile it: {str(error).strip().splitlines()[0][:200]}"
+        warnings.warn(f"{operator}: {_broken[operator]}", RuntimeWarning, stacklevel=2)
+        return None
+
+
 def exporting() -> bool:
     """Whether a graph is being captured that must hold in other runtimes."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
@@ -70,6 +98,8 @@ def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     wanted, by = (_forced, "ops.force") if _forced is not None else _environment()
     if wanted in known and not (wanted == "native" and device != "cpu"):
         return wanted, f"forced by {by}"
+    if device == "cuda" and wanted is None and "triton" in known:
+        return _on_gpu(operator, dtype)
     if "native" in known and device == "cpu" and wanted is None:
         missing = native.missing()
         if missing is None and operator == "depthwise_conv" and not torch.is_grad_enabled():
@@ -82,6 +112,26 @@ def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     if device != "cpu":
         return "torch", "PyTorch's own operators"
     return "torch", f"it has no path {wanted}" if wanted else "the fastest on a CPU"
+
+
+def _on_gpu(operator: str, dtype: torch.dtype) -> tuple[str, str]:
+    if operator not in ON_GPUS:
+        return "torch", "PyTorch's own operators"
+    if dtype == torch.float64:
+        return "torch", "the Triton kernels sum in float32"
+    if operator in _broken:
+        return "torch", _broken[operator]
+    if (missing := _no_triton("cuda")) is not None:
+        return "torch", missing
+    return "triton", "nothing is stored that can be computed again"
+
+
+def _no_triton(device: str) -> str | None:
+    if find_spec("triton") is None:
+        return "there is no Triton here"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on a CPU with TRITON_INTERPRET=1 only"
+    return None
 
 
 def _no_onednn(device: str, dtype: torch.dtype) -> str | None:
@@ -109,3 +159,6 @@ def _check(path: str | None) -> None:
         raise ValueError(f"{ENVIRONMENT}={path!r}: {', '.join(PATHS)} are valid")
     if path == "native" and (missing := native.missing()) is not None:
         raise ValueError(f"{ENVIRONMENT}=native: {missing}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if path == "triton" and (missing := _no_triton(device)) is not None:
+        raise ValueError(f"{ENVIRONMENT}=triton: {missing}")

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.ops import native, reference
-from backbones.ops.dispatch import choose, exporting
+from backbones.ops.dispatch import attempt, choose, exporting
 from backbones.ops.layout import autocast_dtype, same_padding
 
+_NAME = "inhomogeneous_dynamic_depthwise_conv"
 # Numbers of the map in a chunk on a CPU: the arrays that a tap touches then stay in its cache.
 _CHUNK = 2**17
 # Numbers in all parts of the C kernels' sums over positions.
@@ -55,7 +56,7 @@ def inhomogeneous_dynamic_depthwise_conv(
             f"groups of {x.shape[-1]} channels: it needs groups*{taps} rows, groups a divisor of "
             f"{x.shape[-1]}"
         )
-    path = choose("inhomogeneous_dynamic_depthwise_conv", x)
+    path = choose(_NAME, x)
     dtype = autocast_dtype(x)
     x, hidden, weight, bias = (t.to(dtype) for t in (x, hidden, weight, bias))
     # (taps, G, D): each tap's prediction is one contiguous matrix.
@@ -84,7 +85,12 @@ def _forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int)
 
     ``(B, H, W, S, G)``, ``(B, H, W, D)``, ``(K*K, G, D)`` and ``(K*K, G)`` to ``(B, H, W, S, G)``.
     """
-    if choose("inhomogeneous_dynamic_depthwise_conv", x) == "native":
+    path = choose(_NAME, x)
+    if path == "triton":
+        out = attempt(_NAME, lambda: _triton().forward(*_contiguous(x, hidden, weight, bias), size))
+        if out is not None:
+            return out
+    if path == "native":
         return _native_forward(x, hidden, weight, bias, size)
     return _torch_forward(x, hidden, weight, bias, size)
 
@@ -93,10 +99,12 @@ def _forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int)
 def _backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    native_path = choose("inhomogeneous_dynamic_depthwise_conv", x) == "native"
-    backward = _native_backward if native_path else _torch_backward
-    grads = backward(grad, x, hidden, weight, bias, size)
-    like = (x, hidden, weight, bias)
+    path, like, grads = choose(_NAME, x), (x, hidden, weight, bias), None
+    if path == "triton":
+        grads = attempt(_NAME, lambda: _triton().backward(*_contiguous(grad, *like), size))
+    if grads is None:
+        backward = _native_backward if path == "native" else _torch_backward
+        grads = backward(grad, *like, size)
     return tuple(g.to(t.dtype) for g, t in zip(grads, like, strict=True))
 
 
@@ -121,6 +129,16 @@ def _differentiate(ctx, grad: Tensor):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _triton():
+    from backbones.ops.triton_kernels import inhomogeneous
+
+    return inhomogeneous
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
 
 
 def _native_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:

@@ -33,7 +33,7 @@ def window_attention(
         ``(B, H, W, C)``.
     """
     path = choose("window_attention", qkv)
-    if path == "native":
+    if path in ("native", "triton"):
         return window_native.window_attention(qkv, bias, num_heads, window_size, shift)
     if path == "reference" or exporting():
         return reference.window_attention(qkv, bias, num_heads, window_size, shift)

@@ -1,4 +1,4 @@
-"""Attention and static mixing inside shifted windows in C, for a CPU.
+"""Attention and static mixing inside shifted windows by kernels: in C for a CPU, Triton for GPUs.
 
 A window at a time is gathered, mixed and scattered: neither the shifted map nor its windows nor
 their weights are ever in memory as a whole, and the backward pass computes the weights again.
@@ -7,7 +7,8 @@ their weights are ever in memory as a whole, and the backward pass computes the 
 import torch
 from torch import Tensor
 
-from backbones.ops import native
+from backbones.ops import native, reference
+from backbones.ops.dispatch import attempt, choose
 from backbones.ops.layout import autocast_dtype
 
 # Parts of a sum over windows, times heads: enough for the threads of a large machine.
@@ -30,10 +31,18 @@ def local_mlp(
     return torch.ops.dense.local_mlp(value, mixing, [*window_size], [*shift])
 
 
-@torch.library.custom_op("dense::window_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dense::window_attention", mutates_args=())
 def _attend(
     qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int], shift: list[int]
 ) -> Tensor:
+    sizes = num_heads, window_size, shift
+    if choose("window_attention", qkv) == "triton":
+        args = qkv.contiguous(), bias.contiguous(), *sizes
+        out = attempt("window_attention", lambda: _triton().forward(*args))
+        if out is not None:
+            return out
+    if qkv.device.type != "cpu":
+        return reference.window_attention(qkv, bias, *sizes).contiguous()
     qkv_, bias_ = _summed(qkv, bias)
     out = qkv_.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     sizes = _sizes(out, num_heads, window_size, shift)
@@ -41,7 +50,7 @@ def _attend(
     return out.to(qkv.dtype)
 
 
-@torch.library.custom_op("dense::window_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dense::window_attention_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor,
     qkv: Tensor,
@@ -50,6 +59,17 @@ def _attend_backward(
     window_size: list[int],
     shift: list[int],
 ) -> tuple[Tensor, Tensor]:
+    given = num_heads, window_size, shift
+    if choose("window_attention", qkv) == "triton":
+        args = grad.contiguous(), qkv.contiguous(), bias.contiguous(), *given
+        own = attempt("window_attention", lambda: _triton().backward(*args))
+        if own is not None:
+            return own[0], own[1].to(bias.dtype)
+    if qkv.device.type != "cpu":
+        with torch.enable_grad():
+            leaves = [qkv.detach().requires_grad_(), bias.detach().requires_grad_()]
+            out = reference.window_attention(*leaves, *given)
+            return torch.autograd.grad(out, leaves, grad)
     grad_, qkv_, bias_ = _summed(grad, qkv, bias)
     windows = grad.shape[0] * _windows(grad, window_size)
     parts = grad_.new_empty(min(windows, max(1, _PARTS // num_heads)), *bias.shape)
@@ -86,6 +106,12 @@ def _mix_backward(
     )
     grad_mixing = parts.view_as(mixing) if mixing.dim() == 5 else parts.sum(0)
     return grad_value.to(value.dtype), grad_mixing.to(mixing.dtype)
+
+
+def _triton():
+    from backbones.ops.triton_kernels import window
+
+    return window
 
 
 def _summed(first: Tensor, *others: Tensor) -> list[Tensor]:

@@ -1,0 +1,105 @@
+"""Depth-wise convolution with kernels for all images or for each: forward and both gradients."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from backbones.ops.triton_kernels import parts, power
+
+
+@triton.jit
+def _forward(
+    x, taps, bias, out, H, W, C, step, K: tl.constexpr, before: tl.constexpr, flip: tl.constexpr,
+    biased: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A piece of a row, a block of channels: ``bias + sum of x[p + tap] * taps[tap]``."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    channels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image, y = (row // H).to(tl.int64), row % H
+    real = channels < C
+    total = tl.full((BLOCK_W, BLOCK_C), 0.0, tl.float32)
+    if biased:
+        total += tl.load(bias + channels, real, 0.0).to(tl.float32)[None]
+    for u in range(K):
+        from_y = y + u - before
+        for v in range(K):
+            from_x = columns + v - before
+            inside = (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
+            places = ((image * H + from_y) * W + from_x)[:, None] * C + channels[None]
+            values = tl.load(x + places, inside[:, None] & real[None], 0.0)
+            tap = u * K + v
+            tap = K * K - 1 - tap if flip else tap
+            weight = tl.load(taps + image * step + tap * C + channels, real, 0.0)
+            total += values.to(tl.float32) * weight.to(tl.float32)[None]
+    places = ((image * H + y) * W + columns)[:, None].to(tl.int64) * C + channels[None]
+    tl.store(out + places, total.to(out.dtype.element_ty), (columns < W)[:, None] & real[None])
+
+
+@triton.jit
+def _weight_gradient(
+    x, grad, out, H, W, C, rows, chunks, shared, K: tl.constexpr, before: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One tap over one chunk of rows: ``sum of x[p + tap] * grad[p]``."""
+    part, tap = tl.program_id(0), tl.program_id(1)
+    channels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    kernel, chunk = part // chunks, part % chunks
+    u, v = tap // K, tap % K
+    real = channels < C
+    total = tl.full((BLOCK_C,), 0.0, tl.float32)
+    # Rows of all images that share the kernel, one after the other.
+    first, last = rows * chunk // chunks, rows * (chunk + 1) // chunks
+    for row in range(first, last):
+        image, y = (kernel * shared + row // H).to(tl.int64), row % H
+        from_y = y + u - before
+        for left in range(0, W, BLOCK_W):
+            columns = left + tl.arange(0, BLOCK_W)
+            from_x = columns + v - before
+            here = (columns < W)[:, None] & real[None]
+            inside = (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
+            places = ((image * H + from_y) * W + from_x)[:, None] * C + channels[None]
+            values = tl.load(x + places, here & inside[:, None], 0.0).to(tl.float32)
+            places = ((image * H + y) * W + columns)[:, None] * C + channels[None]
+            total += tl.sum(values * tl.load(grad + places, here, 0.0).to(tl.float32), 0)
+    tl.store(out + (part.to(tl.int64) * K * K + tap) * C + channels, total, real)
+
+
+def convolve(
+    x: Tensor, taps: Tensor, bias: Tensor | None, size: int, before: int, flip: bool
+) -> Tensor:
+    """``(B, H, W, C)`` by ``(B or 1, K*K, C)``, ``before`` zeros before each axis."""
+    out = torch.empty_like(x)
+    batch, height, width, channels = x.shape
+    if not out.numel():
+        return out
+    block_w, block_c = _blocks(width, channels)
+    grid = (batch * height, triton.cdiv(width, block_w), triton.cdiv(channels, block_c))
+    step = taps[0].numel() if taps.shape[0] > 1 else 0
+    _forward[grid](
+        x, taps, bias if bias is not None else x, out, height, width, channels, step,
+        size, before, flip, bias is not None, block_w, block_c,
+    )  # fmt: skip
+    return out
+
+
+def weight_gradient(x: Tensor, grad: Tensor, kernels: int, size: int, before: int) -> Tensor:
+    """``(kernels, K*K, C)`` float32, of one kernel for all images or one for each."""
+    batch, height, width, channels = x.shape
+    if not x.numel():
+        return x.new_zeros(kernels, size**2, channels, dtype=torch.float32)
+    shared = 1 if kernels > 1 else batch
+    rows = shared * height
+    chunks = max(1, parts(rows, size**2 * channels * kernels) // kernels)
+    block_w, block_c = _blocks(width, channels)
+    out = x.new_empty(kernels, chunks, size**2, channels, dtype=torch.float32)
+    grid = (kernels * chunks, size**2, triton.cdiv(channels, block_c))
+    _weight_gradient[grid](
+        x, grad, out, height, width, channels, rows, chunks, shared, size, before, block_w, block_c
+    )
+    return out.sum(1)
+
+
+def _blocks(width: int, channels: int) -> tuple[int, int]:
+    return min(16, power(width, 1)), min(64, power(channels))

@@ -1,0 +1,211 @@
+"""Depth-wise convolution with kernels predicted at every position; the kernels are never stored.
+
+Maps are ``(B, H, W, S, G)``, group-innermost; weights are tap-major, ``(K*K, G, D)``. Each pass
+predicts the kernels again by a small matrix product a tap: for the output, for the map's gradient
+(gathered, with the kernels of the positions that saw it), for what the prediction read, and for the
+prediction's own weights.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from backbones.ops.triton_kernels import operands, parts, power
+
+
+@triton.jit
+def _predict(
+    hidden, weight, bias, places, here, tap, G, D,
+    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Kernels of one tap, ``(positions, G)`` in float32, zero where nothing is."""
+    groups = tl.arange(0, BLOCK_G)
+    total = tl.full((BLOCK_P, BLOCK_G), 0.0, tl.float32)
+    for start in range(0, D, BLOCK_D):
+        depth = start + tl.arange(0, BLOCK_D)
+        h = tl.load(
+            hidden + places[:, None] * D + depth[None], here[:, None] & (depth < D)[None], 0.0
+        )
+        w = tl.load(
+            weight + (tap * G + groups)[None] * D + depth[:, None],
+            (groups < G)[None] & (depth < D)[:, None],
+            0.0,
+        )
+        total += tl.dot(h.to(DOT), w.to(DOT), input_precision="ieee")
+    total += tl.load(bias + tap * G + groups, groups < G, 0.0).to(tl.float32)[None]
+    return tl.where(here[:, None], total, 0.0)
+
+
+@triton.jit
+def _mix(
+    x, hidden, weight, bias, out, H, W, S, G, D, K: tl.constexpr, before: tl.constexpr,
+    gather: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """A piece of a row, some of the S channels of all groups.
+
+    ``out[p] = sum of x[p + tap] * kernel[p, tap]``, or with ``gather`` the gradient of that,
+    ``sum of x[p - tap] * kernel[p - tap, tap]``.
+    """
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    shared = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
+    groups = tl.arange(0, BLOCK_G)
+    image, y = (row // H).to(tl.int64), row % H
+    own = (image * H + y) * W + columns
+    channels = shared[:, None] * G + groups[None]
+    real = (shared < S)[:, None] & (groups < G)[None]
+    total = tl.full((BLOCK_P, BLOCK_S, BLOCK_G), 0.0, tl.float32)
+    for u in range(K):
+        for v in range(K):
+            move_y = before - u if gather else u - before
+            move_x = before - v if gather else v - before
+            from_y, from_x = y + move_y, columns + move_x
+            inside = (columns < W) & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
+            places = (image * H + from_y) * W + from_x
+            kernel = _predict(
+                hidden, weight, bias, places if gather else own, inside, u * K + v, G, D,
+                BLOCK_P, BLOCK_G, BLOCK_D, DOT,
+            )  # fmt: skip
+            values = tl.load(
+                x + places[:, None, None] * S * G + channels[None],
+                inside[:, None, None] & real[None],
+                0.0,
+            )
+            total += values.to(tl.float32) * kernel[:, None, :]
+    tl.store(
+        out + own[:, None, None] * S * G + channels[None],
+        total.to(out.dtype.element_ty),
+        (columns < W)[:, None, None] & real[None],
+    )
+
+
+@triton.jit
+def _kernel_gradient(
+    x, grad, image, y, columns, here, u, v, H, W, S, G, before,
+    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """What one tap's kernels receive, ``(positions, G)``: the sum of ``x[p + tap] * grad[p]``."""
+    groups = tl.arange(0, BLOCK_G)
+    from_y, from_x = y + u - before, columns + v - before
+    inside = here & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
+    own = ((image * H + y) * W + columns)[:, None] * S * G + groups[None]
+    places = ((image * H + from_y) * W + from_x)[:, None] * S * G + groups[None]
+    mask = inside[:, None] & (groups < G)[None]
+    total = tl.full((BLOCK_P, BLOCK_G), 0.0, tl.float32)
+    for s in range(S):
+        values = tl.load(x + places + s * G, mask, 0.0).to(tl.float32)
+        total += values * tl.load(grad + own + s * G, mask, 0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _hidden_gradient(
+    x, grad, weight, out, H, W, S, G, D, K: tl.constexpr, before: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """``sum over taps of kernel gradient @ weight[tap]`` for a piece of a row, a block of D."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    depth = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    groups = tl.arange(0, BLOCK_G)
+    image, y = (row // H).to(tl.int64), row % H
+    here = columns < W
+    total = tl.full((BLOCK_P, BLOCK_D), 0.0, tl.float32)
+    for u in range(K):
+        for v in range(K):
+            received = _kernel_gradient(
+                x, grad, image, y, columns, here, u, v, H, W, S, G, before, BLOCK_P, BLOCK_G
+            )
+            w = tl.load(
+                weight + ((u * K + v) * G + groups)[:, None] * D + depth[None],
+                (groups < G)[:, None] & (depth < D)[None],
+                0.0,
+            )
+            total += tl.dot(received.to(DOT), w.to(DOT), input_precision="ieee")
+    places = ((image * H + y) * W + columns)[:, None] * D + depth[None]
+    tl.store(out + places, total.to(out.dtype.element_ty), here[:, None] & (depth < D)[None])
+
+
+@triton.jit
+def _weight_gradient(
+    x, grad, hidden, out, out_bias, H, W, S, G, D, rows, chunks,
+    K: tl.constexpr, before: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One tap over one chunk of rows, a block of D: ``kernel gradient^T @ hidden``, and its sum."""
+    chunk, tap = tl.program_id(0), tl.program_id(1)
+    depth = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    groups = tl.arange(0, BLOCK_G)
+    total = tl.full((BLOCK_G, BLOCK_D), 0.0, tl.float32)
+    total_bias = tl.full((BLOCK_G,), 0.0, tl.float32)
+    for row in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
+        image, y = (row // H).to(tl.int64), row % H
+        for left in range(0, W, BLOCK_P):
+            columns = left + tl.arange(0, BLOCK_P)
+            here = columns < W
+            received = _kernel_gradient(
+                x, grad, image, y, columns, here, tap // K, tap % K, H, W, S, G, before,
+                BLOCK_P, BLOCK_G,
+            )  # fmt: skip
+            places = ((image * H + y) * W + columns)[:, None] * D + depth[None]
+            h = tl.load(hidden + places, here[:, None] & (depth < D)[None], 0.0)
+            total += tl.dot(tl.trans(received).to(DOT), h.to(DOT), input_precision="ieee")
+            total_bias += tl.sum(received, 0)
+    place = (chunk.to(tl.int64) * K * K + tap) * G + groups
+    mask = (groups < G)[:, None] & (depth < D)[None]
+    tl.store(out + place[:, None] * D + depth[None], total, mask)
+    # The programs of all blocks of D write the same.
+    tl.store(out_bias + place, total_bias, groups < G)
+
+
+def forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    """``(B, H, W, S, G)``, ``(B, H, W, D)``, ``(K*K, G, D)``, ``(K*K, G)``; all contiguous."""
+    return _run_mix(x, hidden, weight, bias, size, gather=False)
+
+
+def backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of all four, those of weight and bias in float32."""
+    grad_x = _run_mix(grad, hidden, weight, bias, size, gather=True)
+    grad_hidden = torch.empty_like(hidden)
+    batch, height, width, shared, groups = x.shape
+    depth, before = hidden.shape[-1], (size - 1) // 2
+    rows = batch * height
+    chunks = parts(rows, weight.numel())
+    grad_weight = weight.new_zeros(chunks, *weight.shape, dtype=torch.float32)
+    grad_bias = bias.new_zeros(chunks, *bias.shape, dtype=torch.float32)
+    if x.numel():
+        block_p, _, block_g, block_d = _blocks(x, depth)
+        options = (size, before, block_p, block_g, block_d, operands(x.dtype))
+        sizes = (height, width, shared, groups, depth)
+        blocks = triton.cdiv(depth, block_d)
+        grid = (rows, triton.cdiv(width, block_p), blocks)
+        _hidden_gradient[grid](x, grad, weight, grad_hidden, *sizes, *options)
+        _weight_gradient[(chunks, size**2, blocks)](
+            x, grad, hidden, grad_weight, grad_bias, *sizes, rows, chunks, *options
+        )
+    return grad_x, grad_hidden, grad_weight.sum(0), grad_bias.sum(0)
+
+
+def _run_mix(
+    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int, gather: bool
+) -> Tensor:
+    out = torch.empty_like(x)
+    if not out.numel():
+        return out
+    batch, height, width, shared, groups = x.shape
+    block_p, block_s, block_g, block_d = _blocks(x, hidden.shape[-1])
+    grid = (batch * height, triton.cdiv(width, block_p), triton.cdiv(shared, block_s))
+    _mix[grid](
+        x, hidden, weight, bias, out, height, width, shared, groups, hidden.shape[-1],
+        size, (size - 1) // 2, gather, block_p, block_s, block_g, block_d, operands(x.dtype),
+    )  # fmt: skip
+    return out
+
+
+def _blocks(x: Tensor, depth: int) -> tuple[int, int, int, int]:
+    """Positions, shared channels, groups and hidden channels of a tile."""
+    return 16, min(4, power(x.shape[3], 1)), power(x.shape[4]), min(64, power(depth))

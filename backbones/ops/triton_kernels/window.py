@@ -1,0 +1,138 @@
+"""Attention inside shifted windows: shift, windows and their way back are index arithmetic.
+
+A program works on windows of one head; the backward pass computes the weights again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from backbones.ops.triton_kernels import operands, parts, power
+
+
+@triton.jit
+def _places(window, H, W, rows, columns, down, right, N, BLOCK_N: tl.constexpr):
+    """Where the positions of a window lie in all images, and on which sides of the seam."""
+    across = W // columns
+    windows = H // rows * across
+    image, window = (window // windows).to(tl.int64), window % windows
+    n = tl.arange(0, BLOCK_N)
+    y = window // across * rows + n // columns
+    x = window % across * columns + n % columns
+    # Only the last windows of an axis have positions that the shift brought around.
+    side = tl.where(y >= H - down, 1, 0) + tl.where(x >= W - right, 2, 0)
+    y, x = (y + down) % H, (x + right) % W
+    return (image * H + y) * W + x, side
+
+
+@triton.jit
+def _attend(query, key, bias, side, head, N, scale, BLOCK_N: tl.constexpr, DOT: tl.constexpr):
+    """``softmax(query @ key^T * scale + bias)``, zero across the seam and beyond the window."""
+    n = tl.arange(0, BLOCK_N)
+    scores = tl.dot(query.to(DOT), tl.trans(key.to(DOT)), input_precision="ieee") * scale
+    square = (n < N)[:, None] & (n < N)[None]
+    place = (head * N + n)[:, None] * N + n[None]
+    scores += tl.load(bias + place, square, 0.0).to(tl.float32)
+    # Rows beyond the window see something, so that nothing is divided by zero.
+    seen = ((side[:, None] == side[None]) | (n >= N)[:, None]) & (n < N)[None]
+    scores = tl.where(seen, scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+    return tl.where((n < N)[:, None], weights / tl.sum(weights, 1)[:, None], 0.0)
+
+
+@triton.jit
+def _forward(
+    qkv, bias, out, H, W, heads, D, rows, columns, down, right, N, scale,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    window, head = tl.program_id(0), tl.program_id(1)
+    places, side = _places(window, H, W, rows, columns, down, right, N, BLOCK_N)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    real = (n < N)[:, None] & (d < D)[None]
+    C = heads * D
+    at = places[:, None] * 3 * C + (head * D + d)[None]
+    query, key = tl.load(qkv + at, real, 0.0), tl.load(qkv + at + C, real, 0.0)
+    value = tl.load(qkv + at + 2 * C, real, 0.0)
+    weights = _attend(query, key, bias, side, head, N, scale, BLOCK_N, DOT)
+    result = tl.dot(weights.to(DOT), value.to(DOT), input_precision="ieee")
+    at = places[:, None] * C + (head * D + d)[None]
+    tl.store(out + at, result.to(out.dtype.element_ty), real)
+
+
+@triton.jit
+def _backward(
+    grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, H, W, heads, D, rows, columns,
+    down, right, N, scale,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One head of a chunk of windows, and the sum of their gradients of the bias."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    real = (n < N)[:, None] & (d < D)[None]
+    C = heads * D
+    total = tl.full((BLOCK_N, BLOCK_N), 0.0, tl.float32)
+    for window in range(windows * chunk // chunks, windows * (chunk + 1) // chunks):
+        places, side = _places(window, H, W, rows, columns, down, right, N, BLOCK_N)
+        at = places[:, None] * 3 * C + (head * D + d)[None]
+        query, key = tl.load(qkv + at, real, 0.0), tl.load(qkv + at + C, real, 0.0)
+        value = tl.load(qkv + at + 2 * C, real, 0.0)
+        given = tl.load(grad + places[:, None] * C + (head * D + d)[None], real, 0.0)
+        weights = _attend(query, key, bias, side, head, N, scale, BLOCK_N, DOT)
+        rounded, given = weights.to(DOT), given.to(DOT)
+        grad_value = tl.dot(tl.trans(rounded), given, input_precision="ieee")
+        grad_weights = tl.dot(given, tl.trans(value.to(DOT)), input_precision="ieee")
+        mean = tl.sum(weights * grad_weights, 1)
+        grad_scores = weights * (grad_weights - mean[:, None])
+        total += grad_scores
+        rounded = grad_scores.to(DOT)
+        grad_query = tl.dot(rounded, key.to(DOT), input_precision="ieee") * scale
+        grad_key = tl.dot(tl.trans(rounded), query.to(DOT), input_precision="ieee") * scale
+        kind = grad_qkv.dtype.element_ty
+        tl.store(grad_qkv + at, grad_query.to(kind), real)
+        tl.store(grad_qkv + at + C, grad_key.to(kind), real)
+        tl.store(grad_qkv + at + 2 * C, grad_value.to(kind), real)
+    square = (n < N)[:, None] & (n < N)[None]
+    place = ((chunk * heads + head) * N + n)[:, None] * N + n[None]
+    tl.store(grad_bias + place, total, square)
+
+
+def forward(
+    qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int], shift: list[int]
+) -> Tensor:
+    """``(B, H, W, 3*C)`` and ``(heads, N, N)``, contiguous, to ``(B, H, W, C)``."""
+    batch, height, width, channels = qkv.shape
+    out = qkv.new_empty(batch, height, width, channels // 3)
+    windows, options = _options(qkv, num_heads, window_size, shift)
+    if windows:
+        _forward[(windows, num_heads)](qkv, bias, out, *options)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    window_size: list[int],
+    shift: list[int],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of qkv and, in float32, of the bias."""
+    windows, options = _options(qkv, num_heads, window_size, shift)
+    grad_qkv = torch.empty_like(qkv)
+    chunks = parts(windows, bias.numel())
+    grad_bias = bias.new_zeros(chunks, *bias.shape, dtype=torch.float32)
+    if windows:
+        _backward[(chunks, num_heads)](
+            grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, *options
+        )
+    return grad_qkv, grad_bias.sum(0)
+
+
+def _options(qkv: Tensor, num_heads: int, window_size: list[int], shift: list[int]):
+    batch, height, width, channels = qkv.shape
+    positions, depth = window_size[0] * window_size[1], channels // (3 * num_heads)
+    windows = batch * (height // window_size[0]) * (width // window_size[1])
+    blocks = power(positions), power(depth), operands(qkv.dtype)
+    sizes = (height, width, num_heads, depth, *window_size, *shift, positions)
+    return windows, (*sizes, depth**-0.5, *blocks)
