@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +223,19 @@ def test_without_the_interpreter_a_cpu_is_told():
     )
     assert done.returncode == 2
     assert "DENSE_OPS=triton: Triton runs on a CPU with TRITON_INTERPRET=1 only" in done.stderr
+
+
+def test_kernels_compile_for_gpus_and_do_not_spill():
+    tool = Path(__file__).parents[2] / "tools/inspect_kernels.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(tool), "--dtypes", "bf16"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    rows = [line for line in done.stdout.splitlines() if "| bf16 |" in line]
+    assert len(rows) == 14
+    products = [row for row in rows if "depthwise" not in row]
+    assert all(row.endswith("| yes |") for row in products)

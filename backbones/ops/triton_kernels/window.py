@@ -10,6 +10,9 @@ from torch import Tensor
 
 from backbones.ops.triton_kernels import operands, parts, power
 
+# Of the backward pass, whose three squares of 64x64 fill the registers of four.
+WARPS = 8
+
 
 @triton.jit
 def _places(window, H, W, rows, columns, down, right, N, BLOCK_N: tl.constexpr):
@@ -124,7 +127,7 @@ def backward(
     grad_bias = bias.new_zeros(chunks, *bias.shape, dtype=torch.float32)
     if windows:
         _backward[(chunks, num_heads)](
-            grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, *options
+            grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, *options, num_warps=WARPS
         )
     return grad_qkv, grad_bias.sum(0)
 

@@ -1,0 +1,152 @@
+"""What Triton makes of the GPU kernels, without a GPU: registers, spills, shared memory, widths.
+
+    python tools/inspect_kernels.py                     # for sm_90, float32 and bfloat16
+    python tools/inspect_kernels.py --arch 80 --dtypes fp16
+
+Compiles every kernel at the sizes of a tiny network's first and last stage and prints a table of
+what ptxas says. It is a proof that they compile and what they hold in registers, and says nothing
+of their speed. Exits with 1 when one spills in a half precision, which is what GPUs train in.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# The interpreter would take the kernels' sources.
+os.environ.pop("TRITON_INTERPRET", None)
+
+DTYPES = ("fp32", "bf16", "fp16")
+ACCESSES = re.compile(r"(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)")
+
+
+def kernels(dtype: str) -> list[tuple[str, object, dict, dict]]:
+    """Name, kernel, signature and constants of each at each size."""
+    import triton.language as tl
+
+    from backbones.ops.triton_kernels import depthwise, inhomogeneous, power, window
+
+    dot = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
+    found = []
+    for stage, channels in (("stage 1", 96), ("stage 4", 768)):
+        shared, depth = channels // 32, channels // 4
+        conv = {"K": 7, "before": 3, "BLOCK_W": 16, "BLOCK_C": 64}
+        found += [
+            (f"depthwise, {stage}", depthwise._forward, conv | {"flip": False, "biased": True}),
+            (f"depthwise weight gradient, {stage}", depthwise._weight_gradient, conv),
+        ]
+        tile = {
+            "K": 7,
+            "before": 3,
+            "BLOCK_P": 16,
+            "BLOCK_G": 32,
+            "BLOCK_D": min(64, power(depth)),
+            "DOT": dot,
+        }
+        mix = tile | {"BLOCK_S": min(4, power(shared, 1))}
+        found += [
+            (f"I-D-DW, {stage}", inhomogeneous._mix, mix | {"gather": False}),
+            (f"I-D-DW map gradient, {stage}", inhomogeneous._mix, mix | {"gather": True}),
+            (f"I-D-DW hidden gradient, {stage}", inhomogeneous._hidden_gradient, tile),
+            (f"I-D-DW weight gradient, {stage}", inhomogeneous._weight_gradient, tile),
+        ]
+    windows = {"BLOCK_N": 64, "BLOCK_D": 32, "DOT": dot}
+    found += [
+        ("window attention", window._forward, windows),
+        ("window attention gradient", window._backward, windows),
+    ]
+    return [(name, kernel, _signature(kernel, dtype), fixed) for name, kernel, fixed in found]
+
+
+def _signature(kernel: object, dtype: str) -> dict[str, str]:
+    """Types of the arguments: sums over positions in float32, maps and weights in ``dtype``."""
+    maps = {"x", "out", "grad", "taps", "bias", "hidden", "weight", "qkv", "grad_qkv"}
+    sums = {"out_bias", "grad_bias"}
+    kinds = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr:
+            kinds[name] = "constexpr"
+        elif name in sums or (name == "out" and "weight_gradient" in kernel.__name__):
+            kinds[name] = "*fp32"
+        elif name in maps:
+            kinds[name] = f"*{dtype}"
+        else:
+            kinds[name] = "fp32" if name == "scale" else "i32"
+    return kinds
+
+
+def inspect(kernel: object, signature: dict, constants: dict, arch: int) -> dict[str, int | str]:
+    """Compile one kernel and read what ptxas and its PTX say."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from backbones.ops.triton_kernels.window import WARPS, _backward
+
+    # Pointers and sizes that are multiples of 16, as those of maps of 32 channels and more are.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in ("C", "G", "D", "step")
+    }
+    source = ASTSource(kernel, signature, constants, attrs=aligned)
+    options = {"num_warps": WARPS if kernel is _backward else 4}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        ptxas = triton.knobs.nvidia.ptxas.path
+        target = re.search(r"\.target (\w+)", ptx)[1]
+        done = subprocess.run(
+            [ptxas, "-v", f"-arch={target}", str(path), "-o", str(Path(folder, "out"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    said = done.stderr
+    widths = [int(v or 1) * int(bits) // 8 for _, v, bits in ACCESSES.findall(ptx)]
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
+        "shared": compiled.metadata.shared,
+        "widest": max(widths, default=0),
+        "tensor cores": "yes" if re.search(r"\b(mma|wgmma)\.", ptx) else "no",
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, default=90, help="80, 89, 90, ... (%(default)s)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    args = parser.parse_args(argv)
+    try:
+        import triton
+    except ImportError:
+        print("inspect_kernels: there is no Triton here: pip install triton", file=sys.stderr)
+        return 2
+    print(
+        f"Triton {triton.__version__}, sm_{args.arch}; bytes spilled, of shared memory, and of the"
+    )
+    print("widest access to global memory a thread makes.\n")
+    print("| kernel | dtype | registers | spilled | shared | widest | tensor cores |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    spilled = 0
+    for dtype in args.dtypes:
+        for name, kernel, signature, constants in kernels(dtype):
+            row = inspect(kernel, signature, constants, args.arch)
+            spilled += row["spilled"] * (dtype != "fp32")
+            cells = " | ".join(str(value) for value in row.values())
+            print(f"| {name} | {dtype} | {cells} |", flush=True)
+    return int(spilled > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
