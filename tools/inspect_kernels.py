@@ -27,7 +27,7 @@ def kernels(dtype: str) -> list[tuple[str, object, dict, dict]]:
     """Name, kernel, signature and constants of each at each size."""
     import triton.language as tl
 
-    from backbones.ops.triton_kernels import depthwise, inhomogeneous, power, window
+    from backbones.ops.triton_kernels import aggregation, depthwise, inhomogeneous, power, window
 
     dot = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
     found = []
@@ -53,6 +53,13 @@ def kernels(dtype: str) -> list[tuple[str, object, dict, dict]]:
             (f"I-D-DW hidden gradient, {stage}", inhomogeneous._hidden_gradient, tile),
             (f"I-D-DW weight gradient, {stage}", inhomogeneous._weight_gradient, tile),
         ]
+        given = {key: tile[key] for key in ("K", "before", "BLOCK_P", "BLOCK_G")}
+        mix = given | {"BLOCK_S": mix["BLOCK_S"]}
+        found += [
+            (f"aggregation, {stage}", aggregation._mix, mix | {"gather": False}),
+            (f"aggregation map gradient, {stage}", aggregation._mix, mix | {"gather": True}),
+            (f"aggregation kernel gradient, {stage}", aggregation._kernel_gradient, given),
+        ]
     windows = {"BLOCK_N": 64, "BLOCK_D": 32, "DOT": dot}
     found += [
         ("window attention", window._forward, windows),
@@ -63,7 +70,7 @@ def kernels(dtype: str) -> list[tuple[str, object, dict, dict]]:
 
 def _signature(kernel: object, dtype: str) -> dict[str, str]:
     """Types of the arguments: sums over positions in float32, maps and weights in ``dtype``."""
-    maps = {"x", "out", "grad", "taps", "bias", "hidden", "weight", "qkv", "grad_qkv"}
+    maps = {"x", "out", "grad", "taps", "kernels", "bias", "hidden", "weight", "qkv", "grad_qkv"}
     sums = {"out_bias", "grad_bias"}
     kinds = {}
     for parameter in kernel.params:

@@ -5,6 +5,7 @@ computed, so a faster path can be put behind the name without touching a module.
 that define them stand in :mod:`backbones.ops.reference`.
 """
 
+from backbones.ops.aggregation import inhomogeneous_aggregation
 from backbones.ops.depthwise import depthwise_conv, dynamic_depthwise_conv
 from backbones.ops.dispatch import force as force
 from backbones.ops.inhomogeneous import inhomogeneous_dynamic_depthwise_conv
@@ -14,6 +15,7 @@ from backbones.ops.window import local_mlp, window_attention
 __all__ = [
     "depthwise_conv",
     "dynamic_depthwise_conv",
+    "inhomogeneous_aggregation",
     "inhomogeneous_dynamic_depthwise_conv",
     "linear",
     "local_mlp",

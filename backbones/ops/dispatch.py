@@ -22,13 +22,19 @@ OPERATORS = {
     "depthwise_conv": ("reference", "torch", "native", "triton"),
     "dynamic_depthwise_conv": ("reference", "torch", "native", "triton"),
     "inhomogeneous_dynamic_depthwise_conv": ("reference", "torch", "native", "triton"),
+    "inhomogeneous_aggregation": ("reference", "torch", "native", "triton"),
     "window_attention": ("reference", "torch", "native", "triton"),
     "local_mlp": ("reference", "torch", "native"),
     "linear": ("reference", "torch", "onednn"),
 }
 ENVIRONMENT = "DENSE_OPS"
 # Those whose plain form stores what the kernels do not, or of which PyTorch's own is known as slow.
-ON_GPUS = ("dynamic_depthwise_conv", "inhomogeneous_dynamic_depthwise_conv", "window_attention")
+ON_GPUS = (
+    "dynamic_depthwise_conv",
+    "inhomogeneous_dynamic_depthwise_conv",
+    "inhomogeneous_aggregation",
+    "window_attention",
+)
 
 T = TypeVar("T")
 _forced: str | None = None

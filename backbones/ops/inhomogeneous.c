@@ -150,3 +150,58 @@ I predict_and_aggregate_backward(const REAL *grad, const REAL *x, const REAL *hi
   }
   return failed;
 }
+
+/* (G, K*K) of one position to (K*K, G), and back. */
+INLINE void by_tap(const REAL *given, REAL *kernel, I G, I taps) {
+  for (I g = 0; g < G; g++)
+    for (I t = 0; t < taps; t++) kernel[t * G + g] = given[g * taps + t];
+}
+INLINE void by_group(const REAL *kernel, REAL *given, I G, I taps) {
+  for (I g = 0; g < G; g++)
+    for (I t = 0; t < taps; t++) given[g * taps + t] = kernel[t * G + g];
+}
+
+/* out (B, H, W, S, G) by kernels that are given, (B, H, W, G, K*K). */
+I aggregate(const REAL *x, const REAL *given, REAL *out, I B, I H, I W, I S, I G, I K, I threads) {
+  I Wp = W + K - 1, many = K * K * G, failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    REAL *kernel = malloc(many * sizeof(REAL));
+    failed = !kernel;
+#pragma omp for collapse(2) schedule(static)
+    for (I b = 0; b < B; b++)
+      for (I y = 0; y < H; y++)
+        for (I left = 0; left < W && !failed; left++) {
+          I p = (b * H + y) * W + left;
+          by_tap(given + p * many, kernel, G, K * K);
+          aggregate_at(x + ((b * (H + K - 1) + y) * Wp + left) * S * G, kernel, out + p * S * G, Wp,
+                       S, G, K);
+        }
+    free(kernel);
+  }
+  return failed;
+}
+
+/* dx, padded as x is and zero, and dgiven; strips as above. */
+I aggregate_backward(const REAL *grad, const REAL *x, const REAL *given, REAL *dx, REAL *dgiven,
+                     I strips, I B, I H, I W, I S, I G, I K, I threads) {
+  I Wp = W + K - 1, many = K * K * G, failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    REAL *kernel = malloc(many * sizeof(REAL));
+    failed = !kernel;
+    for (I parity = 0; parity < 2; parity++)
+#pragma omp for collapse(2) schedule(static, 1)
+      for (I b = 0; b < B; b++)
+        for (I strip = parity; strip < strips; strip += 2)
+          for (I y = H / strips * strip; y < (strip + 1 < strips ? H / strips * (strip + 1) : H); y++)
+            for (I left = 0; left < W && !failed; left++) {
+              I p = (b * H + y) * W + left, place = ((b * (H + K - 1) + y) * Wp + left) * S * G;
+              by_tap(given + p * many, kernel, G, K * K);
+              spread_at(x + place, grad + p * S * G, dx + place, kernel, Wp, S, G, K);
+              by_group(kernel, dgiven + p * many, G, K * K);
+            }
+    free(kernel);
+  }
+  return failed;
+}

@@ -32,6 +32,11 @@ def aggregate(x: Tensor, kernels: Tensor) -> Tensor:
     return torch.einsum("bhwgskl,bhwgkl->bhwgs", windows, kernels).flatten(-2)
 
 
+def inhomogeneous_aggregation(x: Tensor, kernels: Tensor) -> Tensor:
+    """:func:`backbones.ops.inhomogeneous_aggregation`."""
+    return aggregate(x, kernels)
+
+
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`backbones.ops.depthwise_conv` as an aggregation with one kernel everywhere."""
     out = aggregate(x, weight[:, 0].expand(*x.shape[:3], -1, -1, -1))

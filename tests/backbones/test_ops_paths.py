@@ -46,6 +46,11 @@ def inhomogeneous(size, groups=2, shared=3, kernel=7, batch=2):
     return "inhomogeneous_dynamic_depthwise_conv", inputs, (kernel,)
 
 
+def aggregation(size, groups=2, shared=3, kernel=7, batch=2):
+    kernels = randn(batch, *size, groups, kernel, kernel)
+    return "inhomogeneous_aggregation", [randn(batch, *size, groups * shared), kernels], ()
+
+
 def attention(size, groups=2, shared=3, shift=(1, 1), batch=2):
     size = [n * -(-side // n) for n, side in zip(WINDOW, size, strict=True)]
     inputs = [randn(batch, *size, 3 * groups * shared), randn(groups, 6, 6)]
@@ -58,7 +63,7 @@ def local_mlp(size, groups=2, shared=3, shift=(1, 1), batch=2):
     return "local_mlp", inputs, (WINDOW, shift)
 
 
-CONVOLUTIONS = [depthwise, dynamic, inhomogeneous]
+CONVOLUTIONS = [depthwise, dynamic, inhomogeneous, aggregation]
 ALL = [*CONVOLUTIONS, attention, local_mlp]
 
 
@@ -207,7 +212,7 @@ def test_one_graph_serves_all_sizes(make, path):
     with ops.force(path):
         for size in [(9, 12), (14, 10)]:
             name, inputs, options = make(size)
-            maps = inputs[: 2 if make is inhomogeneous else 1]
+            maps = inputs[: 2 if make in (inhomogeneous, aggregation) else 1]
             for axis in (1, 2):
                 for tensor in maps:
                     torch._dynamo.mark_dynamic(tensor, axis)
@@ -231,6 +236,14 @@ def test_exports_hold_no_operator_of_ours(make):
     torch.testing.assert_close(exported.module()(*inputs), expected)
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 5, 2, 3, 4), (1, 4, 4, 2, 3, 3), (1, 4, 5, 4, 3, 3), (1, 4, 5, 2, 9), (1, 4)]
+)
+def test_kernels_of_another_map_are_refused(shape):
+    with pytest.raises(ValueError, match=r"kernels of .* for a map of \(1, 4, 5, 6\)"):
+        ops.inhomogeneous_aggregation(torch.zeros(1, 4, 5, 6), torch.zeros(shape))
+
+
 def test_forcing(monkeypatch):
     x = torch.zeros(1, 2, 2, 3)
     operator = next(iter(OPERATORS))
@@ -241,7 +254,9 @@ def test_forcing(monkeypatch):
     with ops.force("torch"):
         assert explain(operator, "cpu", x.dtype)[0] == "torch"
     monkeypatch.setenv("DENSE_OPS", "fast")
-    with pytest.raises(ValueError, match="DENSE_OPS='fast': reference, torch, native, onednn "):
+    with pytest.raises(
+        ValueError, match="DENSE_OPS='fast': reference, torch, native, onednn, triton"
+    ):
         explain(operator, "cpu", x.dtype)
     with pytest.raises(ValueError, match="valid"), ops.force("slow"):
         pass

@@ -45,6 +45,11 @@ def inhomogeneous(size, groups=2, shared=3, kernel=3, batch=2, depth=5):
     return "inhomogeneous_dynamic_depthwise_conv", inputs, (kernel,)
 
 
+def aggregation(size, groups=2, shared=3, kernel=3, batch=2):
+    kernels = randn(batch, *size, groups, kernel, kernel)
+    return "inhomogeneous_aggregation", [randn(batch, *size, groups * shared), kernels], ()
+
+
 def attention(size, groups=2, shared=3, shift=(1, 1), window=WINDOW, batch=2):
     size = [n * -(-side // n) for n, side in zip(window, size, strict=True)]
     positions = window[0] * window[1]
@@ -52,7 +57,7 @@ def attention(size, groups=2, shared=3, shift=(1, 1), window=WINDOW, batch=2):
     return "window_attention", inputs, (groups, window, shift)
 
 
-CONVOLUTIONS = [depthwise, dynamic, inhomogeneous]
+CONVOLUTIONS = [depthwise, dynamic, inhomogeneous, aggregation]
 ALL = [*CONVOLUTIONS, attention]
 
 
@@ -236,6 +241,6 @@ def test_kernels_compile_for_gpus_and_do_not_spill():
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = [line for line in done.stdout.splitlines() if "| bf16 |" in line]
-    assert len(rows) == 14
-    products = [row for row in rows if "depthwise" not in row]
+    assert len(rows) == 20
+    products = [row for row in rows if "I-D-DW" in row or "attention" in row]
     assert all(row.endswith("| yes |") for row in products)
