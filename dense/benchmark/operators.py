@@ -24,7 +24,7 @@ def contests(device: torch.device, modes: Sequence[str]) -> list[Contest]:
     """Every operator at both shapes, forward alone and with the backward pass."""
     found = []
     for images, height, width in SHAPES:
-        for make in (_inhomogeneous, _dynamic, _depthwise, _attention, _shifted_attention, _mlp):
+        for make in OPERATORS:
             name, functions = make(images, height, width, device)
             for mode in modes:
                 what = "forward" if mode == "inference" else "forward + backward"
@@ -105,6 +105,34 @@ def _inhomogeneous(images: int, height: int, width: int, device: torch.device):
     if device.type == "cuda":
         functions |= _carafe(channels_first)
     return "I-D-DW-Conv with its kernels' prediction", functions
+
+
+def _aggregation(images: int, height: int, width: int, device: torch.device):
+    shape = (images, height, width)
+
+    def inputs() -> list[Tensor]:
+        kernels = _random(device, *shape, GROUPS, KERNEL, KERNEL, scale=1 / KERNEL)
+        return [_random(device, *shape, CHANNELS), kernels]
+
+    def channels_first() -> list[Tensor]:
+        x, kernels = inputs()
+        kernels = kernels.flatten(4).permute(0, 3, 4, 1, 2)[:, :, None].contiguous()
+        return [x.permute(0, 3, 1, 2).contiguous(), kernels]
+
+    def taps(x: Tensor, kernels: Tensor) -> Tensor:
+        return _SumOfTaps.apply(x.unflatten(1, (GROUPS, -1)), kernels).flatten(1, 2)
+
+    def unfolded(x: Tensor, kernels: Tensor) -> Tensor:
+        windows = F.unfold(x, KERNEL, padding=KERNEL // 2).unflatten(1, (GROUPS, -1, TAPS))
+        out = (windows * kernels.flatten(-2)).sum(3)
+        return out.unflatten(-1, (height, width)).flatten(1, 2)
+
+    functions = {
+        "its 49 taps summed": lambda: (taps, channels_first()),
+        "unfold": lambda: (unfolded, channels_first()),
+        "ours": lambda: (ops.inhomogeneous_aggregation, inputs()),
+    }
+    return "aggregation by kernels that are given", functions
 
 
 def _carafe(channels_first: Callable[[], list[Tensor]]) -> dict:
@@ -332,3 +360,14 @@ def _mlp(images: int, height: int, width: int, device: torch.device):
         "ours": lambda: (ours, inputs()),
     }
     return "local MLP", functions
+
+
+OPERATORS = (
+    _inhomogeneous,
+    _aggregation,
+    _dynamic,
+    _depthwise,
+    _attention,
+    _shifted_attention,
+    _mlp,
+)
