@@ -147,6 +147,25 @@ def test_attention_of_any_sharpness(path, scale):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(make, path, value):
+    name, inputs, options = make((6, 6))
+    inputs = [x.float() for x in inputs]
+    inputs[0][0, 2, 3, 0] = value
+    with ops.force(path):
+        assert not getattr(ops, name)(*inputs, *options).isfinite().all()
+
+
+def test_a_key_that_is_not_a_number_is_not_hidden():
+    """Its value is one, and would be left out with a weight of zero."""
+    qkv = torch.randn(1, 3, 2, 3 * 8)
+    qkv[0, 1, 1, 9] = float("nan")
+    with ops.force("native"):
+        assert ops.window_attention(qkv, torch.zeros(2, 6, 6), 2, WINDOW, (0, 0)).isnan().any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", ALL)
 def test_an_empty_batch(make, path):
     agrees(make((4, 4), batch=0), path)
 
