@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 DTYPES = ("fp32", "bf16", "fp16")
+COPIES = re.compile(r"cp\.async\.c\w\.shared\.global \[.*?\], \[.*?\], (0x\w+)")
 ACCESSES = re.compile(r"(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)")
 
 
@@ -28,6 +29,7 @@ def kernels(dtype: str) -> list[tuple[str, object, dict, dict]]:
     import triton.language as tl
 
     from backbones.ops.triton_kernels import aggregation, depthwise, inhomogeneous, power, window
+    from backbones.ops.triton_kernels import local_mlp as mlp
 
     dot = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
     found = []
@@ -50,7 +52,11 @@ def kernels(dtype: str) -> list[tuple[str, object, dict, dict]]:
         found += [
             (f"I-D-DW, {stage}", inhomogeneous._mix, mix | {"gather": False}),
             (f"I-D-DW map gradient, {stage}", inhomogeneous._mix, mix | {"gather": True}),
-            (f"I-D-DW hidden gradient, {stage}", inhomogeneous._hidden_gradient, tile),
+            (
+                f"I-D-DW hidden gradient, {stage}",
+                inhomogeneous._hidden_gradient,
+                tile | {"BLOCKS": 1},
+            ),
             (f"I-D-DW weight gradient, {stage}", inhomogeneous._weight_gradient, tile),
         ]
         given = {key: tile[key] for key in ("K", "before", "BLOCK_P", "BLOCK_G")}
@@ -61,9 +67,13 @@ def kernels(dtype: str) -> list[tuple[str, object, dict, dict]]:
             (f"aggregation kernel gradient, {stage}", aggregation._kernel_gradient, given),
         ]
     windows = {"BLOCK_N": 64, "BLOCK_D": 32, "DOT": dot}
+    mixing = windows | {"BLOCKS": 1, "num_warps": mlp.WARPS}
     found += [
         ("window attention", window._forward, windows),
-        ("window attention gradient", window._backward, windows),
+        ("window attention gradient", window._backward, windows | {"num_warps": window.WARPS}),
+        ("local MLP", mlp._mix, mixing | {"back": False}),
+        ("local MLP map gradient", mlp._mix, mixing | {"back": True}),
+        ("local MLP weight gradient", mlp._weight_gradient, mixing),
     ]
     return [(name, kernel, _signature(kernel, dtype), fixed) for name, kernel, fixed in found]
 
@@ -71,7 +81,8 @@ def kernels(dtype: str) -> list[tuple[str, object, dict, dict]]:
 def _signature(kernel: object, dtype: str) -> dict[str, str]:
     """Types of the arguments: sums over positions in float32, maps and weights in ``dtype``."""
     maps = {"x", "out", "grad", "taps", "kernels", "bias", "hidden", "weight", "qkv", "grad_qkv"}
-    sums = {"out_bias", "grad_bias"}
+    maps |= {"value", "grad_value", "mixing"}
+    sums = {"out_bias", "grad_bias", "grad_mixing"}
     kinds = {}
     for parameter in kernel.params:
         name = parameter.name
@@ -92,16 +103,15 @@ def inspect(kernel: object, signature: dict, constants: dict, arch: int) -> dict
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from backbones.ops.triton_kernels.window import WARPS, _backward
-
     # Pointers and sizes that are multiples of 16, as those of maps of 32 channels and more are.
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or name in ("C", "G", "D", "step")
     }
+    options = {"num_warps": constants.get("num_warps", 4)}
+    constants = {name: value for name, value in constants.items() if name in signature}
     source = ASTSource(kernel, signature, constants, attrs=aligned)
-    options = {"num_warps": WARPS if kernel is _backward else 4}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -117,6 +127,7 @@ def inspect(kernel: object, signature: dict, constants: dict, arch: int) -> dict
         )
     said = done.stderr
     widths = [int(v or 1) * int(bits) // 8 for _, v, bits in ACCESSES.findall(ptx)]
+    widths += [int(size, 16) for size in COPIES.findall(ptx)]
     return {
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),

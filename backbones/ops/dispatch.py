@@ -24,7 +24,7 @@ OPERATORS = {
     "inhomogeneous_dynamic_depthwise_conv": ("reference", "torch", "native", "triton"),
     "inhomogeneous_aggregation": ("reference", "torch", "native", "triton"),
     "window_attention": ("reference", "torch", "native", "triton"),
-    "local_mlp": ("reference", "torch", "native"),
+    "local_mlp": ("reference", "torch", "native", "triton"),
     "linear": ("reference", "torch", "onednn"),
 }
 ENVIRONMENT = "DENSE_OPS"
@@ -34,6 +34,7 @@ ON_GPUS = (
     "inhomogeneous_dynamic_depthwise_conv",
     "inhomogeneous_aggregation",
     "window_attention",
+    "local_mlp",
 )
 
 T = TypeVar("T")
@@ -87,7 +88,13 @@ def attempt(operator: str, compute: Callable[[], T]) -> T | None:
 
 def exporting() -> bool:
     """Whether a graph is being captured that must hold in other runtimes."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    return _is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    # Traced, it would be answered with True in graphs that torch.compile captures, too.
+    return torch.compiler.is_exporting()
 
 
 def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -102,6 +109,9 @@ def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     if "onednn" in known and (reason := _no_onednn(device, dtype)) is not None:
         return "torch", reason
     wanted, by = (_forced, "ops.force") if _forced is not None else _environment()
+    if wanted == "triton" and wanted in known:
+        reason = _no_triton_for(device, dtype)
+        return ("triton", f"forced by {by}") if reason is None else ("torch", reason)
     if wanted in known and not (wanted == "native" and device != "cpu"):
         return wanted, f"forced by {by}"
     if device == "cuda" and wanted is None and "triton" in known:
@@ -123,15 +133,20 @@ def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
 def _on_gpu(operator: str, dtype: torch.dtype) -> tuple[str, str]:
     if operator not in ON_GPUS:
         return "torch", "PyTorch's own operators"
-    if dtype == torch.float64:
-        return "torch", "the Triton kernels sum in float32"
     if operator in _broken:
         return "torch", _broken[operator]
-    if (missing := _no_triton("cuda")) is not None:
-        return "torch", missing
+    if (reason := _no_triton_for("cuda", dtype)) is not None:
+        return "torch", reason
     return "triton", "nothing is stored that can be computed again"
 
 
+def _no_triton_for(device: str, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels sum in float32, not in {dtype}".replace("torch.", "")
+    return _no_triton(device)
+
+
+@torch.compiler.assume_constant_result
 def _no_triton(device: str) -> str | None:
     if find_spec("triton") is None:
         return "there is no Triton here"

@@ -33,7 +33,7 @@ def window_attention(
         ``(B, H, W, C)``.
     """
     path = choose("window_attention", qkv)
-    if path in ("native", "triton"):
+    if path == "native" or (path == "triton" and window_native.fits(window_size)):
         return window_native.window_attention(qkv, bias, num_heads, window_size, shift)
     if path == "reference" or exporting():
         return reference.window_attention(qkv, bias, num_heads, window_size, shift)
@@ -141,7 +141,7 @@ def local_mlp(
         return reference.local_mlp(value, weight, bias, window_size, shift)
     height, width = value.shape[1:3]
     mixing = weight + bias
-    if path == "native":
+    if path == "native" or (path == "triton" and window_native.fits(window_size)):
         return window_native.local_mlp(value, mixing, window_size, shift)
     if _shifts(shift):
         same_region = region_mask(height, width, window_size, shift, value.device)

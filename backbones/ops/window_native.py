@@ -13,6 +13,13 @@ from backbones.ops.layout import autocast_dtype
 
 # Parts of a sum over windows, times heads: enough for the threads of a large machine.
 _PARTS = 128
+# Positions of the largest window whose weights the Triton kernels hold in registers.
+_POSITIONS = 64
+
+
+def fits(window_size: tuple[int, int]) -> bool:
+    """Whether the Triton kernels take windows of so many rows and columns."""
+    return window_size[0] * window_size[1] <= _POSITIONS
 
 
 def window_attention(
@@ -81,8 +88,15 @@ def _attend_backward(
     return grad_qkv.to(qkv.dtype), parts.sum(0).to(bias.dtype)
 
 
-@torch.library.custom_op("dense::local_mlp", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dense::local_mlp", mutates_args=())
 def _mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
+    if choose("local_mlp", value) == "triton":
+        args = value.contiguous(), mixing.contiguous(), window_size, shift
+        out = attempt("local_mlp", lambda: _triton_local_mlp().forward(*args))
+        if out is not None:
+            return out
+    if value.device.type != "cpu":
+        return _plain_mix(value, mixing, window_size, shift).contiguous()
     value_, mixing_ = _summed(value, mixing)
     out = torch.empty_like(value_)
     sizes = _sizes(value, mixing.shape[-3], window_size, shift)
@@ -90,10 +104,20 @@ def _mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]
     return out.to(value.dtype)
 
 
-@torch.library.custom_op("dense::local_mlp_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("dense::local_mlp_backward", mutates_args=())
 def _mix_backward(
     grad: Tensor, value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]
 ) -> tuple[Tensor, Tensor]:
+    if choose("local_mlp", value) == "triton":
+        args = grad.contiguous(), value.contiguous(), mixing.contiguous(), window_size, shift
+        own = attempt("local_mlp", lambda: _triton_local_mlp().backward(*args))
+        if own is not None:
+            return own[0], own[1].to(mixing.dtype)
+    if value.device.type != "cpu":
+        with torch.enable_grad():
+            leaves = [value.detach().requires_grad_(), mixing.detach().requires_grad_()]
+            out = _plain_mix(*leaves, window_size, shift)
+            return torch.autograd.grad(out, leaves, grad)
     grad_, value_, mixing_ = _summed(grad, value, mixing)
     windows, heads = _windows(grad, window_size), mixing.shape[-3]
     chunks = windows if mixing.dim() == 5 else min(windows, max(1, _PARTS // heads))
@@ -112,6 +136,17 @@ def _triton():
     from backbones.ops.triton_kernels import window
 
     return window
+
+
+def _triton_local_mlp():
+    from backbones.ops.triton_kernels import local_mlp
+
+    return local_mlp
+
+
+def _plain_mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
+    mixing = mixing.to(value.dtype)
+    return reference.local_mlp(value, mixing, mixing.new_zeros(()), window_size, shift)
 
 
 def _summed(first: Tensor, *others: Tensor) -> list[Tensor]:

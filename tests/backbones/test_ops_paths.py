@@ -245,10 +245,26 @@ def test_one_graph_serves_all_sizes(make, path):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("make", ALL)
-def test_exports_hold_no_operator_of_ours(make):
+@pytest.mark.parametrize("make", [inhomogeneous, aggregation])
+def test_compiled_graphs_hold_the_operator(make):
+    """And not the form that exported ones do, which keeps the kernels for the backward pass."""
     name, inputs, options = make((9, 12))
-    exported = torch.export.export(Operator(name, options), tuple(inputs))
+    held = []
+
+    def backend(graph, example_inputs):
+        held.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(Operator(name, options), backend=backend, fullgraph=True)(*inputs)
+    assert any(target.startswith("dense.") for target in held)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("make", ALL)
+def test_exports_hold_no_operator_of_ours(make, strict):
+    name, inputs, options = make((9, 12))
+    exported = torch.export.export(Operator(name, options), tuple(inputs), strict=strict)
     targets = [str(node.target) for node in exported.graph.nodes]
     assert not [t for t in targets if t.startswith("dense")]
     expected = getattr(reference, name)(*inputs, *options)

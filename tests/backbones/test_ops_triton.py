@@ -57,8 +57,15 @@ def attention(size, groups=2, shared=3, shift=(1, 1), window=WINDOW, batch=2):
     return "window_attention", inputs, (groups, window, shift)
 
 
+def local_mlp(size, groups=2, shared=3, shift=(1, 1), window=WINDOW, batch=2, grid=()):
+    size = [n * -(-side // n) for n, side in zip(window, size, strict=True)]
+    weights = groups, window[0] * window[1], window[0] * window[1]
+    inputs = [randn(batch, *size, groups * shared), randn(*grid, *weights), randn(*weights)]
+    return "local_mlp", inputs, (window, shift)
+
+
 CONVOLUTIONS = [depthwise, dynamic, inhomogeneous, aggregation]
-ALL = [*CONVOLUTIONS, attention]
+ALL = [*CONVOLUTIONS, attention, local_mlp]
 
 
 def outputs_and_gradients(function, inputs, options, grad):
@@ -117,6 +124,8 @@ def test_windows(window, dim):
     size = (2 * window[0], 2 * window[1])
     for shift in {(0, 0), (window[0] // 2, window[1] // 2), (0, window[1] // 2)}:
         agrees(attention(size, shared=dim, shift=shift, window=window, batch=1))
+        for grid in ((), (2, 2)):
+            agrees(local_mlp(size, shared=dim, shift=shift, window=window, batch=2, grid=grid))
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -241,6 +250,6 @@ def test_kernels_compile_for_gpus_and_do_not_spill():
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = [line for line in done.stdout.splitlines() if "| bf16 |" in line]
-    assert len(rows) == 20
-    products = [row for row in rows if "I-D-DW" in row or "attention" in row]
+    assert len(rows) == 23
+    products = [row for row in rows if "I-D-DW" in row or "attention" in row or "MLP" in row]
     assert all(row.endswith("| yes |") for row in products)

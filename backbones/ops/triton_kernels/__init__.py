@@ -6,12 +6,28 @@ order: no atomics, so that gradients repeat bit for bit. With ``TRITON_INTERPRET
 CPU, slowly, which is how they are tested where there is no GPU.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import triton
 import triton.language as tl
 
 # Sums over positions: parts of them, enough for every multiprocessor of a large GPU.
 PARTS = 256
+# Arguments that a detector changes with every image: no kernel is compiled for each of their kinds.
+CHANGING = ["H", "W", "rows", "chunks", "shared", "windows", "members", "M"]
+
+
+def launches(function: Callable) -> Callable:
+    """Run kernels where the first tensor is, whatever device is the process's current one."""
+
+    @wraps(function)
+    def launch(first: torch.Tensor, *others):
+        with torch.cuda.device_of(first):
+            return function(first, *others)
+
+    return launch
 
 
 def power(n: int, least: int = 16) -> int:

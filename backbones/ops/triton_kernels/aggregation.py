@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import power
+from backbones.ops.triton_kernels import CHANGING, launches, power
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _mix(
     x, kernels, out, H, W, S, G, K: tl.constexpr, before: tl.constexpr, gather: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -19,8 +19,9 @@ def _mix(
     """``out[p] = sum of x[p + tap] * kernel[p, tap]``, or with ``gather`` its gradient."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    shared = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
-    groups = tl.arange(0, BLOCK_G)
+    blocks = tl.cdiv(G, BLOCK_G)
+    shared = tl.program_id(2) // blocks * BLOCK_S + tl.arange(0, BLOCK_S)
+    groups = tl.program_id(2) % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
     image, y = (row // H).to(tl.int64), row % H
     own = (image * H + y) * W + columns
     channels = shared[:, None] * G + groups[None]
@@ -45,7 +46,7 @@ def _mix(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _kernel_gradient(
     x, grad, out, H, W, S, G, K: tl.constexpr, before: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -53,7 +54,7 @@ def _kernel_gradient(
     """``sum over S of x[p + tap] * grad[p]`` for every tap of a piece of a row."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    groups = tl.arange(0, BLOCK_G)
+    groups = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
     image, y = (row // H).to(tl.int64), row % H
     own = (image * H + y) * W + columns
     here = (columns < W)[:, None] & (groups < G)[None]
@@ -71,11 +72,13 @@ def _kernel_gradient(
             tl.store(out + at, total.to(out.dtype.element_ty), here)
 
 
+@launches
 def aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     """All contiguous."""
     return _run_mix(x, kernels, size, gather=False)
 
 
+@launches
 def aggregate_backward(
     grad: Tensor, x: Tensor, kernels: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
@@ -83,11 +86,11 @@ def aggregate_backward(
     grad_kernels = torch.empty_like(kernels)
     batch, height, width, shared, groups = x.shape
     if x.numel():
-        grid = (batch * height, triton.cdiv(width, 16))
+        block_g = min(32, power(groups))
+        grid = (batch * height, triton.cdiv(width, 16), triton.cdiv(groups, block_g))
         _kernel_gradient[grid](
-            x, grad, grad_kernels, height, width, shared, groups, size, (size - 1) // 2,
-            16, power(groups),
-        )  # fmt: skip
+            x, grad, grad_kernels, height, width, shared, groups, size, (size - 1) // 2, 16, block_g
+        )
     return _run_mix(grad, kernels, size, gather=True), grad_kernels
 
 
@@ -96,10 +99,11 @@ def _run_mix(x: Tensor, kernels: Tensor, size: int, gather: bool) -> Tensor:
     if not out.numel():
         return out
     batch, height, width, shared, groups = x.shape
-    block_s = min(4, power(shared, 1))
-    grid = (batch * height, triton.cdiv(width, 16), triton.cdiv(shared, block_s))
+    block_s, block_g = min(4, power(shared, 1)), min(32, power(groups))
+    blocks = triton.cdiv(shared, block_s) * triton.cdiv(groups, block_g)
+    grid = (batch * height, triton.cdiv(width, 16), blocks)
     _mix[grid](
         x, kernels, out, height, width, shared, groups, size, (size - 1) // 2, gather,
-        16, block_s, power(groups),
+        16, block_s, block_g,
     )  # fmt: skip
     return out

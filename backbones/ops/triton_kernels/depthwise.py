@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import parts, power
+from backbones.ops.triton_kernels import CHANGING, launches, parts, power
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _forward(
     x, taps, bias, out, H, W, C, step, K: tl.constexpr, before: tl.constexpr, flip: tl.constexpr,
     biased: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -37,7 +37,7 @@ def _forward(
     tl.store(out + places, total.to(out.dtype.element_ty), (columns < W)[:, None] & real[None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _weight_gradient(
     x, grad, out, H, W, C, rows, chunks, shared, K: tl.constexpr, before: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -66,6 +66,7 @@ def _weight_gradient(
     tl.store(out + (part.to(tl.int64) * K * K + tap) * C + channels, total, real)
 
 
+@launches
 def convolve(
     x: Tensor, taps: Tensor, bias: Tensor | None, size: int, before: int, flip: bool
 ) -> Tensor:
@@ -84,6 +85,7 @@ def convolve(
     return out
 
 
+@launches
 def weight_gradient(x: Tensor, grad: Tensor, kernels: int, size: int, before: int) -> Tensor:
     """``(kernels, K*K, C)`` float32, of one kernel for all images or one for each."""
     batch, height, width, channels = x.shape

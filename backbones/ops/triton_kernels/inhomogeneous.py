@@ -11,16 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import operands, parts, power
+from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
 
 
 @triton.jit
 def _predict(
-    hidden, weight, bias, places, here, tap, G, D,
+    hidden, weight, bias, places, here, groups, tap, G, D,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Kernels of one tap, ``(positions, G)`` in float32, zero where nothing is."""
-    groups = tl.arange(0, BLOCK_G)
+    """Kernels of one tap, ``(positions, groups)`` in float32, zero where nothing is."""
     total = tl.full((BLOCK_P, BLOCK_G), 0.0, tl.float32)
     for start in range(0, D, BLOCK_D):
         depth = start + tl.arange(0, BLOCK_D)
@@ -37,21 +36,22 @@ def _predict(
     return tl.where(here[:, None], total, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _mix(
     x, hidden, weight, bias, out, H, W, S, G, D, K: tl.constexpr, before: tl.constexpr,
     gather: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A piece of a row, some of the S channels of all groups.
+    """A piece of a row, some of the S channels of some of the groups.
 
     ``out[p] = sum of x[p + tap] * kernel[p, tap]``, or with ``gather`` the gradient of that,
     ``sum of x[p - tap] * kernel[p - tap, tap]``.
     """
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    shared = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
-    groups = tl.arange(0, BLOCK_G)
+    blocks = tl.cdiv(G, BLOCK_G)
+    shared = tl.program_id(2) // blocks * BLOCK_S + tl.arange(0, BLOCK_S)
+    groups = tl.program_id(2) % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
     image, y = (row // H).to(tl.int64), row % H
     own = (image * H + y) * W + columns
     channels = shared[:, None] * G + groups[None]
@@ -65,7 +65,7 @@ def _mix(
             inside = (columns < W) & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
             places = (image * H + from_y) * W + from_x
             kernel = _predict(
-                hidden, weight, bias, places if gather else own, inside, u * K + v, G, D,
+                hidden, weight, bias, places if gather else own, inside, groups, u * K + v, G, D,
                 BLOCK_P, BLOCK_G, BLOCK_D, DOT,
             )  # fmt: skip
             values = tl.load(
@@ -83,11 +83,10 @@ def _mix(
 
 @triton.jit
 def _kernel_gradient(
-    x, grad, image, y, columns, here, u, v, H, W, S, G, before,
+    x, grad, image, y, columns, here, groups, u, v, H, W, S, G, before,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """What one tap's kernels receive, ``(positions, G)``: the sum of ``x[p + tap] * grad[p]``."""
-    groups = tl.arange(0, BLOCK_G)
+    """What one tap's kernels receive at these positions, the sum of ``x[p + tap] * grad[p]``."""
     from_y, from_x = y + u - before, columns + v - before
     inside = here & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
     own = ((image * H + y) * W + columns)[:, None] * S * G + groups[None]
@@ -100,44 +99,51 @@ def _kernel_gradient(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _hidden_gradient(
-    x, grad, weight, out, H, W, S, G, D, K: tl.constexpr, before: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    x, grad, weight, out, H, W, S, G, D, BLOCKS: tl.constexpr, K: tl.constexpr,
+    before: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """``sum over taps of kernel gradient @ weight[tap]`` for a piece of a row, a block of D."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     depth = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    groups = tl.arange(0, BLOCK_G)
     image, y = (row // H).to(tl.int64), row % H
     here = columns < W
     total = tl.full((BLOCK_P, BLOCK_D), 0.0, tl.float32)
-    for u in range(K):
-        for v in range(K):
-            received = _kernel_gradient(
-                x, grad, image, y, columns, here, u, v, H, W, S, G, before, BLOCK_P, BLOCK_G
-            )
-            w = tl.load(
-                weight + ((u * K + v) * G + groups)[:, None] * D + depth[None],
-                (groups < G)[:, None] & (depth < D)[None],
-                0.0,
-            )
-            total += tl.dot(received.to(DOT), w.to(DOT), input_precision="ieee")
+    for block in range(BLOCKS):
+        groups = block * BLOCK_G + tl.arange(0, BLOCK_G)
+        for u in range(K):
+            for v in range(K):
+                received = _kernel_gradient(
+                    x, grad, image, y, columns, here, groups, u, v, H, W, S, G, before,
+                    BLOCK_P, BLOCK_G,
+                )  # fmt: skip
+                w = tl.load(
+                    weight + ((u * K + v) * G + groups)[:, None] * D + depth[None],
+                    (groups < G)[:, None] & (depth < D)[None],
+                    0.0,
+                )
+                total += tl.dot(received.to(DOT), w.to(DOT), input_precision="ieee")
     places = ((image * H + y) * W + columns)[:, None] * D + depth[None]
     tl.store(out + places, total.to(out.dtype.element_ty), here[:, None] & (depth < D)[None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _weight_gradient(
     x, grad, hidden, out, out_bias, H, W, S, G, D, rows, chunks,
     K: tl.constexpr, before: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One tap over one chunk of rows, a block of D: ``kernel gradient^T @ hidden``, and its sum."""
+    """One tap over one chunk of rows, for some groups and a block of D.
+
+    ``kernel gradient^T @ hidden``, and the sum of the kernel gradient.
+    """
     chunk, tap = tl.program_id(0), tl.program_id(1)
-    depth = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    groups = tl.arange(0, BLOCK_G)
+    blocks = tl.cdiv(G, BLOCK_G)
+    depth = tl.program_id(2) // blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    groups = tl.program_id(2) % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
     total = tl.full((BLOCK_G, BLOCK_D), 0.0, tl.float32)
     total_bias = tl.full((BLOCK_G,), 0.0, tl.float32)
     for row in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
@@ -146,7 +152,7 @@ def _weight_gradient(
             columns = left + tl.arange(0, BLOCK_P)
             here = columns < W
             received = _kernel_gradient(
-                x, grad, image, y, columns, here, tap // K, tap % K, H, W, S, G, before,
+                x, grad, image, y, columns, here, groups, tap // K, tap % K, H, W, S, G, before,
                 BLOCK_P, BLOCK_G,
             )  # fmt: skip
             places = ((image * H + y) * W + columns)[:, None] * D + depth[None]
@@ -160,11 +166,13 @@ def _weight_gradient(
     tl.store(out_bias + place, total_bias, groups < G)
 
 
+@launches
 def forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
     """``(B, H, W, S, G)``, ``(B, H, W, D)``, ``(K*K, G, D)``, ``(K*K, G)``; all contiguous."""
     return _run_mix(x, hidden, weight, bias, size, gather=False)
 
 
+@launches
 def backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -181,10 +189,10 @@ def backward(
         block_p, _, block_g, block_d = _blocks(x, depth)
         options = (size, before, block_p, block_g, block_d, operands(x.dtype))
         sizes = (height, width, shared, groups, depth)
-        blocks = triton.cdiv(depth, block_d)
+        blocks, blocks_g = triton.cdiv(depth, block_d), triton.cdiv(groups, block_g)
         grid = (rows, triton.cdiv(width, block_p), blocks)
-        _hidden_gradient[grid](x, grad, weight, grad_hidden, *sizes, *options)
-        _weight_gradient[(chunks, size**2, blocks)](
+        _hidden_gradient[grid](x, grad, weight, grad_hidden, *sizes, blocks_g, *options)
+        _weight_gradient[(chunks, size**2, blocks * blocks_g)](
             x, grad, hidden, grad_weight, grad_bias, *sizes, rows, chunks, *options
         )
     return grad_x, grad_hidden, grad_weight.sum(0), grad_bias.sum(0)
@@ -198,7 +206,8 @@ def _run_mix(
         return out
     batch, height, width, shared, groups = x.shape
     block_p, block_s, block_g, block_d = _blocks(x, hidden.shape[-1])
-    grid = (batch * height, triton.cdiv(width, block_p), triton.cdiv(shared, block_s))
+    blocks = triton.cdiv(shared, block_s) * triton.cdiv(groups, block_g)
+    grid = (batch * height, triton.cdiv(width, block_p), blocks)
     _mix[grid](
         x, hidden, weight, bias, out, height, width, shared, groups, hidden.shape[-1],
         size, (size - 1) // 2, gather, block_p, block_s, block_g, block_d, operands(x.dtype),
@@ -208,4 +217,5 @@ def _run_mix(
 
 def _blocks(x: Tensor, depth: int) -> tuple[int, int, int, int]:
     """Positions, shared channels, groups and hidden channels of a tile."""
-    return 16, min(4, power(x.shape[3], 1)), power(x.shape[4]), min(64, power(depth))
+    shared, groups = x.shape[3:]
+    return 16, min(4, power(shared, 1)), min(32, power(groups)), min(64, power(depth))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import operands, parts, power
+from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
 
 # Of the backward pass, whose three squares of 64x64 fill the registers of four.
 WARPS = 8
@@ -44,7 +44,7 @@ def _attend(query, key, bias, side, head, N, scale, BLOCK_N: tl.constexpr, DOT: 
     return tl.where((n < N)[:, None], weights / tl.sum(weights, 1)[:, None], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _forward(
     qkv, bias, out, H, W, heads, D, rows, columns, down, right, N, scale,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
@@ -63,7 +63,7 @@ def _forward(
     tl.store(out + at, result.to(out.dtype.element_ty), real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _backward(
     grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, H, W, heads, D, rows, columns,
     down, right, N, scale,
@@ -100,6 +100,7 @@ def _backward(
     tl.store(grad_bias + place, total, square)
 
 
+@launches
 def forward(
     qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int], shift: list[int]
 ) -> Tensor:
@@ -112,6 +113,7 @@ def forward(
     return out
 
 
+@launches
 def backward(
     grad: Tensor,
     qkv: Tensor,
