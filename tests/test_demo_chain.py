@@ -26,7 +26,7 @@ def tool():
     return module
 
 
-PLACES = dict.fromkeys(("photos", "coco", "ade", "out"), "folder") | {
+PLACES = dict.fromkeys(("photos", "ade", "out"), "folder") | {
     "d_dw_conv_nano": "d.pth",
     "i_d_dw_conv_nano": "i.pth",
 }
@@ -46,7 +46,7 @@ def test_both_starts_differ_by_their_weights_alone(tool):
 
 @pytest.mark.parametrize("phase", [0, 1])
 def test_every_config_and_tool_is_there(tool, phase):
-    steps = (*tool.pretraining(10)[phase], *tool.downstream())
+    steps = (tool.SCENES, *tool.pretraining(10)[phase], *tool.downstream())
     for step in steps:
         for word in step.argv(PLACES):
             if word.startswith(("tools/", "configs/")):
@@ -85,10 +85,10 @@ def test_what_is_not_a_full_match_is_refused(tool, tmp_path):
 def test_missing_data_is_one_line(tool, tmp_path, capsys):
     (tmp_path / "photos/train/a").mkdir(parents=True)
     (tmp_path / "photos/val").mkdir()
-    photos = ["--photos", str(tmp_path / "photos"), "--coco", str(tmp_path), "--ade", "absent"]
+    photos = ["--photos", str(tmp_path / "photos"), "--ade", "absent"]
     assert tool.main([*photos, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("demo_chain: --coco ") and "instances_train2017.json" in said
+    assert said.startswith("demo_chain: --ade absent") and "images/training" in said
     assert said.count("\n") == 1
 
 

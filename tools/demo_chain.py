@@ -1,12 +1,14 @@
 """Pretrain, publish, initialise a detector and a segmentor, and train them on: the whole chain.
 
-    python tools/demo_chain.py --photos tiny_imagenet_10 --coco coco --ade ADEChallengeData2016
+    python tools/demo_chain.py --photos tiny_imagenet_10 --ade ADEChallengeData2016
 
 Pretrains d_dw_conv_nano and i_d_dw_conv_nano on folders of photos, publishes them, and trains
-Cascade Mask R-CNN and UPerNet from each, and from random weights with the same seed beside it. The
-published weights must fill the whole backbone, and the loss must start and stay below the one from
-random weights, or the demo fails. Every step is a command that you could type. After a kill the
-same command goes on; --fresh starts over.
+Cascade Mask R-CNN (on the scenes of tools/make_scenes.py) and UPerNet (on photos) from each, and
+from random weights with the same seed beside it. The published weights must fill the whole backbone,
+and the loss must start and stay below the one from random weights, or the demo fails. Of a detector
+that is the loss of its region proposals: the other losses are of what was proposed, and harder the
+better that is. Every step is a command that you could type. After a kill the same command goes on;
+--fresh starts over.
 """
 
 import argparse
@@ -29,7 +31,7 @@ STARTS = ("pretrained", "random")
 EPOCHS, ITERATIONS, LOGGED = 30, 80, 5
 # Each is longer than what single batches differ by.
 PARTS = 2
-MADE = ("pretrained", "published", "detector", "segmentor", "chain.json", "chain.png")
+MADE = ("scenes", "pretrained", "published", "detector", "segmentor", "chain.json", "chain.png")
 
 PRETRAIN = (
     "tools/pretrain.py configs/pretraining/{name}.py --resume --data-root {{photos}}"
@@ -41,12 +43,13 @@ PUBLISH = (
     "tools/publish_checkpoint.py {{out}}/pretrained/{name}/"
     f"epoch_{EPOCHS}.pth --out {{{{out}}}}/published"
 )
+SCENES = Step("scenes", "generate scenes", "tools/make_scenes.py {out}/scenes --overwrite")
 # Rates below those of the configs, which are for random weights: what was learned is to be kept.
 TRAIN = {
     "detector": (
         "tools/train_detector.py --config-file configs/detection/cascade_mask_rcnn_{name}.py"
-        " --train-json {{coco}}/annotations/instances_train2017.json"
-        " --train-images {{coco}}/train2017 --output-dir {{out}}/detector/{run} --resume"
+        " --train-json {{out}}/scenes/coco/annotations/instances_train2017.json"
+        " --train-images {{out}}/scenes/coco/train2017 --output-dir {{out}}/detector/{run} --resume"
         f" train.seed=0 train.max_iter={ITERATIONS} train.log_period={LOGGED}"
         " train.checkpointer.period=20 optimizer.lr=1e-3"
     ),
@@ -142,7 +145,7 @@ def _iterations(head: str, run: str):
 
 def places(out: Path, args: argparse.Namespace) -> dict[str, str]:
     """The paths in the commands; the published files once they are there."""
-    found = {key: str(Path(getattr(args, key)).resolve()) for key in ("photos", "coco", "ade")}
+    found = {key: str(Path(getattr(args, key)).resolve()) for key in ("photos", "ade")}
     found["out"] = str(out.relative_to(ROOT) if out.is_relative_to(ROOT) else out)
     for name in BACKBONES:
         files = sorted((out / "published").glob(f"{name}-*.pth"))
@@ -159,8 +162,6 @@ def check_data(args: argparse.Namespace) -> int:
     needed = (
         ("photos", "train"),
         ("photos", "val"),
-        ("coco", "annotations/instances_train2017.json"),
-        ("coco", "train2017"),
         ("ade", "images/training"),
         ("ade", "annotations/training"),
     )
@@ -203,9 +204,21 @@ def contests(out: Path, published: dict[str, str]) -> list[Contest]:
             log = (out / steps.LOGS / f"{head}_{name}_pretrained.log").read_text()
             if str(matched) not in re.findall(r"(\d+) matched", log):
                 raise StepError(f"{head} on {name} did not take the {matched} published entries")
-            runs = [metrics.read_run(out / head / f"{name}_{start}") for start in STARTS]
-            found.append(Contest(head, name, matched, *(in_parts(run.loss) for run in runs)))
+            runs = [losses(head, out / head / f"{name}_{start}") for start in STARTS]
+            found.append(Contest(head, name, matched, *map(in_parts, runs)))
     return found
+
+
+def losses(head: str, folder: Path) -> metrics.Points:
+    """Of a segmentor the whole loss; of a detector the one whose targets no proposal changes."""
+    if head == "segmentor":
+        return metrics.read_run(folder).loss
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [
+        (row["iteration"] + 1, row["loss_rpn_cls"] + row["loss_rpn_loc"])
+        for row in rows
+        if "loss_rpn_cls" in row
+    ]
 
 
 def in_parts(points: metrics.Points) -> tuple[float, ...]:
@@ -226,9 +239,10 @@ def draw(out: Path) -> None:
     for (head, title), row in zip(HEADS.items(), grid, strict=True):
         for name, axes in zip(BACKBONES, row, strict=True):
             for start in STARTS:
-                points = metrics.read_run(out / head / f"{name}_{start}").loss
+                points = losses(head, out / head / f"{name}_{start}")
                 axes.plot(*zip(*points, strict=True), label=start)
-            axes.set(title=f"{title}, {name}", xlabel="iteration", ylabel="loss")
+            label = "loss of proposals" if head == "detector" else "loss"
+            axes.set(title=f"{title}, {name}", xlabel="iteration", ylabel=label)
             axes.grid(alpha=0.25)
             axes.legend()
     partial = out / "chain.png.partial"
@@ -245,22 +259,24 @@ def chain(args: argparse.Namespace) -> None:
     out = Path(args.out).resolve()
     trainings, publications = pretraining(check_data(args))
     digest = steps.sources_digest(ROOT, ("backbones", "dense", "configs", "tools"), ())
-    digest += f" {args.photos} {args.coco} {args.ade}"
+    digest += f" {args.photos} {args.ade}"
     with steps.only_one(out) as lock:
         state: State = steps.prepare(out, MADE, digest, args.fresh)
-        for row in (trainings, publications, downstream()):
+        for row in ([SCENES, *trainings], publications, downstream()):
             steps.run_all(row, out, places(out, args), state, lock, ROOT, args.jobs)
         found = contests(out, places(out, args))
         (out / "chain.json").write_text(json.dumps([asdict(c) for c in found], indent=1))
         draw(out)
     for contest in found:
         line = " ".join(
-            f"{a:.2f}/{b:.2f}" for a, b in zip(contest.pretrained, contest.random, strict=True)
+            f"{a:.3f}/{b:.3f}" for a, b in zip(contest.pretrained, contest.random, strict=True)
         )
         title = f"{HEADS[contest.head]} on {contest.backbone}"
         print(f"{title}: {contest.matched} entries matched; loss pretrained/random {line}")
     total = sum(
-        state.seconds(step) for row in (trainings, publications, downstream()) for step in row
+        state.seconds(step)
+        for row in ([SCENES, *trainings], publications, downstream())
+        for step in row
     )
     print(f"{total / 60:.1f} minutes of steps, {args.jobs} side by side; {out / 'chain.png'}")
     lost = [f"{c.head} on {c.backbone}" for c in found if not c.won]
@@ -276,7 +292,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     sample = os.environ.get("DENSE_SAMPLE_DATA", "data")
     add("--photos", default=f"{sample}/tiny_imagenet_10", help="train/ and val/, a folder a class")
-    add("--coco", default=f"{sample}/coco", help="annotations/ and train2017/ as COCO's")
     add("--ade", default=f"{sample}/ADEChallengeData2016", help="images/, annotations/ as ADE20K's")
     add("--out", default="work_dirs/chain", help="folder for all of it (%(default)s)")
     cores = len(os.sched_getaffinity(0))
