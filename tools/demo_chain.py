@@ -4,11 +4,11 @@
 
 Pretrains d_dw_conv_nano and i_d_dw_conv_nano on folders of photos, publishes them, and trains
 Cascade Mask R-CNN (on the scenes of tools/make_scenes.py) and UPerNet (on photos) from each, and
-from random weights with the same seed beside it. The published weights must fill the whole backbone,
-and the loss must start and stay below the one from random weights, or the demo fails. Of a detector
-that is the loss of its region proposals: the other losses are of what was proposed, and harder the
-better that is. Every step is a command that you could type. After a kill the same command goes on;
---fresh starts over.
+from random weights with the same seed beside it. The published weights must fill the whole
+backbone, and the loss must start and stay below the one from random weights, or the demo fails. Of
+a detector that is the loss of its region proposals: the other losses are of what was proposed, and
+harder the better that is. Every step is a command that you could type. After a kill the same
+command goes on; --fresh starts over.
 """
 
 import argparse
