@@ -24,58 +24,60 @@ COPIES = re.compile(r"cp\.async\.c\w\.shared\.global \[.*?\], \[.*?\], (0x\w+)")
 ACCESSES = re.compile(r"(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)")
 
 
-def kernels(dtype: str) -> list[tuple[str, object, dict, dict]]:
-    """Name, kernel, signature and constants of each at each size."""
+def kernels(dtype: str, every: bool = False) -> list[tuple[str, object, dict, dict]]:
+    """Name, kernel, signature and constants of each at each size, by its first or every tile."""
     import triton.language as tl
 
     from backbones.ops.triton_kernels import aggregation, depthwise, inhomogeneous, power, window
     from backbones.ops.triton_kernels import local_mlp as mlp
+    from backbones.ops.triton_kernels.tuning import tile
 
     dot = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
     found = []
     for stage, channels in (("stage 1", 96), ("stage 4", 768)):
         shared, depth = channels // 32, channels // 4
-        conv = {"K": 7, "before": 3, "BLOCK_W": 16, "BLOCK_C": 64}
+        conv = {"K": 7, "before": 3}
+        sides = depthwise.tiles(56, channels)
         found += [
-            (f"depthwise, {stage}", depthwise._forward, conv | {"flip": False, "biased": True}),
-            (f"depthwise weight gradient, {stage}", depthwise._weight_gradient, conv),
+            (f"depthwise, {stage}", depthwise._forward, conv | {"flip": 0, "biased": 1}, sides),
+            (f"depthwise weight gradient, {stage}", depthwise._weight_gradient, conv, sides[:1]),
         ]
-        tile = {
-            "K": 7,
-            "before": 3,
-            "BLOCK_P": 16,
-            "BLOCK_G": 32,
-            "BLOCK_D": min(64, power(depth)),
-            "DOT": dot,
-        }
-        mix = tile | {"BLOCK_S": min(4, power(shared, 1))}
+        given = conv | {"BLOCK_G": 32}
+        fixed = given | {"BLOCK_D": min(64, power(depth)), "DOT": dot}
+        boxes, pieces = inhomogeneous.boxes(shared, 32), inhomogeneous.pieces()
+        for name, constants, module in (
+            ("I-D-DW", fixed, inhomogeneous),
+            ("aggregation", given, aggregation),
+        ):
+            found += [
+                (f"{name}, {stage}", module._mix, constants | {"gather": 0}, boxes),
+                (f"{name} map gradient, {stage}", module._mix, constants | {"gather": 1}, boxes),
+            ]
+        folded, single = inhomogeneous._hidden_gradient, pieces[:1]
         found += [
-            (f"I-D-DW, {stage}", inhomogeneous._mix, mix | {"gather": False}),
-            (f"I-D-DW map gradient, {stage}", inhomogeneous._mix, mix | {"gather": True}),
-            (
-                f"I-D-DW hidden gradient, {stage}",
-                inhomogeneous._hidden_gradient,
-                tile | {"BLOCKS": 1},
-            ),
-            (f"I-D-DW weight gradient, {stage}", inhomogeneous._weight_gradient, tile),
-        ]
-        given = {key: tile[key] for key in ("K", "before", "BLOCK_P", "BLOCK_G")}
-        mix = given | {"BLOCK_S": mix["BLOCK_S"]}
-        found += [
-            (f"aggregation, {stage}", aggregation._mix, mix | {"gather": False}),
-            (f"aggregation map gradient, {stage}", aggregation._mix, mix | {"gather": True}),
-            (f"aggregation kernel gradient, {stage}", aggregation._kernel_gradient, given),
+            (f"I-D-DW hidden gradient, {stage}", folded, fixed | {"BLOCKS": 1}, pieces),
+            (f"I-D-DW weight gradient, {stage}", inhomogeneous._weight_gradient, fixed, single),
+            (f"aggregation kernel gradient, {stage}", aggregation._kernel_gradient, given, pieces),
         ]
     windows = {"BLOCK_N": 64, "BLOCK_D": 32, "DOT": dot}
-    mixing = windows | {"BLOCKS": 1, "num_warps": mlp.WARPS}
+    mixing = windows | {"BLOCKS": 1}
     found += [
-        ("window attention", window._forward, windows),
-        ("window attention gradient", window._backward, windows | {"num_warps": window.WARPS}),
-        ("local MLP", mlp._mix, mixing | {"back": False}),
-        ("local MLP map gradient", mlp._mix, mixing | {"back": True}),
-        ("local MLP weight gradient", mlp._weight_gradient, mixing),
+        ("window attention", window._forward, windows, window.FORWARD),
+        ("window attention gradient", window._backward, windows, (tile(window.WARPS),)),
+        ("local MLP", mlp._mix, mixing | {"back": 0}, (tile(mlp.WARPS),)),
+        ("local MLP map gradient", mlp._mix, mixing | {"back": 1}, (tile(mlp.WARPS),)),
+        ("local MLP weight gradient", mlp._weight_gradient, mixing, (tile(mlp.WARPS),)),
     ]
-    return [(name, kernel, _signature(kernel, dtype), fixed) for name, kernel, fixed in found]
+    return [
+        (
+            name + (f", {'x'.join(map(str, side.kwargs.values()))}" if side.kwargs else ""),
+            kernel,
+            _signature(kernel, dtype),
+            constants | side.kwargs | {"num_warps": side.num_warps},
+        )
+        for name, kernel, constants, sides in found
+        for side in (sides if every else sides[:1])
+    ]
 
 
 def _signature(kernel: object, dtype: str) -> dict[str, str]:
@@ -109,7 +111,7 @@ def inspect(kernel: object, signature: dict, constants: dict, arch: int) -> dict
         for place, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or name in ("C", "G", "D", "step")
     }
-    options = {"num_warps": constants.get("num_warps", 4)}
+    options = {"num_warps": constants["num_warps"]}
     constants = {name: value for name, value in constants.items() if name in signature}
     source = ASTSource(kernel, signature, constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -144,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", type=int, default=90, help="80, 89, 90, ... (%(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--tiles", action="store_true", help="all tiles that a GPU times")
     args = parser.parse_args(argv)
     try:
         import triton
@@ -158,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     spilled = 0
     for dtype in args.dtypes:
-        for name, kernel, signature, constants in kernels(dtype):
+        for name, kernel, signature, constants in kernels(dtype, args.tiles):
             row = inspect(kernel, signature, constants, args.arch)
             spilled += row["spilled"] * (dtype != "fp32")
             cells = " | ".join(str(value) for value in row.values())

@@ -16,7 +16,7 @@ import triton.language as tl
 # Sums over positions: parts of them, enough for every multiprocessor of a large GPU.
 PARTS = 256
 # Arguments that a detector changes with every image: no kernel is compiled for each of their kinds.
-CHANGING = ["H", "W", "rows", "chunks", "shared", "windows", "members", "M"]
+CHANGING = ["H", "W", "rows", "chunks", "shared", "windows", "members", "M", "bucket"]
 
 
 def launches(function: Callable) -> Callable:

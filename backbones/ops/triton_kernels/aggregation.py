@@ -9,12 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from backbones.ops.triton_kernels import CHANGING, launches, power
+from backbones.ops.triton_kernels.inhomogeneous import boxes, pieces
+from backbones.ops.triton_kernels.tuning import bucket, run
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _mix(
-    x, kernels, out, H, W, S, G, K: tl.constexpr, before: tl.constexpr, gather: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
+    x, kernels, out, H, W, S, G, bucket, K: tl.constexpr, before: tl.constexpr,
+    gather: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """``out[p] = sum of x[p + tap] * kernel[p, tap]``, or with ``gather`` its gradient."""
     row = tl.program_id(0)
@@ -48,7 +50,7 @@ def _mix(
 
 @triton.jit(do_not_specialize=CHANGING)
 def _kernel_gradient(
-    x, grad, out, H, W, S, G, K: tl.constexpr, before: tl.constexpr,
+    x, grad, out, H, W, S, G, bucket, K: tl.constexpr, before: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """``sum over S of x[p + tap] * grad[p]`` for every tap of a piece of a row."""
@@ -87,10 +89,13 @@ def aggregate_backward(
     batch, height, width, shared, groups = x.shape
     if x.numel():
         block_g = min(32, power(groups))
-        grid = (batch * height, triton.cdiv(width, 16), triton.cdiv(groups, block_g))
-        _kernel_gradient[grid](
-            x, grad, grad_kernels, height, width, shared, groups, size, (size - 1) // 2, 16, block_g
-        )
+        blocks = triton.cdiv(groups, block_g)
+        run(
+            _kernel_gradient,
+            lambda tile: (batch * height, triton.cdiv(width, tile["BLOCK_P"]), blocks), pieces(),
+            x, grad, grad_kernels, height, width, shared, groups, bucket(x), size, (size - 1) // 2,
+            BLOCK_G=block_g,
+        )  # fmt: skip
     return _run_mix(grad, kernels, size, gather=True), grad_kernels
 
 
@@ -99,11 +104,15 @@ def _run_mix(x: Tensor, kernels: Tensor, size: int, gather: bool) -> Tensor:
     if not out.numel():
         return out
     batch, height, width, shared, groups = x.shape
-    block_s, block_g = min(4, power(shared, 1)), min(32, power(groups))
-    blocks = triton.cdiv(shared, block_s) * triton.cdiv(groups, block_g)
-    grid = (batch * height, triton.cdiv(width, 16), blocks)
-    _mix[grid](
-        x, kernels, out, height, width, shared, groups, size, (size - 1) // 2, gather,
-        16, block_s, block_g,
+    block_g = min(32, power(groups))
+
+    def grid(tile: dict) -> tuple[int, int, int]:
+        blocks = triton.cdiv(shared, tile["BLOCK_S"]) * triton.cdiv(groups, block_g)
+        return batch * height, triton.cdiv(width, tile["BLOCK_P"]), blocks
+
+    run(
+        _mix, grid, boxes(shared, block_g),
+        x, kernels, out, height, width, shared, groups, bucket(x), size, (size - 1) // 2, gather,
+        BLOCK_G=block_g,
     )  # fmt: skip
     return out

@@ -6,12 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from backbones.ops.triton_kernels import CHANGING, launches, parts, power
+from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _forward(
-    x, taps, bias, out, H, W, C, step, K: tl.constexpr, before: tl.constexpr, flip: tl.constexpr,
-    biased: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, taps, bias, out, H, W, C, step, bucket, K: tl.constexpr, before: tl.constexpr,
+    flip: tl.constexpr, biased: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A piece of a row, a block of channels: ``bias + sum of x[p + tap] * taps[tap]``."""
     row = tl.program_id(0)
@@ -75,12 +76,16 @@ def convolve(
     batch, height, width, channels = x.shape
     if not out.numel():
         return out
-    block_w, block_c = _blocks(width, channels)
-    grid = (batch * height, triton.cdiv(width, block_w), triton.cdiv(channels, block_c))
     step = taps[0].numel() if taps.shape[0] > 1 else 0
-    _forward[grid](
-        x, taps, bias if bias is not None else x, out, height, width, channels, step,
-        size, before, flip, bias is not None, block_w, block_c,
+
+    def grid(tile: dict) -> tuple[int, int, int]:
+        blocks = triton.cdiv(channels, tile["BLOCK_C"])
+        return batch * height, triton.cdiv(width, tile["BLOCK_W"]), blocks
+
+    run(
+        _forward, grid, tiles(width, channels),
+        x, taps, bias if bias is not None else x, out, height, width, channels, step, bucket(x),
+        size, before, flip, bias is not None,
     )  # fmt: skip
     return out
 
@@ -101,6 +106,13 @@ def weight_gradient(x: Tensor, grad: Tensor, kernels: int, size: int, before: in
         x, grad, out, height, width, channels, rows, chunks, shared, size, before, block_w, block_c
     )
     return out.sum(1)
+
+
+def tiles(width: int, channels: int) -> tuple[triton.Config, ...]:
+    """Of positions and channels."""
+    width, channels = _blocks(width, channels)
+    sides = [(width, channels), (8, 64), (32, 64), (16, 128), (32, 32)]
+    return tuple(tile(BLOCK_W=w, BLOCK_C=c) for w, c in dict.fromkeys(sides))
 
 
 def _blocks(width: int, channels: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
+from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _predict(
 
 @triton.jit(do_not_specialize=CHANGING)
 def _mix(
-    x, hidden, weight, bias, out, H, W, S, G, D, K: tl.constexpr, before: tl.constexpr,
+    x, hidden, weight, bias, out, H, W, S, G, D, bucket, K: tl.constexpr, before: tl.constexpr,
     gather: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +102,7 @@ def _kernel_gradient(
 
 @triton.jit(do_not_specialize=CHANGING)
 def _hidden_gradient(
-    x, grad, weight, out, H, W, S, G, D, BLOCKS: tl.constexpr, K: tl.constexpr,
+    x, grad, weight, out, H, W, S, G, D, bucket, BLOCKS: tl.constexpr, K: tl.constexpr,
     before: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
@@ -186,15 +187,19 @@ def backward(
     grad_weight = weight.new_zeros(chunks, *weight.shape, dtype=torch.float32)
     grad_bias = bias.new_zeros(chunks, *bias.shape, dtype=torch.float32)
     if x.numel():
-        block_p, _, block_g, block_d = _blocks(x, depth)
-        options = (size, before, block_p, block_g, block_d, operands(x.dtype))
+        fixed = _fixed(x, depth)
         sizes = (height, width, shared, groups, depth)
-        blocks, blocks_g = triton.cdiv(depth, block_d), triton.cdiv(groups, block_g)
-        grid = (rows, triton.cdiv(width, block_p), blocks)
-        _hidden_gradient[grid](x, grad, weight, grad_hidden, *sizes, blocks_g, *options)
+        blocks = triton.cdiv(depth, fixed["BLOCK_D"])
+        blocks_g = triton.cdiv(groups, fixed["BLOCK_G"])
+        run(
+            _hidden_gradient, lambda tile: (rows, triton.cdiv(width, tile["BLOCK_P"]), blocks),
+            pieces(), x, grad, weight, grad_hidden, *sizes, bucket(x), blocks_g, size, before,
+            **fixed,
+        )  # fmt: skip
         _weight_gradient[(chunks, size**2, blocks * blocks_g)](
-            x, grad, hidden, grad_weight, grad_bias, *sizes, rows, chunks, *options
-        )
+            x, grad, hidden, grad_weight, grad_bias, *sizes, rows, chunks, size, before,
+            BLOCK_P=16, **fixed,
+        )  # fmt: skip
     return grad_x, grad_hidden, grad_weight.sum(0), grad_bias.sum(0)
 
 
@@ -205,17 +210,36 @@ def _run_mix(
     if not out.numel():
         return out
     batch, height, width, shared, groups = x.shape
-    block_p, block_s, block_g, block_d = _blocks(x, hidden.shape[-1])
-    blocks = triton.cdiv(shared, block_s) * triton.cdiv(groups, block_g)
-    grid = (batch * height, triton.cdiv(width, block_p), blocks)
-    _mix[grid](
-        x, hidden, weight, bias, out, height, width, shared, groups, hidden.shape[-1],
-        size, (size - 1) // 2, gather, block_p, block_s, block_g, block_d, operands(x.dtype),
+    fixed = _fixed(x, hidden.shape[-1])
+
+    def grid(tile: dict) -> tuple[int, int, int]:
+        blocks = triton.cdiv(shared, tile["BLOCK_S"]) * triton.cdiv(groups, fixed["BLOCK_G"])
+        return batch * height, triton.cdiv(width, tile["BLOCK_P"]), blocks
+
+    run(
+        _mix, grid, boxes(shared, fixed["BLOCK_G"]),
+        x, hidden, weight, bias, out, height, width, shared, groups, hidden.shape[-1], bucket(x),
+        size, (size - 1) // 2, gather, **fixed,
     )  # fmt: skip
     return out
 
 
-def _blocks(x: Tensor, depth: int) -> tuple[int, int, int, int]:
-    """Positions, shared channels, groups and hidden channels of a tile."""
-    shared, groups = x.shape[3:]
-    return 16, min(4, power(shared, 1)), min(32, power(groups)), min(64, power(depth))
+def boxes(shared: int, block_g: int) -> tuple[triton.Config, ...]:
+    """Tiles of positions and shared channels, whose sums fit into registers."""
+    least, most = min(4, power(shared, 1)), min(32, power(shared, 1))
+    sides = [(16, least), (32, least), (64, least), (16, 8), (32, 8), (64, 8), (16, 32)]
+    sides = [(p, s) for p, s in sides if s <= most and p * s * block_g <= 64 * 256]
+    return tuple(
+        tile(8 if p * s * block_g > 64 * 128 else 4, BLOCK_P=p, BLOCK_S=s) for p, s in sides
+    )
+
+
+def pieces() -> tuple[triton.Config, ...]:
+    """Tiles of positions."""
+    return tuple(tile(BLOCK_P=p) for p in (16, 32, 64))
+
+
+def _fixed(x: Tensor, depth: int) -> dict[str, object]:
+    """Groups and hidden channels of a tile, and what products multiply."""
+    block_g, block_d = min(32, power(x.shape[4])), min(64, power(depth))
+    return {"BLOCK_G": block_g, "BLOCK_D": block_d, "DOT": operands(x.dtype)}

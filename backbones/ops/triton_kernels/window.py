@@ -9,9 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
+from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
 # Of the backward pass, whose three squares of 64x64 fill the registers of four.
 WARPS = 8
+# Nothing but the warps can be chosen of the forward pass.
+FORWARD = tile(4), tile(8)
 
 
 @triton.jit
@@ -46,7 +49,7 @@ def _attend(query, key, bias, side, head, N, scale, BLOCK_N: tl.constexpr, DOT: 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _forward(
-    qkv, bias, out, H, W, heads, D, rows, columns, down, right, N, scale,
+    qkv, bias, out, H, W, heads, D, rows, columns, down, right, N, scale, bucket,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     window, head = tl.program_id(0), tl.program_id(1)
@@ -107,9 +110,10 @@ def forward(
     """``(B, H, W, 3*C)`` and ``(heads, N, N)``, contiguous, to ``(B, H, W, C)``."""
     batch, height, width, channels = qkv.shape
     out = qkv.new_empty(batch, height, width, channels // 3)
-    windows, options = _options(qkv, num_heads, window_size, shift)
+    windows, sizes, blocks = _options(qkv, num_heads, window_size, shift)
     if windows:
-        _forward[(windows, num_heads)](qkv, bias, out, *options)
+        grid = windows, num_heads
+        run(_forward, lambda tile: grid, FORWARD, qkv, bias, out, *sizes, bucket(qkv), **blocks)
     return out
 
 
@@ -123,14 +127,15 @@ def backward(
     shift: list[int],
 ) -> tuple[Tensor, Tensor]:
     """The gradients of qkv and, in float32, of the bias."""
-    windows, options = _options(qkv, num_heads, window_size, shift)
+    windows, sizes, blocks = _options(qkv, num_heads, window_size, shift)
     grad_qkv = torch.empty_like(qkv)
     chunks = parts(windows, bias.numel())
     grad_bias = bias.new_zeros(chunks, *bias.shape, dtype=torch.float32)
     if windows:
         _backward[(chunks, num_heads)](
-            grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, *options, num_warps=WARPS
-        )
+            grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, *sizes, **blocks,
+            num_warps=WARPS,
+        )  # fmt: skip
     return grad_qkv, grad_bias.sum(0)
 
 
@@ -138,6 +143,6 @@ def _options(qkv: Tensor, num_heads: int, window_size: list[int], shift: list[in
     batch, height, width, channels = qkv.shape
     positions, depth = window_size[0] * window_size[1], channels // (3 * num_heads)
     windows = batch * (height // window_size[0]) * (width // window_size[1])
-    blocks = power(positions), power(depth), operands(qkv.dtype)
-    sizes = (height, width, num_heads, depth, *window_size, *shift, positions)
-    return windows, (*sizes, depth**-0.5, *blocks)
+    blocks = {"BLOCK_N": power(positions), "BLOCK_D": power(depth), "DOT": operands(qkv.dtype)}
+    sizes = (height, width, num_heads, depth, *window_size, *shift, positions, depth**-0.5)
+    return windows, sizes, blocks
