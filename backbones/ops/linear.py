@@ -1,9 +1,13 @@
 """Matrix products over channels, by whatever is fastest for them on a CPU."""
 
+from functools import cache
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.ops import native
 from backbones.ops.dispatch import choose
 
 
@@ -29,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
 
 class _Linear(torch.autograd.Function):
-    """oneDNN for the output and the input's gradient; the weight's is faster in a plain product."""
+    """oneDNN for the output and, without gradients of gradients, for both gradients."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,9 +51,32 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         return (
             linear(grad, weight.t()) if wanted[0] else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None,
+            _weight_gradient(rows, x.reshape(-1, x.shape[-1])) if wanted[1] else None,
             rows.sum(0) if wanted[2] else None,
         )
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """``(M, D)`` and ``(M, C)`` to ``(D, C)``."""
+    if torch.is_grad_enabled() or _mkl_is_fast() or not x.numel() or native.missing() is not None:
+        return grad.t() @ x
+    # oneDNN is slow with a turned map on its left only: turn it, or the other one and the result.
+    if grad.numel() <= x.numel() + grad.shape[1] * x.shape[1]:
+        return _onednn(_transposed(grad), x.t(), None)
+    return _transposed(_onednn(_transposed(x), grad.t(), None))
+
+
+def _transposed(x: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[::-1])
+    native.call("transposed", x.contiguous(), out, *x.shape)
+    return out
+
+
+@cache
+def _mkl_is_fast() -> bool:
+    """MKL, whose plain products PyTorch takes, has its fastest code on Intel's processors only."""
+    cpu = Path("/proc/cpuinfo")
+    return not cpu.exists() or "AuthenticAMD" not in cpu.read_text()
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:

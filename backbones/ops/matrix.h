@@ -1,10 +1,12 @@
-/* Products of small matrices whose rows lie in whole vectors. REAL is float or double. */
+/* Vectors, and products of small matrices whose rows lie in whole ones. REAL is float or double. */
 
 #include <stdint.h>
 
 typedef int64_t I;
 typedef REAL Vec __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
 #define LANES ((I)(32 / sizeof(REAL)))
+typedef __typeof__(__builtin_choose_expr(sizeof(REAL) == 4, (int32_t)0, (int64_t)0)) Bits;
+typedef Bits VecBits __attribute__((vector_size(32)));
 /* Macros make every loop twice: of whole vectors and, for what is left over, of single numbers. */
 typedef REAL One;
 #define AT(T, pointer) (*(const T *)(pointer))
@@ -22,6 +24,23 @@ typedef REAL One;
 
 INLINE I least(I a, I b) { return a < b ? a : b; }
 INLINE I most(I a, I b) { return a > b ? a : b; }
+
+/* exp of what is not positive, zero where the result would be denormal, NaN of NaN. */
+INLINE Vec exponential(Vec x) {
+  const int single = sizeof(REAL) == 4, degree = single ? 7 : 13;
+  const REAL low = single ? -87 : -708, magic = single ? 12582912.0 : 6755399441055744.0;
+  /* ln 2 in two parts, the first of few enough bits for n times it to be exact. */
+  const REAL high = 0.693145751953125, rest = 1.42860682030941723212e-6;
+  VecBits normal = x > low, broken = (VecBits)x & (x != x);
+  x = (Vec)((VecBits)x & normal);
+  Vec n = x * (REAL)1.44269504088896340736 + magic;
+  Bits shift = single ? 23 : 52, bias = single ? 127 : 1023;
+  VecBits power = ((VecBits)n - (VecBits)((Vec){0} + magic) + bias) << shift;
+  n -= magic;
+  Vec r = x - n * high - n * rest, sum = (Vec){0} + 1;
+  for (int i = degree; i > 0; i--) sum = 1 + sum * r * (REAL)(1.0 / i);
+  return (Vec)(((VecBits)(sum * (Vec)power) & normal) | broken);
+}
 
 /* A tile of out (+)= a @ b: R rows, J vectors. Element (r, k) of a is a[r * ar + k * ak], rows of b
    and out are bk and outr apart; start is added to every row unless it is NULL. */

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 _SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("depthwise.c", "inhomogeneous.c", "windows.c")
+    Path(__file__).with_name(f"{name}.c")
+    for name in ("depthwise", "inhomogeneous", "linear", "windows")
 )
 _HEADER = Path(__file__).with_name("matrix.h")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -96,7 +97,7 @@ def _folder(compiler: str) -> Path:
         line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))
     ]
     key = (
-        *(path.read_text() for path in _SOURCES),
+        *(path.read_text() for path in (*_SOURCES, _HEADER)),
         version.stdout,
         str(_FLAGS),
         flags[0] if flags else "",

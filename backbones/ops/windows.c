@@ -11,9 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef __typeof__(__builtin_choose_expr(sizeof(REAL) == 4, (int32_t)0, (int64_t)0)) Bits;
-typedef Bits VecBits __attribute__((vector_size(32)));
-
 INLINE I padded(I n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* How a map is cut into windows; N positions each, rows of Np numbers, heads of D channels. */
@@ -70,23 +67,6 @@ INLINE void transpose(const Cut *c, const REAL *from, REAL *to) {
     for (I n = 0; n < c->N; n++) to[d * c->Np + n] = from[n * c->Dp + d];
     for (I n = c->N; n < c->Np; n++) to[d * c->Np + n] = 0;
   }
-}
-
-/* exp of what is not positive, zero where the result would be denormal, NaN of NaN. */
-INLINE Vec exponential(Vec x) {
-  const int single = sizeof(REAL) == 4, degree = single ? 7 : 13;
-  const REAL low = single ? -87 : -708, magic = single ? 12582912.0 : 6755399441055744.0;
-  /* ln 2 in two parts, the first of few enough bits for n times it to be exact. */
-  const REAL high = 0.693145751953125, rest = 1.42860682030941723212e-6;
-  VecBits normal = x > low, broken = (VecBits)x & (x != x);
-  x = (Vec)((VecBits)x & normal);
-  Vec n = x * (REAL)1.44269504088896340736 + magic;
-  Bits shift = single ? 23 : 52, bias = single ? 127 : 1023;
-  VecBits power = ((VecBits)n - (VecBits)((Vec){0} + magic) + bias) << shift;
-  n -= magic;
-  Vec r = x - n * high - n * rest, sum = (Vec){0} + 1;
-  for (int i = degree; i > 0; i--) sum = 1 + sum * r * (REAL)(1.0 / i);
-  return (Vec)(((VecBits)(sum * (Vec)power) & normal) | broken);
 }
 
 static void softmax(const Cut *c, REAL *scores) {

@@ -1,5 +1,7 @@
 """Linear layers by oneDNN: values, gradients of both orders, and who else wants a call."""
 
+from importlib import import_module
+
 import pytest
 import timm
 import torch
@@ -31,6 +33,20 @@ def test_values_and_gradients(path, bias, shape):
     for a, b in zip(ours, torch.autograd.grad(expected, true, grad), strict=True):
         assert a.shape == b.shape
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mkl_is_fast", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "dim", "out"), [(1, 3, 5), (130, 35, 9), (67, 9, 70), (50, 33, 1)]
+)
+def test_weight_gradients_of_odd_sizes(rows, dim, out, mkl_is_fast, monkeypatch):
+    monkeypatch.setattr(import_module("backbones.ops.linear"), "_mkl_is_fast", lambda: mkl_is_fast)
+    torch.manual_seed(0)
+    x, weight = torch.randn(dim, rows).t(), torch.randn(out, dim, requires_grad=True)
+    grad = torch.randn(2 * rows, out)[::2]
+    with ops.force("onednn"):
+        (got,) = torch.autograd.grad(ops.linear(x, weight), weight, grad)
+    torch.testing.assert_close(got.double(), grad.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)
