@@ -29,9 +29,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C)``."""
-        if _is_plain(self.fc1, Linear) and _is_plain(self.act, nn.GELU):
-            return self.fc2(ops.linear(x, self.fc1.weight, self.fc1.bias, gelu=True))
-        return self.fc2(self.act(self.fc1(x)))
+        fc1, fc2 = self.fc1, self.fc2
+        if _is_plain(fc1, Linear) and _is_plain(self.act, nn.GELU) and _is_plain(fc2, Linear):
+            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return fc2(self.act(fc1(x)))
 
 
 def _is_plain(layer: nn.Module, kind: type) -> bool:

@@ -9,7 +9,7 @@ from backbones.ops.aggregation import inhomogeneous_aggregation
 from backbones.ops.depthwise import depthwise_conv, dynamic_depthwise_conv
 from backbones.ops.dispatch import force as force
 from backbones.ops.inhomogeneous import inhomogeneous_dynamic_depthwise_conv
-from backbones.ops.linear import linear
+from backbones.ops.linear import linear, mlp
 from backbones.ops.window import local_mlp, window_attention
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "inhomogeneous_dynamic_depthwise_conv",
     "linear",
     "local_mlp",
+    "mlp",
     "window_attention",
 ]

@@ -168,6 +168,7 @@ def _native_backward(
         *(grad_padded, grad_inputs, grad_back, grad_offset, groups, strips),
         *_sizes(x, hidden, (inputs, matrix, offset), size),
     )
+    del padded, grad
     rows = bias.numel()
     return (
         _inside(grad_padded, x.shape, size),

@@ -10,6 +10,10 @@ from torch import Tensor
 from backbones.ops import native
 from backbones.ops.dispatch import choose
 
+# Numbers between the layers of an MLP at a time, 16 MB: larger ones get fresh memory from the
+# system every time, page by page.
+_HIDDEN = 2**22
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """``x @ weight.T + bias``, and GELU (the exact one) over it.
@@ -30,6 +34,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     else:
         out = F.linear(x, weight, bias)
     return F.gelu(out) if gelu else out
+
+
+def mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
+) -> Tensor:
+    """Linear, GELU, linear. On a CPU without gradients what is between them stays small.
+
+    Args:
+        x: ``(..., C)``.
+        weight1: ``(D, C)``.
+        bias1: ``(D,)`` or None.
+        weight2: ``(E, D)``.
+        bias2: ``(E,)`` or None.
+
+    Returns:
+        ``(..., E)``.
+    """
+    # In this order: a compiled graph is not to be bound to a size.
+    if not torch.is_grad_enabled() and choose("linear", x) == "onednn":
+        rows, hidden = x.numel() // max(1, x.shape[-1]), weight1.shape[0]
+        if rows * hidden > _HIDDEN:
+            out = x.new_empty(rows, weight2.shape[0])
+            size = max(1, _HIDDEN // hidden)
+            for part, into in zip(x.reshape(rows, -1).split(size), out.split(size), strict=True):
+                into.copy_(_onednn(_onednn(part, weight1, bias1, gelu=True), weight2, bias2))
+            return out.view(*x.shape[:-1], -1)
+    return linear(linear(x, weight1, bias1, gelu=True), weight2, bias2)
 
 
 class _Linear(torch.autograd.Function):

@@ -113,6 +113,20 @@ def test_what_takes_which():
         assert Linear(5, 4)(torch.randn(2, 5)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("rows", [1, 4, 7, 8])
+def test_mlp_by_pieces(rows, monkeypatch):
+    monkeypatch.setattr(import_module("backbones.ops.linear"), "_HIDDEN", 4 * 20)
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 20), nn.GELU(), nn.Linear(20, 6))
+    parts = layers[0].weight, layers[0].bias, layers[2].weight, layers[2].bias
+    x = torch.randn(3, rows, 16)[..., ::2]
+    with torch.no_grad(), ops.force("onednn"):
+        torch.testing.assert_close(ops.mlp(x, *parts), layers(x), rtol=1e-5, atol=1e-6)
+        bare = ops.mlp(x, parts[0], None, parts[2], None)
+        expected = F.gelu(x @ parts[0].t()) @ parts[2].t()
+        torch.testing.assert_close(bare, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_mlp_is_timms():
     torch.manual_seed(0)
     ours, theirs = Mlp(8, 20).eval(), timm.layers.Mlp(8, 20).eval()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dense.benchmark import measure, networks, operators, report
+from dense.benchmark import measure, models, networks, operators, report
 from dense.benchmark.measure import Contender, Contest
 
 CPU = torch.device("cpu")
@@ -22,6 +22,7 @@ SPEC.loader.exec_module(tool)
     "make",
     [
         operators._inhomogeneous,
+        operators._aggregation,
         operators._dynamic,
         operators._depthwise,
         operators._attention,
@@ -45,6 +46,17 @@ def test_operators_and_their_peers_compute_the_same(make):
     assert found
     for name, out in found.items():
         torch.testing.assert_close(out, reference, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.e2e
+def test_whole_models_take_a_step():
+    pytest.importorskip("mmseg")
+    pytest.importorskip("detectron2")
+    contests = models.contests(CPU)
+    assert len(contests) == 2
+    for contest in contests:
+        for contender in (contest.contenders[0], contest.contenders[3]):
+            contender.build()()
 
 
 def test_memory_is_what_a_step_holds_at_once():
