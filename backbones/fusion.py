@@ -23,7 +23,8 @@ def fuse(model: Model, inplace: bool = False) -> Model:
 
     The outputs are those of evaluation mode, to rounding; the layer-norm families have nothing to
     fold. The norm after I-D-DW-Conv's operator stays: its kernels are shared by several channels,
-    which a norm scales each by its own factor. So do the norms of the outputs.
+    which a norm scales each by its own factor. So do the norms of the outputs. The linears' weights
+    are laid out by columns, as products on a CPU read them.
 
     Args:
         model: a pyramid, a dense backbone, or a whole model with one in it, with any kind of batch
@@ -42,7 +43,16 @@ def fuse(model: Model, inplace: bool = False) -> Model:
                 if _foldable(block.norm2):
                     block.mlp.fc1 = _linear_after(block.norm2, block.mlp.fc1)
                     block.norm2 = nn.Identity().eval()
+        for name, layer in model.named_modules():
+            # What predicts kernels has few rows to multiply, or is read by its operator.
+            if type(layer) is Linear and not name.endswith("expand"):
+                layer.weight = _by_columns(layer.weight)
     return model
+
+
+def _by_columns(weight: Tensor) -> nn.Parameter:
+    """The same in the order that a product of rows reads it in."""
+    return nn.Parameter(weight.t().contiguous().t(), requires_grad=weight.requires_grad)
 
 
 def _foldable(norm: nn.Module) -> bool:
