@@ -26,8 +26,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
     Returns:
         ``(..., D)``.
+
+    Raises:
+        RuntimeError: x and the weight are of different C or dtype, as PyTorch's own layer has it.
     """
-    if choose("linear", x) == "onednn" and x.numel():
+    if choose("linear", x) == "onednn" and x.numel() and _fit(x, weight, bias):
         if not torch.is_grad_enabled():
             return _onednn(x, weight, bias, gelu)
         out = _Linear.apply(x, weight, bias)
@@ -50,17 +53,26 @@ def mlp(
 
     Returns:
         ``(..., E)``.
+
+    Raises:
+        RuntimeError: sizes or dtypes differ, as PyTorch's own layers have it.
     """
     # In this order: a compiled graph is not to be bound to a size.
-    if not torch.is_grad_enabled() and choose("linear", x) == "onednn":
+    if not torch.is_grad_enabled() and choose("linear", x) == "onednn" and x.dim():
         rows, hidden = x.numel() // max(1, x.shape[-1]), weight1.shape[0]
         if rows * hidden > _HIDDEN:
             out = x.new_empty(rows, weight2.shape[0])
             size = max(1, _HIDDEN // hidden)
             for part, into in zip(x.reshape(rows, -1).split(size), out.split(size), strict=True):
-                into.copy_(_onednn(_onednn(part, weight1, bias1, gelu=True), weight2, bias2))
+                into.copy_(linear(linear(part, weight1, bias1, gelu=True), weight2, bias2))
             return out.view(*x.shape[:-1], -1)
     return linear(linear(x, weight1, bias1, gelu=True), weight2, bias2)
+
+
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """What does not is PyTorch's to report: oneDNN's message names nothing."""
+    same = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    return same and x.dim() > 0 and x.shape[-1] == weight.shape[1]
 
 
 class _Linear(torch.autograd.Function):

@@ -104,6 +104,17 @@ def test_transforms_of_functions():
     torch.testing.assert_close(got, 2 * layer(x).detach() @ weight)
 
 
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_what_does_not_fit_is_named(grad_mode):
+    layer, block = Linear(5, 4), Mlp(5, 4)
+    with torch.set_grad_enabled(grad_mode):
+        for call in (layer, block):
+            with pytest.raises(RuntimeError, match="2x6 and 5x4"):
+                call(torch.randn(2, 6))
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer.double()(torch.randn(2, 5))
+
+
 def test_what_takes_which():
     assert explain("linear", "cpu", torch.float32)[0] == "onednn"
     for dtype in (torch.float64, torch.bfloat16):
