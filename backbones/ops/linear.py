@@ -1,5 +1,6 @@
 """Matrix products over channels, by whatever is fastest for them on a CPU."""
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from torch import Tensor
 from backbones.ops import native
 from backbones.ops.dispatch import choose
 
-# Numbers between the layers of an MLP at a time, 16 MB: larger ones get fresh memory from the
-# system every time, page by page.
-_HIDDEN = 2**22
+# Numbers between the layers of an MLP at a time, 8 MB: a processor's caches hold them, and larger
+# ones would get fresh memory from the system every time, page by page.
+_HIDDEN = 2**21
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -42,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 def mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
 ) -> Tensor:
-    """Linear, GELU, linear. On a CPU without gradients what is between them stays small.
+    """Linear, GELU, linear. On a CPU what GELU makes is never held whole, nor kept for gradients.
 
     Args:
         x: ``(..., C)``.
@@ -57,22 +58,118 @@ def mlp(
     Raises:
         RuntimeError: sizes or dtypes differ, as PyTorch's own layers have it.
     """
+    parameters = weight1, bias1, weight2, bias2
     # In this order: a compiled graph is not to be bound to a size.
-    if not torch.is_grad_enabled() and choose("linear", x) == "onednn" and x.dim():
-        rows, hidden = x.numel() // max(1, x.shape[-1]), weight1.shape[0]
-        if rows * hidden > _HIDDEN:
-            out = x.new_empty(rows, weight2.shape[0])
-            size = max(1, _HIDDEN // hidden)
-            for part, into in zip(x.reshape(rows, -1).split(size), out.split(size), strict=True):
-                into.copy_(linear(linear(part, weight1, bias1, gelu=True), weight2, bias2))
-            return out.view(*x.shape[:-1], -1)
+    if choose("linear", x) == "onednn" and x.numel() and _fit(x, weight1, bias1):
+        if weight1.numel() and _fit(x.new_empty(0, len(weight1)), weight2, bias2):
+            if torch.is_grad_enabled():
+                return _Mlp.apply(x, *parameters)[0]
+            if x.numel() // x.shape[-1] * len(weight1) > _HIDDEN:
+                return _mlp_by_pieces(x, *parameters)
+    return _mlp(x, *parameters)
+
+
+def _mlp(x: Tensor, weight1: Tensor, bias1, weight2: Tensor, bias2) -> Tensor:
     return linear(linear(x, weight1, bias1, gelu=True), weight2, bias2)
+
+
+def _mlp_by_pieces(x: Tensor, weight1: Tensor, bias1, weight2: Tensor, bias2) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_empty(rows.shape[0], weight2.shape[0])
+    size = _rows(rows.shape[0], weight1.shape[0])
+    for part, into in zip(rows.split(size), out.split(size), strict=True):
+        into.copy_(_mlp(part, weight1, bias1, weight2, bias2))
+    return out.view(*x.shape[:-1], -1)
+
+
+def _rows(rows: int, hidden: int) -> int:
+    """Rows of a piece; pieces are alike."""
+    return math.ceil(rows / math.ceil(rows * hidden / _HIDDEN))
+
+
+class _Mlp(torch.autograd.Function):
+    """Of what lies between the layers only GELU's input is kept; the rest comes and goes by pieces.
+
+    Returns the output and that input, ``(M, D)``, which nobody differentiates.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight1: Tensor, bias1, weight2: Tensor, bias2):
+        before = _onednn(x.reshape(-1, x.shape[-1]), weight1, bias1)
+        out = x.new_empty(before.shape[0], weight2.shape[0])
+        size = _rows(*before.shape)
+        after = x.new_empty(size, before.shape[1])
+        for part, into in zip(before.split(size), out.split(size), strict=True):
+            hidden = torch.ops.aten.gelu.out(part, out=after[: len(part)])
+            into.copy_(_onednn(hidden, weight2, bias2))
+        return out.view(*x.shape[:-1], -1), before
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor):
+        *inputs, before = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _mlp_gradients(grad, *inputs)
+        x, weight1, _, weight2, _ = inputs
+        wanted = ctx.needs_input_grad
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grad_x = grad.new_empty(rows.shape) if wanted[0] else None
+        size, sums = _rows(*before.shape), [None] * 3
+        after = before.new_empty(size, before.shape[1])
+        for start in range(0, len(before), size):
+            piece, hidden = slice(start, start + size), after[: len(before) - start]
+            grad_before = _onednn(grad_rows[piece], weight2.t(), None)
+            _gelu_backward(before[piece], grad_before, hidden)
+            if wanted[0]:
+                grad_x[piece] = _onednn(grad_before, weight1.t(), None)
+            parts = (
+                _weight_gradient(grad_before, rows[piece]) if wanted[1] else None,
+                grad_before.sum(0) if wanted[2] else None,
+                _weight_gradient(grad_rows[piece], hidden) if wanted[3] else None,
+            )
+            sums = list(map(_added, sums, parts))
+        last = grad_rows.sum(0) if wanted[4] else None
+        return None if grad_x is None else grad_x.view(x.shape), *sums, last
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None else total.add_(part)
+
+
+def _mlp_gradients(grad: Tensor, x: Tensor, weight1: Tensor, bias1, weight2: Tensor, bias2):
+    """The same of the inputs alone, to be differentiated once more."""
+    before = linear(x, weight1, bias1)
+    grad_before = torch.ops.aten.gelu_backward(linear(grad, weight2.t()), before)
+    rows, after, back, grad = (
+        t.reshape(-1, t.shape[-1]) for t in (x, F.gelu(before), grad_before, grad)
+    )
+    return (
+        linear(grad_before, weight1.t()),
+        back.t() @ rows,
+        None if bias1 is None else back.sum(0),
+        grad.t() @ after,
+        None if bias2 is None else grad.sum(0),
+    )
+
+
+def _gelu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """out becomes GELU of x; grad, the gradient of that, becomes the one of x."""
+    if native.missing() is None:
+        native.call("gelu_backward", x, grad, out, x.numel())
+    else:
+        torch.ops.aten.gelu.out(x, out=out)
+        torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
 
 
 def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """What does not is PyTorch's to report: oneDNN's message names nothing."""
-    same = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-    return same and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return False
+    return weight.dtype == x.dtype and x.dim() > 0 and x.shape[-1:] == weight.shape[1:]
 
 
 class _Linear(torch.autograd.Function):
@@ -125,8 +222,8 @@ def _mkl_is_fast() -> bool:
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     if weight.numel() > max(2**20, 100 * x.numel()):
         # Few rows by a large weight, a predictor's: what counts is to read the weight in order.
-        out = (weight @ x.reshape(-1, x.shape[-1]).t()).t().unflatten(0, x.shape[:-1])
-        out = out if bias is None else out + bias
+        out = (weight @ x.reshape(-1, x.shape[-1]).t()).t().contiguous().unflatten(0, x.shape[:-1])
+        out = out if bias is None else out.add_(bias)
         return F.gelu(out) if gelu else out
     name = "gelu" if gelu else "none"
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], "none" if gelu else "")

@@ -25,6 +25,11 @@ typedef REAL One;
 INLINE I least(I a, I b) { return a < b ? a : b; }
 INLINE I most(I a, I b) { return a > b ? a : b; }
 
+/* 1 / n! */
+static const REAL FACTORS[] = {1,           1,           1. / 2,       1. / 6,        1. / 24,
+                               1. / 120,    1. / 720,    1. / 5040,    1. / 40320,    1. / 362880,
+                               1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
+
 /* exp of what is not positive, zero where the result would be denormal, NaN of NaN. */
 INLINE Vec exponential(Vec x) {
   const int single = sizeof(REAL) == 4, degree = single ? 7 : 13;
@@ -37,8 +42,8 @@ INLINE Vec exponential(Vec x) {
   Bits shift = single ? 23 : 52, bias = single ? 127 : 1023;
   VecBits power = ((VecBits)n - (VecBits)((Vec){0} + magic) + bias) << shift;
   n -= magic;
-  Vec r = x - n * high - n * rest, sum = (Vec){0} + 1;
-  for (int i = degree; i > 0; i--) sum = 1 + sum * r * (REAL)(1.0 / i);
+  Vec r = x - n * high - n * rest, sum = (Vec){0} + FACTORS[degree];
+  for (int i = degree; i > 0; i--) sum = sum * r + FACTORS[i - 1];
   return (Vec)(((VecBits)(sum * (Vec)power) & normal) | broken);
 }
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from backbones import ops
 from backbones.layers import Linear, Mlp
+from backbones.ops import native
 from backbones.ops.dispatch import explain
 
 PATHS = ["torch", "onednn"]
@@ -83,25 +84,36 @@ def test_gelu_is_the_exact_one(path):
             torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_second_derivatives():
-    """A penalty on gradients reaches the weights as PyTorch's own layer has it."""
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_second_derivatives(kind):
+    """A penalty on gradients reaches the weights as PyTorch's own layers have it."""
     torch.manual_seed(0)
     x = torch.randn(6, 5, requires_grad=True)
-    ours, theirs = Linear(5, 4), nn.Linear(5, 4)
+    ours, theirs = {
+        "linear": (Linear(5, 4), nn.Linear(5, 4)),
+        "mlp": (Mlp(5, 20), timm.layers.Mlp(5, 20)),
+    }[kind]
     theirs.load_state_dict(ours.state_dict())
     found = []
     for layer in (ours, theirs):
-        (grad,) = torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(grad.square().sum(), [x, layer.weight, layer.bias]))
+        first = torch.autograd.grad(
+            layer(x).tanh().sum(), [x, *layer.parameters()], create_graph=True
+        )
+        penalty = sum(grad.square().sum() for grad in first)
+        found.append([*first, *torch.autograd.grad(penalty, [x, *layer.parameters()])])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_transforms_of_functions():
-    layer, x = Linear(5, 4), torch.randn(3, 5)
+    layer, mlp, x = Linear(5, 4), Mlp(5, 20), torch.randn(3, 5)
     got = torch.func.grad(lambda x: layer(x).square().sum())(x)
     weight = layer.weight.detach()
     torch.testing.assert_close(got, 2 * layer(x).detach() @ weight)
+    got = torch.func.grad(lambda x: mlp(x).square().sum())(x)
+    x.requires_grad_()
+    plain = mlp.fc2(F.gelu(mlp.fc1(x))).square().sum()
+    torch.testing.assert_close(got, *torch.autograd.grad(plain, x))
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])
@@ -111,6 +123,9 @@ def test_what_does_not_fit_is_named(grad_mode):
         for call in (layer, block):
             with pytest.raises(RuntimeError, match="2x6 and 5x4"):
                 call(torch.randn(2, 6))
+        block.fc2.weight = nn.Parameter(torch.randn(5, 3))
+        with pytest.raises(RuntimeError, match="2x4 and 3x5"):
+            block(torch.randn(2, 5))
         with pytest.raises(RuntimeError, match="dtype"):
             layer.double()(torch.randn(2, 5))
 
@@ -124,18 +139,99 @@ def test_what_takes_which():
         assert Linear(5, 4)(torch.randn(2, 5)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("rows", [1, 4, 7, 8])
-def test_mlp_by_pieces(rows, monkeypatch):
-    monkeypatch.setattr(import_module("backbones.ops.linear"), "_HIDDEN", 4 * 20)
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 3, 5, 8), (7, 8)])
+def test_mlp_by_pieces(shape, bias, compiler, monkeypatch):
+    """Pieces of two rows: outputs and gradients of PyTorch's own layers in float64."""
+    module = import_module("backbones.ops.linear")
+    monkeypatch.setattr(module, "_HIDDEN", 2 * 21)
+    if not compiler:
+        monkeypatch.setattr(module.native, "missing", lambda: "none for this test")
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(8, 20), nn.GELU(), nn.Linear(20, 6))
-    parts = layers[0].weight, layers[0].bias, layers[2].weight, layers[2].bias
-    x = torch.randn(3, rows, 16)[..., ::2]
+    layers = nn.Sequential(nn.Linear(8, 21, bias), nn.GELU(), nn.Linear(21, 6, bias))
+    parts = [layers[0].weight, layers[0].bias, layers[2].weight, layers[2].bias]
+    x = torch.randn(*shape[:-1], 16)[..., ::2]
+    grad = torch.randn(6).expand(*shape[:-1], 6)
     with torch.no_grad(), ops.force("onednn"):
-        torch.testing.assert_close(ops.mlp(x, *parts), layers(x), rtol=1e-5, atol=1e-6)
-        bare = ops.mlp(x, parts[0], None, parts[2], None)
-        expected = F.gelu(x @ parts[0].t()) @ parts[2].t()
-        torch.testing.assert_close(bare, expected, rtol=1e-5, atol=1e-6)
+        inferred = ops.mlp(x, *parts)
+    inputs = [p for p in (x.requires_grad_(), *parts) if p is not None]
+    with ops.force("onednn"):
+        got = ops.mlp(x, *parts)
+        ours = torch.autograd.grad(got, inputs, grad)
+    layers.double()
+    true = x.detach().double().requires_grad_()
+    expected = layers(true)
+    theirs = torch.autograd.grad(expected, [true, *layers.parameters()], grad.double())
+    for a, b in zip((inferred, got, *ours), (expected, expected, *theirs), strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_mlp_of_few_rows_by_large_weights():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(1040, 1040), nn.GELU(), nn.Linear(1040, 1040))
+    parts = layers[0].weight, layers[0].bias, layers[2].weight, layers[2].bias
+    x, grad = torch.randn(3, 1040, requires_grad=True), torch.randn(3, 1040)
+    with ops.force("onednn"):
+        ours = torch.autograd.grad(ops.mlp(x, *parts), [x, *parts], grad)
+    layers.double()
+    true = x.detach().double().requires_grad_()
+    theirs = torch.autograd.grad(layers(true), [true, *layers.parameters()], grad.double())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_mlp_with_something_frozen(frozen):
+    torch.manual_seed(0)
+    mlp, x = Mlp(8, 20), torch.randn(5, 8)
+    inputs = [x, *mlp.parameters()]
+    for i, tensor in enumerate(inputs):
+        tensor.requires_grad_(i != frozen)
+    learned = [t for t in inputs if t.requires_grad]
+    ours = torch.autograd.grad(mlp(x).square().sum(), learned)
+    theirs = torch.autograd.grad(mlp.fc2(F.gelu(mlp.fc1(x))).square().sum(), learned)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_mlp_keeps_one_hidden_map_for_gradients():
+    x, mlp, kept = torch.randn(50, 8, requires_grad=True), Mlp(8, 32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        mlp(x)
+    assert kept.count((50, 32)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 7, 8, 1000])
+def test_gelu_in_c(dtype, count):
+    if native.missing() is not None:
+        pytest.skip(native.missing())
+    torch.manual_seed(0)
+    x = torch.cat([torch.linspace(-20, 20, count), torch.randn(count)]).to(dtype)
+    x[count] = 0
+    grad, out = torch.randn_like(x), torch.empty_like(x)
+    true = x.double()
+    # By erfc: 1 + erf loses what is left far below zero.
+    below = torch.special.erfc(-true / 2**0.5) / 2
+    density = (-true.square() / 2).exp() / (2 * torch.pi) ** 0.5
+    expected = grad.double() * (below + true * density)
+    native.call("gelu_backward", x, grad, out, x.numel())
+    rtol = 2e-6 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(out.double(), true * below, rtol=5 * rtol, atol=1e-37)
+    torch.testing.assert_close(grad.double(), expected, rtol=rtol, atol=rtol)
+
+
+def test_gelu_in_c_of_what_is_not_finite():
+    if native.missing() is not None:
+        pytest.skip(native.missing())
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 3e38, -3e38, 0.0])
+    grad, out = torch.ones_like(x), torch.empty_like(x)
+    expected = torch.ops.aten.gelu_backward(grad, x)
+    native.call("gelu_backward", x, grad, out, x.numel())
+    torch.testing.assert_close(out, F.gelu(x.double()).float(), equal_nan=True)
+    torch.testing.assert_close(grad, expected, equal_nan=True)
 
 
 def test_mlp_is_timms():
