@@ -45,7 +45,7 @@ INLINE void aggregate_at(const REAL *x, const REAL *kernel, REAL *out, I Wp, I S
 }
 
 /* Positions whose kernels are predicted at a time: these stay in a core's cache. */
-INLINE I together(I D) { return D > 64 ? 24 : 12; }
+#define TOGETHER ((I)24)
 
 /* out (B, H, W, S, G): at every position the kernel hidden @ matrix + offset over x. hidden is
    (B, H, W, Dp), matrix (D, width), width K*K*G in whole vectors; 1 where memory is short. */
@@ -54,13 +54,13 @@ I predict_and_aggregate(const REAL *x, const REAL *hidden, const REAL *matrix, c
   I Wp = W + K - 1, failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernels = malloc(together(D) * width * sizeof(REAL));
+    REAL *kernels = malloc(TOGETHER * width * sizeof(REAL));
     failed = !kernels;
 #pragma omp for collapse(2) schedule(static)
     for (I b = 0; b < B; b++)
       for (I y = 0; y < H; y++)
-        for (I left = 0; left < W && !failed; left += together(D)) {
-          I n = least(together(D), W - left), p = (b * H + y) * W + left;
+        for (I left = 0; left < W && !failed; left += TOGETHER) {
+          I n = least(TOGETHER, W - left), p = (b * H + y) * W + left;
           const REAL *from = x + ((b * (H + K - 1) + y) * Wp + left) * S * G;
           multiply_from(hidden + p * Dp, Dp, 1, matrix, width, kernels, width, width, n, D, 0, offset);
           for (I i = 0; i < n; i++)
@@ -119,7 +119,7 @@ I predict_and_aggregate_backward(const REAL *grad, const REAL *x, const REAL *hi
   I Wp = W + K - 1, failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernels = malloc(together(D) * width * sizeof(REAL));
+    REAL *kernels = malloc(TOGETHER * width * sizeof(REAL));
     failed = !kernels;
     for (I parity = 0; parity < 2; parity++)
 #pragma omp for collapse(2) schedule(static, 1)
@@ -131,8 +131,8 @@ I predict_and_aggregate_backward(const REAL *grad, const REAL *x, const REAL *hi
           memset(df, 0, width * sizeof(REAL));
           for (I b = B * group / groups; b < B * (group + 1) / groups; b++)
             for (I y = H / strips * strip; y < (strip + 1 < strips ? H / strips * (strip + 1) : H); y++)
-              for (I left = 0; left < W && !failed; left += together(D)) {
-                I n = least(together(D), W - left), p = (b * H + y) * W + left;
+              for (I left = 0; left < W && !failed; left += TOGETHER) {
+                I n = least(TOGETHER, W - left), p = (b * H + y) * W + left;
                 I place = ((b * (H + K - 1) + y) * Wp + left) * S * G;
                 const REAL *h = hidden + p * Dp;
                 multiply_from(h, Dp, 1, matrix, width, kernels, width, width, n, D, 0, offset);
