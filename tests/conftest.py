@@ -18,6 +18,12 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+@pytest.fixture
+def unforced(monkeypatch):
+    """For tests of which path is chosen: the others pass by whatever path DENSE_OPS forces."""
+    monkeypatch.delenv("DENSE_OPS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def sample_data() -> Path:
     """The folder of real photos, `coco/` and `ADEChallengeData2016/` as their users have them."""

@@ -130,6 +130,7 @@ def test_what_does_not_fit_is_named(grad_mode):
             layer.double()(torch.randn(2, 5))
 
 
+@pytest.mark.usefixtures("unforced")
 def test_what_takes_which():
     assert explain("linear", "cpu", torch.float32)[0] == "onednn"
     for dtype in (torch.float64, torch.bfloat16):
@@ -196,6 +197,7 @@ def test_mlp_with_something_frozen(frozen):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("unforced")
 def test_mlp_keeps_one_hidden_map_for_gradients():
     x, mlp, kept = torch.randn(50, 8, requires_grad=True), Mlp(8, 32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):

@@ -245,6 +245,7 @@ def test_one_graph_serves_all_sizes(make, path):
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("unforced")
 @pytest.mark.parametrize("make", [inhomogeneous, aggregation])
 def test_compiled_graphs_hold_the_operator(make):
     """And not the form that exported ones do, which keeps the kernels for the backward pass."""
@@ -297,6 +298,7 @@ def test_forcing(monkeypatch):
         pass
 
 
+@pytest.mark.usefixtures("unforced")
 def test_a_compiler_that_fails_is_said_once(monkeypatch, tmp_path, recwarn):
     broken = tmp_path / "broken"
     broken.write_text(

@@ -391,6 +391,7 @@ def test_tiles_agree_and_are_timed_once_for_maps_alike(monkeypatch):
         outs.clear()
 
 
+@pytest.mark.usefixtures("unforced")
 def test_which_operators_a_gpu_takes_them_for(monkeypatch):
     paths = {name: explain(name, "cuda", torch.bfloat16)[0] for name in dispatch.OPERATORS}
     taken = {name for name, path in paths.items() if path == "triton"}
@@ -401,6 +402,7 @@ def test_which_operators_a_gpu_takes_them_for(monkeypatch):
     assert path == "torch" and "no Triton" in reason
 
 
+@pytest.mark.usefixtures("unforced")
 def test_kernels_that_do_not_compile_are_said_once(monkeypatch, recwarn):
     from triton.errors import TritonError
 
