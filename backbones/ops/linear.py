@@ -102,7 +102,7 @@ class _Mlp(torch.autograd.Function):
         for part, into in zip(before.split(size), out.split(size), strict=True):
             hidden = torch.ops.aten.gelu.out(part, out=after[: len(part)])
             into.copy_(_onednn(hidden, weight2, bias2))
-        return out.view(*x.shape[:-1], -1), before
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight2.shape[0])), before
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -220,10 +220,14 @@ def _mkl_is_fast() -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    shape, x = (*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
     if weight.numel() > max(2**20, 100 * x.numel()):
         # Few rows by a large weight, a predictor's: what counts is to read the weight in order.
-        out = (weight @ x.reshape(-1, x.shape[-1]).t()).t().contiguous().unflatten(0, x.shape[:-1])
+        out = (weight @ x.t()).t().contiguous()
         out = out if bias is None else out.add_(bias)
-        return F.gelu(out) if gelu else out
-    name = "gelu" if gelu else "none"
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], "none" if gelu else "")
+        out = F.gelu(out) if gelu else out
+    else:
+        name = "gelu" if gelu else "none"
+        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], "none" if gelu else "")
+    # To autograd a plain view would be one, which nobody may modify in place.
+    return torch.ops.aten._unsafe_view(out, shape)

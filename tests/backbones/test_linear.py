@@ -197,6 +197,14 @@ def test_mlp_with_something_frozen(frozen):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("layer", [Linear(8, 8), Mlp(8, 32)])
+def test_outputs_may_be_modified_in_place(layer):
+    x = torch.randn(2, 3, 4, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad((layer(x) * 2 + x).sum(), x)
+    (got,) = torch.autograd.grad(layer(x).mul_(2).add_(x).sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.usefixtures("unforced")
 def test_mlp_keeps_one_hidden_map_for_gradients():
     x, mlp, kept = torch.randn(50, 8, requires_grad=True), Mlp(8, 32), []
