@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
@@ -22,7 +23,8 @@ from torch import nn
 
 import dense.openmmlab.runner  # noqa: F401
 import dense.segmentation  # noqa: F401
-from dense.backbone import step_back_norms
+from dense.backbone import DenseBackbone, step_back_norms
+from tests.foreign import foreign_operators
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs/mmdetection"
@@ -190,6 +192,92 @@ def test_features_are_detectron2s():
     with torch.no_grad():
         for map_, other in zip(ours(x), theirs(x).values(), strict=True):
             torch.testing.assert_close(map_, other, rtol=0, atol=0)
+
+
+def with_maps_laid_out(monkeypatch, memory_format):
+    """Lets the pyramid, before the adapter, hand out maps of one memory layout."""
+    forward = DenseBackbone.forward
+    monkeypatch.setattr(
+        DenseBackbone,
+        "forward",
+        lambda self, x: tuple(m.contiguous(memory_format=memory_format) for m in forward(self, x)),
+    )
+
+
+LAYOUTS = pytest.mark.parametrize(
+    "memory_format", [torch.channels_last, torch.contiguous_format], ids=["NHWC", "NCHW"]
+)
+
+
+@LAYOUTS
+def test_roi_features_are_torchvisions(monkeypatch, memory_format):
+    """Compiled mmcv misread channels-last maps without a word (open-mmlab/mmcv#2203)."""
+    with_maps_laid_out(monkeypatch, memory_format)
+    model = step_back_norms(build(config(NANO))).train()
+    images = torch.randn(2, 3, 96, 128)
+    corners = torch.rand(64, 2) * torch.tensor([100.0, 70.0])
+    images_of = torch.randint(2, (64, 1)).float()
+    rois = torch.cat([images_of, corners, corners + 1 + 60 * torch.rand(64, 2) ** 2], 1)
+    extractors = [*model.roi_head.bbox_roi_extractor, *model.roi_head.mask_roi_extractor]
+    parameters = dict(model.backbone.named_parameters()) | dict(model.neck.named_parameters())
+
+    def features_and_gradients(of):
+        maps = model.extract_feat(images)
+        features = torch.cat([of(extractor, maps).flatten() for extractor in extractors])
+        loss = (features * torch.linspace(-1, 1, len(features))).sum()
+        return features, torch.autograd.grad(loss, parameters.values(), allow_unused=True)
+
+    def torchvisions(extractor, maps):
+        maps = maps[: extractor.num_inputs]
+        out = maps[0].new_zeros(
+            len(rois), extractor.out_channels, *extractor.roi_layers[0].output_size
+        )
+        levels = extractor.map_roi_levels(rois, len(maps))
+        assert len(levels.unique()) > 1
+        for i, (map_, layer) in enumerate(zip(maps, extractor.roi_layers, strict=True)):
+            out[levels == i] = torchvision.ops.roi_align(
+                map_.clone(memory_format=torch.contiguous_format),
+                rois[levels == i],
+                layer.output_size,
+                layer.spatial_scale,
+                max(layer.sampling_ratio, 0),
+                layer.aligned,
+            )
+        return out
+
+    ours, gradients = features_and_gradients(lambda extractor, maps: extractor(maps[:4], rois))
+    theirs, expected = features_and_gradients(torchvisions)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for name, gradient, reference in zip(parameters, gradients, expected, strict=True):
+        assert (gradient is None) == (reference is None), name
+        if gradient is not None:
+            error = (gradient - reference).abs().max() / reference.abs().max().clamp(min=1e-6)
+            assert error < 1e-3, name
+
+
+@LAYOUTS
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_head_is_given_contiguous_maps(monkeypatch, family, memory_format):
+    with_maps_laid_out(monkeypatch, memory_format)
+    model = step_back_norms(build(config(NANO, type=f"{family}_nano"))).train()
+    data = model.data_preprocessor(batch((75, 101), (96, 64)), training=True)
+    with foreign_operators() as seen:
+        losses = model(**data, mode="loss")
+        model.parse_losses(losses)[0].backward()
+        assert {"mmcv::nms", "mmcv::roi_align_forward", "mmcv::roi_align_backward"} <= seen
+        seen.clear()
+        model.eval().test_cfg.rcnn.score_thr = 0.0
+        with torch.no_grad():
+            model.test_step(batch((75, 101)))
+        assert {"mmcv::nms", "mmcv::roi_align_forward"} <= seen
+
+
+def test_a_map_of_one_position_has_contiguous_strides():
+    """``contiguous()`` leaves channels-last strides there, which layers behind it would keep."""
+    init_default_scope("mmdet")
+    backbone = MODELS.build(dict(type="dw_conv_nano", norm="BN")).eval()
+    for out in backbone(torch.randn(2, 3, 32, 32)):
+        assert out.stride() == torch.empty(out.shape).stride()
 
 
 def test_mmsegmentation_and_detectron2_are_not_needed():

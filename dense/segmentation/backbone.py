@@ -3,7 +3,9 @@
 from functools import partial
 from typing import Any
 
+import torch
 from mmengine.registry import MODELS
+from torch import Tensor
 
 import backbones
 from dense.backbone import DenseBackbone
@@ -39,6 +41,15 @@ class PyramidBackbone(DenseBackbone):
         if len(sources) > 1:
             raise ValueError(f"init, init_cfg and pretrained name different weights: {sources}")
         super().__init__(name, init=next(iter(sources), None), **kwargs)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``(B, 3, H, W)`` to one ``(B, C, ceil(H/stride), ceil(W/stride))`` a chosen stage.
+
+        The maps are contiguous: mmcv's compiled operators, RoIAlign among them, read any tensor as
+        if it were (open-mmlab/mmcv#2203), and the layers of necks keep the layout they are given.
+        """
+        # Not contiguous(), which keeps channels-last strides where a map has a single position.
+        return tuple(m.clone(memory_format=torch.contiguous_format) for m in super().forward(x))
 
 
 def register() -> None:

@@ -17,6 +17,7 @@ from detectron2.utils import logger as detectron2_logger
 
 import backbones
 from dense.detection import PyramidBackbone, add_dense_config
+from tests.foreign import foreign_operators
 
 from .steps import eval_step, sample, train_step
 
@@ -229,3 +230,20 @@ def test_import_needs_no_openmmlab_package():
 def test_missing_detectron2_is_named_with_the_command():
     result = run("import sys; sys.modules['detectron2'] = None; import dense.detection")
     assert "ImportError: detectron2 is not installed: run pip install" in result.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_operators_read_our_layout(family):
+    """Maps stay channels-last in Detectron2: its compiled operators must not misread them."""
+    torch.manual_seed(0)
+    model = build_model(stock(MASK_RCNN, f"{family}_nano_fpn"))
+    with foreign_operators() as seen:
+        train_step(model, sample(count=2))
+        assert seen == {
+            "torchvision::nms",
+            "torchvision::roi_align",
+            "torchvision::_roi_align_backward",
+        }
+        seen.clear()
+        eval_step(model, sample())
+        assert seen == {"torchvision::nms", "torchvision::roi_align"}

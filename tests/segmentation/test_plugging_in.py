@@ -14,6 +14,7 @@ from mmseg.structures import SegDataSample
 
 import dense.segmentation  # noqa: F401
 from dense.backbone import step_back_norms
+from tests.foreign import foreign_operators
 
 STOCK = Path(mmseg.__file__).parent / ".mim/configs"
 CHANNELS = [32, 64, 128, 256]
@@ -78,3 +79,26 @@ def test_stock_pretrained_is_not_read_in_silence():
     init_default_scope("mmseg")
     with pytest.raises(RuntimeError, match="open-mmlab://resnet50_v1c"):
         MODELS.build(cfg.model).init_weights()
+
+
+@pytest.mark.parametrize(
+    "path, heads",
+    [
+        ("sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py", dict(neck=dict(in_channels=CHANNELS))),
+        (
+            "upernet/upernet_r50_4xb4-80k_ade20k-512x512.py",
+            dict(decode_head=dict(in_channels=CHANNELS), auxiliary_head=dict(in_channels=128)),
+        ),
+    ],
+    ids=["fpn", "upernet"],
+)
+def test_these_heads_call_no_operators_but_pytorchs(path, heads):
+    """None, then, that could misread the memory layout of our maps."""
+    cfg = stock(path, dict(type="i_d_dw_conv_nano"), **heads)
+    init_default_scope("mmseg")
+    model = step_back_norms(MODELS.build(cfg.model)).train()
+    with foreign_operators() as seen:
+        data = model.data_preprocessor(data_batch(), training=True)
+        model.parse_losses(model(**data, mode="loss"))[0].backward()
+        model.eval().test_step({k: v[:1] for k, v in data_batch().items()})
+    assert seen == set()
