@@ -7,9 +7,13 @@ the others.
 
 from importlib.util import find_spec
 
+_EXTRA = "run pip install 'dense-backbones[{extra}]'"
 _INSTALL = {
-    "detectron2": "the README's section on Detectron2 says how to install it",
+    "detectron2": f"{_EXTRA}; the README's section on Detectron2 says how to install it",
+    "mmcv": "run pip install mmcv-lite==2.1.0; the README's section on mmcv has the other ways",
 }
+# What a package imports without declaring it.
+_UNDECLARED = {"mmseg": ("mmcv",), "mmdet": ("mmcv",)}
 
 
 def require(package: str, extra: str) -> None:
@@ -20,11 +24,9 @@ def require(package: str, extra: str) -> None:
         extra: the extra of this distribution that brings what goes with it.
 
     Raises:
-        ImportError: ``package`` is missing; the message has the command that installs it.
+        ImportError: ``package``, or what it needs, is missing; the message says what installs it.
     """
-    if find_spec(package) is None:
-        hint = _INSTALL.get(package)
-        raise ImportError(
-            f"{package} is not installed: run pip install 'dense-backbones[{extra}]'"
-            + (f"; {hint}" if hint else "")
-        )
+    for name in (package, *_UNDECLARED.get(package, ())):
+        if find_spec(name) is None:
+            way = _INSTALL.get(name, _EXTRA).format(extra=extra)
+            raise ImportError(f"{name} is not installed: {way}")

@@ -13,9 +13,10 @@ from mmengine.config import Config
 from backbones import CheckpointError, fuse
 from dense import require
 from dense.backbone import step_back_norms
-from dense.openmmlab import checkpoints
+from dense.openmmlab import checkpoints, mmcv_lite
 
 require("mmdet", "mmdetection")
+mmcv_lite.offer()
 
 from mmdet.apis import inference_detector, init_detector  # noqa: E402
 from mmdet.registry import DATASETS  # noqa: E402

@@ -20,6 +20,7 @@ PACKAGES = (
     "timm",
     "mmengine",
     "mmcv",
+    "mmcv-lite",
     "mmsegmentation",
     "detectron2",
     "sal-detectron2",

@@ -5,7 +5,9 @@ In a config of MMSegmentation, MMDetection or any other package on MMEngine::
     custom_imports = dict(imports=["dense.segmentation"])
     model = dict(backbone=dict(type="i_d_dw_conv_tiny", drop_path_rate=0.3, init="checkpoint.pth"))
 
-This import needs mmengine alone; what needs MMSegmentation stands in the modules beside it.
+This import needs mmengine alone; what needs MMSegmentation stands in the modules beside it. Over
+mmcv-lite it also offers what stands in for mmcv's compiled operators
+(:mod:`dense.openmmlab.mmcv_lite`).
 """
 
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from dense import require
 
 require("mmengine", "segmentation")
 
+from dense.openmmlab import mmcv_lite  # noqa: E402
 from dense.openmmlab.logs import forward_logs  # noqa: E402
 from dense.openmmlab.optim import DenseOptimWrapperConstructor  # noqa: E402
 from dense.segmentation.backbone import PyramidBackbone, register  # noqa: E402
@@ -24,6 +27,7 @@ __all__ = ["DenseOptimWrapperConstructor", "PyramidBackbone", "load_predictor"]
 
 register()
 forward_logs()
+mmcv_lite.offer()
 
 
 def load_predictor(
