@@ -1,5 +1,6 @@
 # `make demo` and `make test` do all the set-up themselves; `make help` lists the rest.
-# PYTHON=python3.12 picks the interpreter, WHEELHOUSE=folder offers prebuilt wheels (mmcv's above all).
+# PYTHON=python3.12 picks the interpreter, MMCV=compiled mmcv with its own operators (MMCV=lite goes
+# back), WHEELHOUSE=folder offers prebuilt wheels.
 
 WORK_DIR ?= work_dirs/demo
 CHAIN_DIR ?= work_dirs/chain
@@ -12,7 +13,7 @@ candidates = .venv/bin/python python3 python3.12 python3.11
 PYTHON := $(shell for p in $(candidates); do \
 	$$p -c '$(supported)' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 endif
-export WHEELHOUSE
+export WHEELHOUSE MMCV
 
 .PHONY: help setup demo demo-chain test test-e2e lint lock clean
 .DEFAULT_GOAL := help
@@ -22,7 +23,7 @@ help:
 	@echo "make demo-chain photos to classifier to detector and segmentor: $(CHAIN_DIR)/chain.png (DENSE_SAMPLE_DATA=folder)"
 	@echo "make test       the test suite, $(WORKERS) processes (WORKERS=n)"
 	@echo "make test-e2e   the long tests; DENSE_SAMPLE_DATA=folder names the photos"
-	@echo "make setup      builds .venv; the others do so too"
+	@echo "make setup      builds .venv; the others do so too (MMCV=compiled: mmcv's own operators)"
 	@echo "make lint       ruff: rules and format"
 	@echo "make lock       resolves requirements/lock.txt again (LOCK_FLAGS=--upgrade for newer versions)"
 	@echo "make clean      removes .venv, the wheels built for it and caches; never work_dirs"

@@ -20,11 +20,11 @@ SCRIPT = ROOT / "tools" / "setup_environment.py"
 
 @pytest.fixture
 def setup(monkeypatch):
-    """The script as a module, with a compiler at hand and room on the disk."""
+    """The script as a module, with room on the disk, and nothing installed."""
     spec = importlib.util.spec_from_file_location("setup_environment", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "installed", lambda: {"mmcv": "2.1.0"})
+    monkeypatch.setattr(module, "installed", dict)
     disk(monkeypatch, module, free=100e9)
     monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
     return module
@@ -71,12 +71,24 @@ def test_missing_venv_is_named(setup, monkeypatch, name):
     assert re.search(rf"module {name};.*apt install python3\.\d+-venv", only_line(setup))
 
 
-def test_missing_compiler_is_named(setup, monkeypatch):
+def test_no_compiler_is_asked_for(setup, monkeypatch):
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    monkeypatch.setattr(setup.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    assert list(setup.problems()) == list(setup.problems(None, "lite")) == []
+
+
+def test_a_missing_compiler_is_named_where_mmcv_is_compiled(setup, monkeypatch):
     monkeypatch.setattr(setup.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
-    assert "apt install g++" in only_line(setup)
+    assert "apt install g++" in only_line(setup, None, "compiled")
     monkeypatch.setenv("CXX", "clang++ -v")
-    assert "(clang++)" in only_line(setup)
+    assert "(clang++)" in only_line(setup, None, "compiled")
+    monkeypatch.setattr(setup, "installed", lambda: {"mmcv": "2.1.0"})
+    assert list(setup.problems(None, "compiled")) == []
+
+
+def test_an_unknown_mmcv_is_named(setup):
+    assert only_line(setup, None, "full") == "MMCV=full: lite and compiled are valid"
 
 
 def test_too_little_disk_says_how_much(setup, monkeypatch):
@@ -94,26 +106,104 @@ def test_a_wheelhouse_that_is_no_folder_is_named(setup, tmp_path):
 
 def test_headers_are_asked_for_only_where_mmcv_is_compiled(setup, monkeypatch, tmp_path):
     monkeypatch.setattr(setup.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    monkeypatch.setattr(setup, "installed", dict)
-    assert "Python.h is missing" in only_line(setup, tmp_path)
+    assert "Python.h is missing" in only_line(setup, tmp_path, "compiled")
+    (tmp_path / mmcv_wheel()).touch()
+    assert list(setup.problems(tmp_path, "compiled")) == []
+
+
+def mmcv_wheel():
     tag = "cp{}{}".format(*sys.version_info)
-    (tmp_path / f"mmcv-2.1.0-{tag}-{tag}-linux_x86_64.whl").touch()
-    assert list(setup.problems(tmp_path)) == []
+    return f"mmcv-2.1.0-{tag}-{tag}-linux_x86_64.whl"
+
+
+@pytest.fixture
+def calls(setup, monkeypatch):
+    """What the script would have had uv do."""
+    made = []
+    monkeypatch.setattr(setup, "uv", lambda *arguments, env=None: made.append(arguments))
+    return made
+
+
+@pytest.mark.parametrize(
+    "have, wanted, removed",
+    [
+        ({}, "lite", None),
+        ({}, "compiled", None),
+        ({"mmcv": "2.1.0"}, "lite", "mmcv"),
+        ({"mmcv-lite": "2.1.0"}, "compiled", "mmcv-lite"),
+        ({"mmcv": "2.0.1"}, "compiled", "mmcv"),
+    ],
+)
+def test_one_mmcv_takes_the_others_place(
+    setup, monkeypatch, calls, tmp_path, have, wanted, removed
+):
+    """Both write the same folder: the one that goes, goes first."""
+    monkeypatch.setattr(setup, "installed", lambda: have)
+    (tmp_path / mmcv_wheel()).touch()
+    setup.install_mmcv(wanted, tmp_path)
+    assert [call[0] for call in calls] == ["uninstall", "install"][0 if removed else 1 :]
+    assert calls[0][-1] == removed or not removed
+    assert calls[-1][-1] == {"lite": "mmcv-lite==2.1.0", "compiled": "mmcv==2.1.0"}[wanted]
+
+
+@pytest.mark.parametrize("variant", ["lite", "compiled"])
+def test_an_mmcv_that_is_there_stays(setup, monkeypatch, calls, variant):
+    monkeypatch.setattr(setup, "installed", lambda: {setup.VARIANTS[variant]: "2.1.0"})
+    assert setup.installed_variant() == variant
+    setup.install_mmcv(variant, None)
+    assert calls == []
+
+
+def test_what_is_done_is_done_for_either_mmcv_unless_one_is_named(setup, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup, "STAMP", tmp_path / "stamp")
+    monkeypatch.setattr(setup, "VENV_PYTHON", Path(sys.executable))
+    setup.STAMP.write_text(setup.fingerprint("compiled"))
+    assert setup.is_done() and setup.is_done("compiled") and not setup.is_done("lite")
+
+
+def test_uv_looks_where_pip_does(setup, monkeypatch, tmp_path):
+    """Its own settings come first, and pip's variables before pip's files."""
+    config = tmp_path / "pip.conf"
+    config.write_text(
+        "[global]\nindex-url = https://one.example/simple\ncert = /some/bundle.crt\n"
+        "extra-index-url = https://two.example/simple\n    https://three.example/simple\n"
+    )
+    monkeypatch.setattr(setup, "VENV_PYTHON", Path(sys.executable))
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
+    monkeypatch.setenv("PIP_FIND_LINKS", "/a /b")
+    for name in ("PIP_CERT", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    expected = {
+        "UV_DEFAULT_INDEX": "https://one.example/simple",
+        "UV_INDEX": "https://two.example/simple https://three.example/simple",
+        "UV_FIND_LINKS": "/a,/b",
+        "SSL_CERT_FILE": "/some/bundle.crt",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+    }
+    assert setup.pips_index() == expected
+    monkeypatch.setenv("PIP_INDEX_URL", "https://four.example/simple")
+    assert setup.pips_index()["UV_DEFAULT_INDEX"] == "https://four.example/simple"
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://five.example/simple")
+    ran = []
+    monkeypatch.setattr(setup, "run", lambda *command, env: ran.append(env))
+    setup.uv("install", "something")
+    assert ran[0]["UV_DEFAULT_INDEX"] == "https://five.example/simple"
+    assert ran[0]["UV_FIND_LINKS"] == "/a,/b"
 
 
 def test_the_problem_is_the_only_output_and_nothing_is_made(tmp_path):
     """As a newcomer meets it: a checkout, no compiler, one line, no .venv."""
-    for path in ("requirements", "tools"):
+    for path in ("requirements", "tools", "dense/openmmlab"):
         shutil.copytree(ROOT / path, tmp_path / path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     done = subprocess.run(
         [sys.executable, tmp_path / "tools" / SCRIPT.name],
-        env={**os.environ, "PATH": str(tmp_path), "CXX": "no-such-compiler"},
+        env={**os.environ, "PATH": str(tmp_path), "CXX": "no-such-compiler", "MMCV": "compiled"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 1 and done.stdout == ""
-    assert "setup: no C++ compiler (no-such-compiler); install one" in done.stderr
+    assert "no C++ compiler (no-such-compiler); install one" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / ".venv").exists() and not (tmp_path / ".whl").exists()
 
@@ -140,7 +230,7 @@ def test_set_up_is_redone_when_the_lock_changes(setup, monkeypatch, tmp_path):
     monkeypatch.setattr(setup, "STAMP", tmp_path / "stamp")
     monkeypatch.setattr(setup, "VENV_PYTHON", Path(sys.executable))
     assert not setup.is_done()
-    setup.STAMP.write_text(setup.fingerprint())
+    setup.STAMP.write_text(setup.fingerprint("lite"))
     assert setup.is_done()
     lock.write_text("torch==2.12.0\n")
     assert not setup.is_done()
@@ -187,3 +277,12 @@ def test_the_lock_holds_what_its_packages_ask_for(setup):
 def test_base_install_asks_for_torch_and_timm_only():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert sorted(Requirement(line).name for line in project["dependencies"]) == ["timm", "torch"]
+
+
+def test_no_extra_pulls_one_mmcv_over_the_other():
+    """mmcv and mmcv-lite write the same folder: which of them it is, the user has chosen."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    names = {Requirement(line).name for lines in extras.values() for line in lines}
+    assert not {"mmcv", "mmcv-lite"} & names

@@ -3,10 +3,13 @@
 Run again it goes on where it stopped, and does nothing when nothing changed. It needs the standard
 library alone, and no syntax newer than Python 3.6: an older Python is told so in one line.
 
-Environment: WHEELHOUSE, a folder of prebuilt wheels; FORCE_CUDA=1, to compile mmcv's operators for
-CUDA too; MAX_JOBS, how many compilers run at once.
+Environment: MMCV=lite, the default of a new .venv, takes mmcv-lite, and torchvision's operators
+stand in for what mmcv compiles; MMCV=compiled compiles mmcv or takes its wheel from WHEELHOUSE;
+without MMCV the one that is installed stays. WHEELHOUSE, a folder of prebuilt wheels. When mmcv is
+compiled: FORCE_CUDA=1, for CUDA too; MAX_JOBS, how many compilers run at once.
 """
 
+import ast
 import fcntl
 import hashlib
 import importlib
@@ -28,18 +31,26 @@ except ImportError:  # Python 3.7 and older, which problems() refuses
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
+UV = VENV / "bin" / "uv"
 STAMP = VENV / ".setup-done"
 BUILT = ROOT / ".whl"  # wheels made here: they outlive .venv
 LOCK = ROOT / "requirements" / "lock.txt"
 DETECTRON2 = ROOT / "requirements" / "detectron2.txt"
-INPUTS = (LOCK, DETECTRON2, ROOT / "pyproject.toml", Path(__file__).resolve())
+STAND_IN = ROOT / "dense" / "openmmlab" / "mmcv_ext.py"
+INPUTS = (LOCK, DETECTRON2, STAND_IN, ROOT / "pyproject.toml", Path(__file__).resolve())
 
+START = time.monotonic()
 SUPPORTED = ((3, 11), (3, 12))
 THIS = "{}.{}".format(*sys.version_info)
 DISK = 12e9  # bytes
-BATCH = 12  # packages in one call of pip: an interruption loses no more than these
 MEMORY_PER_COMPILER = 1.3e9  # bytes
-BUILD_TOOLS = ("pip", "setuptools", "wheel", "ninja", "psutil", "packaging")
+# uv downloads in parallel; the others build what is on PyPI as source alone.
+BUILD_TOOLS = ("pip", "setuptools", "wheel", "uv")
+VARIANTS = {"lite": "mmcv-lite", "compiled": "mmcv"}  # the package of each MMCV
+MMCV_IS = {
+    "lite": "mmcv-lite with torchvision's operators in it (MMCV=compiled compiles mmcv's own)",
+    "compiled": "mmcv with its own operators (MMCV=lite takes torchvision's)",
+}
 REPORTED = (
     *("torch", "torchvision", "timm", "mmengine", "mmcv", "mmcv.ops", "mmseg", "mmdet"),
     *("detectron2", "pycocotools", "backbones", "dense"),
@@ -54,7 +65,7 @@ def main():
     if sys.argv[1:] == ["versions"]:
         return report_versions()
     try:
-        set_up(wheelhouse=os.environ.get("WHEELHOUSE"))
+        set_up(os.environ.get("WHEELHOUSE"), os.environ.get("MMCV") or None)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
@@ -64,16 +75,16 @@ def main():
     return 0
 
 
-def set_up(wheelhouse):
-    if is_done():
+def set_up(wheelhouse, variant):
+    if is_done(variant):
         return
     wheelhouse = Path(wheelhouse).resolve() if wheelhouse else None
-    found = list(problems(wheelhouse))
+    found = list(problems(wheelhouse, variant))
     if found:
         raise SetupError("\nsetup: ".join(found))
     checkout = os.open(str(ROOT), os.O_RDONLY)
     fcntl.flock(checkout, fcntl.LOCK_EX)  # one set-up at a time
-    if is_done():
+    if is_done(variant):
         return
 
     make_venv()
@@ -82,28 +93,36 @@ def set_up(wheelhouse):
     # /tmp is often another and smaller disk than the one that was measured.
     os.environ.setdefault("TMPDIR", str(temporary))
     forget_half_installed()
+    variant = variant or installed_variant() or "lite"
     install_build_tools()
     install_locked(wheelhouse)
     install_headless_opencv()
-    install_mmcv(wheelhouse)
+    install_mmcv(variant, wheelhouse)
     install_detectron2()
     say("dense-backbones itself")
     quiet = dict(os.environ, PYTHONWARNINGS="ignore")  # setuptools, on editable installations
-    pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT, env=quiet)
+    uv("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT, env=quiet)
+    if variant == "lite":
+        # Programs that import MMDetection before us must find it too.
+        run("the stand-in for mmcv._ext", VENV_PYTHON, "-m", "dense.openmmlab.mmcv_lite")
     shutil.rmtree(str(temporary))
 
+    say("importing all of it, for the first time")
     run("pip check", VENV_PYTHON, "-m", "pip", "check")
     run("importing what was installed", VENV_PYTHON, Path(__file__).resolve(), "versions")
-    STAMP.write_text(fingerprint())
-    say(f"done, {VENV} is ready")
+    STAMP.write_text(fingerprint(variant))
+    say(f"done, {VENV} is ready, {MMCV_IS[variant]}")
 
 
-def is_done():
-    return VENV_PYTHON.exists() and STAMP.exists() and STAMP.read_text() == fingerprint()
+def is_done(variant=None):
+    """Whether .venv is what this checkout asks for, with either mmcv where none is named."""
+    if not (VENV_PYTHON.exists() and STAMP.exists()):
+        return False
+    return STAMP.read_text() in map(fingerprint, [variant] if variant else VARIANTS)
 
 
-def fingerprint():
-    digest = hashlib.sha256(THIS.encode())
+def fingerprint(variant):
+    digest = hashlib.sha256((THIS + variant).encode())
     for path in INPUTS:
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -112,7 +131,7 @@ def fingerprint():
 # Before anything is downloaded
 
 
-def problems(wheelhouse=None):
+def problems(wheelhouse=None, variant=None):
     """Everything that would stop the set-up later on, a line each."""
     have = f"{sys.executable} is Python {THIS}"
     if sys.version_info[:2] not in SUPPORTED:
@@ -133,23 +152,34 @@ def problems(wheelhouse=None):
             f"{have} without its module {' and '.join(lacking)}; install it "
             f"(Debian, Ubuntu: apt install python{THIS}-venv)"
         )
-    compiler = (os.environ.get("CXX") or "c++").split()[0]
-    if shutil.which(compiler) is None:
-        yield f"no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++)"
     if wheelhouse and not wheelhouse.is_dir():
         yield f"WHEELHOUSE={wheelhouse} is not a folder; name one that holds wheels, or unset it"
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not header.exists() and not mmcv_wheels(wheelhouse) and "mmcv" not in installed():
-        yield (
-            f"mmcv must be compiled and {header} is missing; install Python's headers (Debian, "
-            f"Ubuntu: apt install python{THIS}-dev) or name a folder with a wheel: WHEELHOUSE=..."
-        )
+    if variant not in (None, *VARIANTS):
+        yield f"MMCV={variant}: {' and '.join(VARIANTS)} are valid"
+    if variant == "compiled" and "mmcv" not in installed() and not mmcv_wheels(wheelhouse):
+        yield from problems_of_compiling()
     free = shutil.disk_usage(str(ROOT)).free
     missing = DISK - free
     if missing > 0 and missing > size_of(VENV):
         yield (
             f"{free / 1e9:.1f} GB are free where {ROOT} lies, set-up needs {DISK / 1e9:.0f} GB; "
             f"free {(missing - size_of(VENV)) / 1e9:.1f} GB more"
+        )
+
+
+def problems_of_compiling():
+    other = "name a folder that holds a wheel of mmcv (WHEELHOUSE=...), or take MMCV=lite"
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
+    if shutil.which(compiler) is None:
+        yield (
+            f"MMCV=compiled and no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt "
+            f"install g++), {other}"
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        yield (
+            f"MMCV=compiled and {header} is missing; install Python's headers (Debian, Ubuntu: apt "
+            f"install python{THIS}-dev), {other}"
         )
 
 
@@ -178,9 +208,15 @@ def is_whole(dist_info):
     return (dist_info / "INSTALLER").exists()
 
 
+def installed_variant():
+    """Which mmcv is in .venv, or None."""
+    have = installed()
+    return next((variant for variant, name in VARIANTS.items() if name in have), None)
+
+
 def mmcv_wheels(folder):
     """The wheels for this Python of the mmcv we want."""
-    name = f"mmcv-{locked()['mmcv']}-cp{THIS.replace('.', '')}-*.whl"
+    name = f"mmcv-{locked()['mmcv-lite']}-cp{THIS.replace('.', '')}-*.whl"
     return list(folder.glob(name)) if folder else []
 
 
@@ -223,14 +259,14 @@ def install_build_tools():
 
 
 def install_locked(wheelhouse):
-    """Everything but mmcv, which needs the rest in order to be built."""
+    """Everything but mmcv, of which there are two, and the headless cv2, which goes over one."""
     have = installed()
-    left = [f"{name}=={pin}" for name, pin in locked().items() if have.get(name) != pin]
-    left = [pin for pin in left if not pin.startswith("mmcv==")]
-    for start in range(0, len(left), BATCH):
-        batch = left[start : start + BATCH]
-        say(f"packages {start + 1} to {start + len(batch)} of {len(left)}")
-        pip("install", "--no-deps", "--no-build-isolation", *links(wheelhouse), *batch)
+    later = {"mmcv-lite", "opencv-python-headless"}
+    left = [(name, pin) for name, pin in locked().items() if name not in later]
+    left = [f"{name}=={pin}" for name, pin in left if have.get(name) != pin]
+    if left:
+        say(f"{len(left)} packages, 3 GB to download")
+        uv("install", "--no-deps", "--no-build-isolation", *links(wheelhouse), *left)
 
 
 def install_headless_opencv():
@@ -239,21 +275,34 @@ def install_headless_opencv():
     if not version.exists() or "headless = True" not in version.read_text():
         say("the headless cv2")
         package = f"opencv-python-headless=={locked()['opencv-python-headless']}"
-        pip("install", "--quiet", "--no-deps", "--force-reinstall", package)
+        uv("install", "--quiet", "--no-deps", "--reinstall", package)
 
 
-def install_mmcv(wheelhouse):
-    version = locked()["mmcv"]
-    if installed().get("mmcv") == version:
+def install_mmcv(variant, wheelhouse):
+    """One of the two: both write the same folder, so the other goes first."""
+    have, version = installed(), locked()["mmcv-lite"]
+    name = VARIANTS[variant]
+    if have.get(name) == version:
         return
-    if not mmcv_wheels(wheelhouse):
-        cuda = os.environ.get("FORCE_CUDA") == "1"
-        wheelhouse = BUILT / "torch-{}-{}".format(locked()["torch"], "cuda" if cuda else "cpu")
-        if not mmcv_wheels(wheelhouse):
-            compile_mmcv(version, wheelhouse, cuda)
-    say(f"mmcv {version}")
-    local = ["--no-index", "--only-binary=mmcv", *links(wheelhouse)]
-    pip("install", "--quiet", "--no-deps", *local, f"mmcv=={version}")
+    if variant == "compiled":
+        wheelhouse = with_compiled_wheel(version, wheelhouse)
+    say(f"{name} {version}")
+    there = [other for other in VARIANTS.values() if other in have]
+    if there:
+        uv("uninstall", "--quiet", *there)
+    only = ["--no-index", "--only-binary=mmcv"] if variant == "compiled" else []
+    uv("install", "--quiet", "--no-deps", *only, *links(wheelhouse), f"{name}=={version}")
+
+
+def with_compiled_wheel(version, wheelhouse):
+    """The folder that holds a wheel of mmcv: the one that was named, or one that is filled here."""
+    if mmcv_wheels(wheelhouse):
+        return wheelhouse
+    cuda = os.environ.get("FORCE_CUDA") == "1"
+    built = BUILT / "torch-{}-{}".format(locked()["torch"], "cuda" if cuda else "cpu")
+    if not mmcv_wheels(built):
+        compile_mmcv(version, built, cuda)
+    return built
 
 
 def compile_mmcv(version, out, cuda):
@@ -298,7 +347,7 @@ def install_detectron2():
     wheel = BUILT / f"sal_detectron2-{version}-py3-none-any.whl"
     if not wheel.exists():
         repack_detectron2(wheel)
-    pip("install", "--quiet", "--no-deps", "--no-index", wheel)
+    uv("install", "--quiet", "--no-deps", "--no-index", wheel)
 
 
 def repack_detectron2(wheel):
@@ -343,7 +392,7 @@ def report_versions():
 
 
 def say(what):
-    print(f"setup: {what}", flush=True)
+    print(f"setup: [{time.monotonic() - START:3.0f} s] {what}", flush=True)
 
 
 def links(folder):
@@ -352,6 +401,31 @@ def links(folder):
 
 def pip(*arguments, env=None):
     run(f"pip {arguments[0]}", VENV_PYTHON, "-m", "pip", *arguments, env=env)
+
+
+def uv(verb, *arguments, env=None):
+    env = dict(env or os.environ)
+    for name, value in pips_index().items():
+        env.setdefault(name, value)
+    run(f"uv pip {verb}", UV, "pip", verb, "--python", VENV_PYTHON, *arguments, env=env)
+
+
+def pips_index():
+    """Where pip is configured to look for packages, by the names that uv reads."""
+    listed = [str(VENV_PYTHON), "-m", "pip", "config", "list"]
+    out = subprocess.run(listed, stdout=subprocess.PIPE, text=True, check=False)
+    found = re.findall(r"^(global|install|:env:)\.([\w-]+)=(.*)$", out.stdout, re.MULTILINE)
+    found.sort(key=lambda entry: entry[0] == ":env:")  # which wins over what files say
+    pips = {name: ast.literal_eval(value) for _, name, value in found}
+    uvs = {
+        "UV_DEFAULT_INDEX": pips.get("index-url"),
+        "UV_INDEX": pips.get("extra-index-url"),
+        "UV_FIND_LINKS": ",".join(pips.get("find-links", "").split()),
+        "SSL_CERT_FILE": pips.get("cert"),
+        # As pip does, which takes a version wherever it is.
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+    }
+    return {name: " ".join(value.split()) for name, value in uvs.items() if value}
 
 
 def run(what, *command, env=None, quiet=False):
