@@ -6,9 +6,10 @@ Importing this package registers the models with timm::
     model = timm.create_model("i_d_dw_conv_tiny", num_classes=1000, drop_path_rate=0.2)
 """
 
+import backbones.models  # noqa: F401  (registers them)
 from backbones.checkpoints import LoadReport, load_checkpoint
+from backbones.families import FAMILIES, MODEL_NAMES
 from backbones.fusion import fuse
-from backbones.models import FAMILIES, MODEL_NAMES
 from backbones.pyramid import Pyramid
 from backbones.reading import CheckpointError, read_checkpoint
 

@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.nn.functional as F
 from timm.data import ImageNetInfo
-from timm.layers import resize_rel_pos_bias_table
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from backbones.layouts import ANCHORS, family_of, is_of_square_window, to_ours
-from backbones.ops.window import resize_window_grid
+from backbones.families import SIZES
+from backbones.layouts import ANCHORS, family_of, to_ours
+from backbones.mixers import Mixer
 from backbones.reading import CheckpointError, read_with_classes
 
 _logger = logging.getLogger(__name__)
@@ -302,32 +301,11 @@ def _imagenet(count: int) -> Sequence[str] | None:
 
 def _resize(model: nn.Module, name: str, value: Tensor, target: Tensor) -> Tensor:
     """``value`` for another window, kernel, grid or number of image channels if it can be."""
-    if (
-        name.endswith("relative_position_bias_table")
-        and value.shape[1:] == target.shape[1:]
-        and is_of_square_window(value)
-    ):
-        window = model.get_submodule(name.rpartition(".")[0]).window_size
-        return resize_rel_pos_bias_table(value, window, tuple(target.shape))
-    if name.endswith("mixer.weight"):
-        return _resize_local_mlp(value, target)
-    if name.endswith("mixer.conv.weight") and value.shape[:2] == target.shape[:2]:
-        return F.interpolate(value, target.shape[2:], mode="bicubic", align_corners=False)
     if name == "patch_embed.proj.weight" and value.shape[:2] == (target.shape[0], 3):
         return adapt_input_conv(target.shape[1], value)
-    return value
-
-
-def _resize_local_mlp(value: Tensor, target: Tensor) -> Tensor:
-    """Weights per window for another grid, or between one matrix a window and one for all."""
-    per_window, shared = 6, 3
-    if value.ndim == per_window and target.ndim == per_window:
-        same = value.shape[2:] == target.shape[2:]
-        return resize_window_grid(value, tuple(target.shape[:2])) if same else value
-    if value.ndim == per_window and target.ndim == shared:
-        return value.mean((0, 1)).flatten(-2)
-    if value.ndim == shared and target.ndim == per_window and value.shape[:2] == target.shape[2:4]:
-        return value.unflatten(-1, target.shape[-2:]).expand_as(target).clone()
+    for place, module in model.named_modules():
+        if isinstance(module, Mixer) and name.startswith(f"{place}."):
+            return module.fit(name.removeprefix(f"{place}."), value)
     return value
 
 
@@ -339,7 +317,8 @@ def _guess(names: Mapping[str, Tensor]) -> str:
     width = len(names.get("patch_embed.proj.weight", ()))
     text = "\n".join(names)
     depths = [len(set(re.findall(rf"^stages\.{i}\.blocks\.(\d+)\.", text, re.M))) for i in range(4)]
-    size = {32: "nano", 96: "tiny", 128: "base"}.get(width, "unknown size")
+    sizes = {size["embed_dim"]: name for name, size in SIZES.items()}
+    size = sizes.get(width, "unknown size")
     return f"{family}_{size} (C={width}, depths {' '.join(map(str, depths))})"
 
 

@@ -1,4 +1,4 @@
-"""Batch norms folded into the layers beside them, for inference."""
+"""What a network becomes for inference: batch norms folded, matrix products by the fast path."""
 
 from copy import deepcopy
 from typing import TypeVar
@@ -6,118 +6,113 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from backbones.layers import Linear
-from backbones.mixers import (
-    DepthwiseConv,
-    DynamicDepthwiseConv,
-    InhomogeneousDynamicDepthwiseConv,
-)
-from backbones.mixers.dw_conv import ConvMixer
-from backbones.pyramid import Block
+from backbones import ops
+from backbones.folding import foldable, linear_after
+from backbones.layers import Mlp, is_plain
+from backbones.mixers import Mixer
+from backbones.pyramid import Block, PatchMerging
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model, inplace: bool = False) -> Model:
-    """Fold the batch norms of every block into the linears and convolutions beside them.
+    """Prepare a trained model for inference: the same outputs, to rounding, sooner.
 
-    The outputs are those of evaluation mode, to rounding; the layer-norm families have nothing to
-    fold. The norm after I-D-DW-Conv's operator stays: its kernels are shared by several channels,
-    which a norm scales each by its own factor. So do the norms of the outputs. The linears' weights
-    are laid out by columns, as products on a CPU read them.
+    The batch norms of every block are folded into the linears and convolutions beside them; what
+    cannot be folded stays, the norms of a dense backbone's outputs among it. Linears and MLPs of
+    the blocks become :class:`InferenceLinear` and :class:`InferenceMlp`, whose products a CPU
+    computes faster. A layer that somebody has hooked, parametrized, quantised or replaced stays.
+
+    Example::
+
+        model = backbones.fuse(timm.create_model("dw_conv_tiny", pretrained=True))
 
     Args:
         model: a pyramid, a dense backbone, or a whole model with one in it, with any kind of batch
             norm.
-        inplace: change ``model`` instead of a copy of it.
+        inplace: change ``model`` instead of a copy of it; the default copies.
 
     Returns:
-        The model in evaluation mode, without the folded norms: it cannot be trained, and its state
-        dict is not a checkpoint of the unfolded one.
+        The model in evaluation mode. It cannot be trained, and its state dict is not a checkpoint
+        of the one it was made of.
     """
     model = (model if inplace else deepcopy(model)).eval()
     with torch.no_grad():
-        for block in model.modules():
-            if isinstance(block, Block) and isinstance(block.mixer, ConvMixer):
-                _fold_mixer(block.mixer)
-                if _foldable(block.norm2):
-                    block.mlp.fc1 = _linear_after(block.norm2, block.mlp.fc1)
-                    block.norm2 = nn.Identity().eval()
-        for name, layer in model.named_modules():
-            # What predicts kernels has few rows to multiply, or is read by its operator.
-            if type(layer) is Linear and not name.endswith("expand"):
-                layer.weight = _by_columns(layer.weight)
+        for module in list(model.modules()):
+            if isinstance(module, Block):
+                _fold(module)
+                _replace_linears(module)
+            elif isinstance(module, PatchMerging):
+                _replace_linears(module)
     return model
 
 
-def _by_columns(weight: Tensor) -> nn.Parameter:
-    """The same in the order that a product of rows reads it in."""
-    return nn.Parameter(weight.t().contiguous().t(), requires_grad=weight.requires_grad)
+class InferenceLinear(nn.Module):
+    """A linear layer by :func:`backbones.ops.linear`.
+
+    Attributes:
+        weight_t: ``(C, D)``, the weight by columns, in which order a product of rows reads it.
+        bias: ``(D,)`` or None.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight_t = _parameter(linear.weight.t().contiguous(), linear.weight)
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """``(D, C)``, a view."""
+        return self.weight_t.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., C)`` to ``(..., D)``."""
+        return ops.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """As :class:`torch.nn.Linear`."""
+        rows, columns = self.weight_t.shape
+        return f"in_features={rows}, out_features={columns}, bias={self.bias is not None}"
 
 
-def _foldable(norm: nn.Module) -> bool:
-    """Whether it is a norm, not one folded before, with statistics to fold."""
-    return getattr(norm, "running_var", None) is not None
+class InferenceMlp(nn.Module):
+    """Linear, GELU, linear by :func:`backbones.ops.mlp`."""
+
+    def __init__(self, mlp: Mlp):
+        super().__init__()
+        self.fc1, self.fc2 = InferenceLinear(mlp.fc1), InferenceLinear(mlp.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., C)`` to ``(..., C)``."""
+        first, second = self.fc1, self.fc2
+        return ops.mlp(x, first.weight, first.bias, second.weight, second.bias)
 
 
-def _fold_mixer(mixer: ConvMixer) -> None:
-    for linear, norm in (
-        ("in_proj", "in_norm"),
-        ("out_proj", "out_norm"),
-        ("reduce", "reduce_norm"),
-    ):
-        if _foldable(getattr(mixer, norm, None)):
-            folded = _linear_before(getattr(mixer, linear), getattr(mixer, norm))
-            setattr(mixer, linear, folded)
-            setattr(mixer, norm, nn.Identity().eval())
-    if not _foldable(mixer.mid_norm) or isinstance(mixer, InhomogeneousDynamicDepthwiseConv):
-        return
-    scale, shift = _affine(mixer.mid_norm)
-    if isinstance(mixer, DepthwiseConv):
-        weight = mixer.conv.weight * scale[:, None, None, None]
-        mixer.conv.weight = _parameter(weight, mixer.conv.weight)
-        mixer.conv.bias = _parameter(mixer.conv.bias * scale + shift, mixer.conv.bias)
-        mixer.mid_norm = nn.Identity().eval()
-    elif isinstance(mixer, DynamicDepthwiseConv):
-        # The rows of a channel's predicted kernel take the factor of that channel.
-        rows = scale.repeat_interleave(mixer.kernel_size**2)
-        expand = mixer.expand
-        expand.weight = _parameter(expand.weight * rows[:, None], expand.weight)
-        expand.bias = _parameter(expand.bias * rows, expand.bias)
-        mixer.bias = _parameter(mixer.bias * scale + shift, mixer.bias)
-        mixer.mid_norm = nn.Identity().eval()
+def _fold(block: Block) -> None:
+    block.mixer.fold()
+    mlp = block.mlp
+    if foldable(block.norm2) and is_plain(mlp, Mlp) and is_plain(mlp.fc1, nn.Linear):
+        mlp.fc1 = linear_after(block.norm2, mlp.fc1)
+        block.norm2 = nn.Identity().eval()
 
 
-def _linear_before(linear: nn.Linear, norm: nn.Module) -> nn.Linear:
-    """``norm(linear(x))`` as one linear layer."""
-    scale, shift = _affine(norm)
-    bias = shift if linear.bias is None else linear.bias * scale + shift
-    return _linear(linear, linear.weight * scale[:, None], bias)
+def _replace_linears(parent: nn.Module) -> None:
+    kept = parent.read_by_operator if isinstance(parent, Mixer) else ()
+    for name, child in parent.named_children():
+        if name in kept:
+            continue
+        if is_plain(child, nn.Linear):
+            setattr(parent, name, InferenceLinear(child).eval())
+        elif is_plain(child, Mlp) and _is_of_plain_layers(child):
+            setattr(parent, name, InferenceMlp(child).eval())
+        else:
+            _replace_linears(child)
 
 
-def _linear_after(norm: nn.Module, linear: nn.Linear) -> nn.Linear:
-    """``linear(norm(x))`` as one linear layer."""
-    scale, shift = _affine(norm)
-    bias = linear.weight.double() @ shift
-    bias = bias if linear.bias is None else bias + linear.bias
-    return _linear(linear, linear.weight * scale, bias)
-
-
-def _linear(like: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Linear:
-    folded = Linear(like.in_features, like.out_features, device="meta")
-    folded.weight = _parameter(weight, like.weight)
-    folded.bias = _parameter(bias, like.weight)
-    return folded.eval()
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factor and summand of a batch norm in evaluation mode, float64."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    shift = -norm.running_mean.double() * scale
-    if norm.weight is not None:
-        scale, shift = scale * norm.weight, shift * norm.weight
-    return scale, shift if norm.bias is None else shift + norm.bias
+def _is_of_plain_layers(mlp: Mlp) -> bool:
+    linears = is_plain(mlp.fc1, nn.Linear) and is_plain(mlp.fc2, nn.Linear)
+    return linears and is_plain(mlp.act, nn.GELU) and mlp.act.approximate == "none"
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like), requires_grad=like.requires_grad)
+    return nn.Parameter(value, requires_grad=like.requires_grad)

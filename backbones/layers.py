@@ -1,16 +1,12 @@
-"""Linear layers and MLPs as everybody knows them, their products by the operators' paths."""
+"""Sizes, small layers, and what may be read of a layer instead of calling it."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones import ops
+Size = tuple[int, int]
 
-
-class Linear(nn.Linear):
-    """``torch.nn.Linear`` by :func:`backbones.ops.linear`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``(..., C)`` to ``(..., D)``."""
-        return ops.linear(input, self.weight, self.bias)
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 class Mlp(nn.Module):
@@ -23,19 +19,39 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C)``."""
-        fc1, fc2 = self.fc1, self.fc2
-        if _is_plain(fc1, Linear) and _is_plain(self.act, nn.GELU) and _is_plain(fc2, Linear):
-            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return fc2(self.act(fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
-def _is_plain(layer: nn.Module, kind: type) -> bool:
-    """Whether nobody has replaced it or hooked something to it that wants to be called."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
-    return type(layer) is kind and not any(hooks)
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``layer`` may be computed from its weights without being called.
+
+    True for an instance of exactly ``kind`` with ordinary parameters, of which nobody would notice
+    that it was not called: no hook, global ones included, no replaced ``forward``, no
+    parametrization, no tensor subclass (a quantised or distributed weight) as a parameter.
+    """
+    if type(layer) is not kind or "forward" in vars(layer):
+        return False
+    if any(getattr(layer, f"_{hooks}") for hooks in _HOOKS):
+        return False
+    if any(getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks in _HOOKS):
+        return False
+    return all(p is None or type(p) is nn.Parameter for p in layer._parameters.values())
+
+
+def ceil_div(length: int, step: int) -> int:
+    """``ceil(length / step)``, in the form whose nesting a compiler's symbolic sizes simplify."""
+    return (length - 1) // step + 1
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first ``height`` rows and ``width`` columns of ``(B, H, W, C)``."""
+    if not torch.compiler.is_compiling():
+        return x[:, :height, :width]
+    # A slice asks whether it is contiguous, by which a graph would be split.
+    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))

@@ -4,62 +4,17 @@ A layout is how one code base names and stores the same network. Reading needs n
 tell the layout. Nothing here knows of a model; the entries alone decide.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from backbones.ops.window import relative_position_index
+from backbones.families import TABLE
+from backbones.mixers.base import Names
+from backbones.ops.windows import is_of_square_window, relative_position_index
 
 STAGES = 4
-# What ours are called below ``stages.i.blocks.j``, and theirs, by family. The released batch norm
-# before the MLP is ``bn``; the mixer's three are ``bn0``, ``bn`` and ``bn2``.
-_ATTENTION = ((".mixer.", ".attn."),)
-_AROUND = (
-    (".norm2.", ".bn."),
-    (".mixer.in_proj.", ".attn2conv.conv0."),
-    (".mixer.in_norm.", ".attn2conv.bn0."),
-    (".mixer.mid_norm.", ".attn2conv.bn."),
-    (".mixer.out_proj.", ".attn2conv.conv2."),
-    (".mixer.out_norm.", ".attn2conv.bn2."),
-)
-_ORIGINAL = {
-    "swin": _ATTENTION,
-    "i_d_dw_conv": (
-        (".mixer.reduce.", ".attn2conv.conv.conv1.0."),
-        (".mixer.reduce_norm.", ".attn2conv.conv.conv1.1."),
-        (".mixer.expand.", ".attn2conv.conv.conv2.0."),
-        *_AROUND,
-    ),
-    "d_dw_conv": (
-        (".mixer.reduce.", ".attn2conv.conv.conv1."),
-        (".mixer.reduce_norm.", ".attn2conv.conv.bn."),
-        (".mixer.expand.", ".attn2conv.conv.conv2."),
-        (".mixer.bias", ".attn2conv.conv.bias"),
-        *_AROUND,
-    ),
-    "dw_conv": ((".mixer.conv.", ".attn2conv.conv."), *_AROUND),
-}
-_OPENMMLAB = (
-    (".mixer.", ".attn.w_msa."),
-    (".mlp.fc1.", ".ffn.layers.0.0."),
-    (".mlp.fc2.", ".ffn.layers.1."),
-)
-_TORCHVISION = ((".mixer.", ".attn."), (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.3."))
 _INDEX = ".relative_position_index"
-# Names that tell the family; the first one found does.
-_MARKS = {
-    ".mixer.qkv.": "swin",
-    ".attn.qkv.": "swin",
-    ".attn.w_msa.qkv.": "swin",
-    ".mixer.value.": "swin_local_mlp",
-    ".attn2conv.conv.conv1.0.": "i_d_dw_conv",
-    ".attn2conv.conv.conv1.": "d_dw_conv",
-    ".attn2conv.conv.": "dw_conv",
-    ".mixer.bias": "d_dw_conv",
-    ".mixer.expand.": "i_d_dw_conv",
-    ".mixer.conv.": "dw_conv",
-}
 
 
 def _same(value: Tensor) -> Tensor:
@@ -75,7 +30,6 @@ class Layout:
         description: whose files have it.
         blocks: what stands for ``stages.i.blocks.``, by stage.
         merging: what stands for ``stages.i.downsample.``, by stage from the second on.
-        inner: names below a block by family, ours and theirs; the families are all it can hold.
         around: names outside the stages, ours and theirs.
         drops: prefixes, of ours, of what it has no place for.
         index_buffer: what its attention keeps of ``relative_position_index`` in a state dict,
@@ -89,13 +43,20 @@ class Layout:
     description: str
     blocks: tuple[str, ...]
     merging: tuple[str, ...]
-    inner: Mapping[str, tuple[tuple[str, str], ...]]
-    around: tuple[tuple[str, str], ...] = ()
+    around: Names = ()
     drops: tuple[str, ...] = ()
     index_buffer: Callable[[Tensor], Tensor] | None = None
     to_ours: Callable[[Tensor], Tensor] = field(default=_same)
     from_ours: Callable[[Tensor], Tensor] = field(default=_same)
     wrapper: str | None = None
+
+    @property
+    def inner(self) -> dict[str, Names]:
+        """Names below a block, ours and theirs, by family: of all the families it can hold."""
+        if self.name == "ours":
+            return dict.fromkeys(TABLE, ())
+        names = {name: family.mixer.names.get(self.name) for name, family in TABLE.items()}
+        return {name: pairs for name, pairs in names.items() if pairs is not None}
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Prefixes outside the blocks, ours and theirs."""
@@ -129,14 +90,12 @@ LAYOUTS = {
             "this package",
             tuple(f"stages.{i}.blocks." for i in range(STAGES)),
             tuple(f"stages.{i}.downsample." for i in range(1, STAGES)),
-            {family: () for family in _MARKS.values()},
         ),
         Layout(
             "original",
             "the authors' DW-Conv files and Swin's own",
             _LAYERS,
             _AT_THE_END,
-            _ORIGINAL,
             around=_NORMS + _HEAD,
             index_buffer=_same,
             wrapper="model",
@@ -146,7 +105,6 @@ LAYOUTS = {
             "timm's swin_*_patch4_window7_224",
             _LAYERS,
             _AT_THE_START,
-            {"swin": _ATTENTION},
             drops=("norms.",),
         ),
         Layout(
@@ -154,7 +112,6 @@ LAYOUTS = {
             "torchvision's swin_t and swin_b",
             tuple(f"features.{2 * i + 1}." for i in range(STAGES)),
             tuple(f"features.{2 * i}." for i in range(1, STAGES)),
-            {"swin": _TORCHVISION},
             around=(
                 ("patch_embed.proj.", "features.0.0."),
                 ("patch_embed.norm.", "features.0.2."),
@@ -168,7 +125,6 @@ LAYOUTS = {
             "MMSegmentation's, MMDetection's and MMPretrain's SwinTransformer",
             tuple(f"stages.{i}.blocks." for i in range(STAGES)),
             tuple(f"stages.{i}.downsample." for i in range(STAGES - 1)),
-            {"swin": _OPENMMLAB},
             around=(("patch_embed.proj.", "patch_embed.projection."), *_NORMS),
             drops=("norm.", "head."),
             index_buffer=_same,
@@ -181,7 +137,6 @@ LAYOUTS = {
             "Detectron2's SwinTransformer",
             _LAYERS,
             _AT_THE_END,
-            {"swin": _ATTENTION},
             around=_NORMS,
             drops=("norm.", "head."),
             index_buffer=_same,
@@ -209,15 +164,27 @@ def layout_of(names: Mapping[str, Tensor]) -> Layout:
 
 
 def family_of(names: Mapping[str, Tensor]) -> str | None:
-    """The family whose weights these are, in any layout; None if of none of them."""
-    text = "\n".join(names)
-    return next((family for mark, family in _MARKS.items() if mark in text), None)
+    """The family whose weights these are, in any layout; None if of none of them.
+
+    Of the families all of whose marks are there, it is the one with the most.
+    """
+    layout = layout_of(names)
+    below = {_below_a_block(layout, name) for name in names}
+    best, most = None, 0
+    for family, inner in layout.inner.items():
+        marks = {_replaced(f".mixer.{mark}", inner) for mark in TABLE[family].mixer.marks}
+        if marks <= below and len(marks) > most:
+            best, most = family, len(marks)
+    return best
 
 
-def is_of_square_window(bias_table: Tensor) -> bool:
-    """Whether the rows of a relative position bias table are those of a square window."""
-    side = round(bias_table.shape[0] ** 0.5)
-    return side**2 == bias_table.shape[0] and side % 2 == 1
+def _below_a_block(layout: Layout, name: str) -> str | None:
+    """What follows the block's number, with its dot."""
+    for blocks in layout.blocks:
+        if name.startswith(blocks):
+            _, dot, rest = name.removeprefix(blocks).partition(".")
+            return dot + rest
+    return None
 
 
 def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -291,7 +258,7 @@ def _entry_from_ours(layout: Layout, inner: tuple, name: str, value: Tensor) -> 
     return _replaced(name, layout.pairs()), value
 
 
-def _replaced(name: str, pairs) -> str:
+def _replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     for old, new in pairs:
         if name.startswith(old):
             return new + name.removeprefix(old)

@@ -1,6 +1,7 @@
-"""The named models: five families in nano, tiny and base, registered with timm."""
+"""The named models, registered with timm: every family of the table in each of its sizes."""
 
-from collections.abc import Callable
+import inspect
+from functools import partial
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
@@ -10,89 +11,27 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
-from backbones import mixers
 from backbones.checkpoints import checkpoint_filter_fn
-from backbones.ops.window import Size
+from backbones.families import MODEL_NAMES, SIZES, TABLE, Family
 from backbones.pyramid import Pyramid
 from backbones.reading import CheckpointError, fetch
 from backbones.released import RELEASED, Released, names_with_weights
 
-# C and depths as Table 8, heads as Swin; nano is for tests, demos and small data.
-_SIZES = {
-    "nano": dict(embed_dim=32, depths=(1, 1, 2, 1), num_heads=(2, 4, 8, 16)),
-    "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
-}
-FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
-MODEL_NAMES = tuple(f"{family}_{size}" for family in FAMILIES for size in _SIZES)
 
-
-def swin(
-    num_heads: tuple[int, ...] = (3, 6, 12, 24), window_size: int | Size = 7, **kwargs
-) -> Pyramid:
-    """Swin: window attention, shifted in every second block.
+def build(family: Family, **kwargs) -> Pyramid:
+    """A pyramid of a family.
 
     Args:
-        num_heads: attention heads in each stage.
-        window_size: rows and columns of a window, in positions.
-        **kwargs: those of :class:`backbones.pyramid.Pyramid`.
+        family: a line of :data:`backbones.families.TABLE`.
+        **kwargs: the options of its mixer's ``at`` and those of :class:`backbones.Pyramid`.
     """
-
-    def mixer(dim, stage, block, feat_size):
-        return mixers.WindowAttention(dim, num_heads[stage], window_size, shifted=block % 2 == 1)
-
-    return Pyramid(mixer, **kwargs)
+    options = {name: kwargs.pop(name) for name in _options(family) if name in kwargs}
+    return Pyramid(partial(family.mixer.at, **options), **kwargs)
 
 
-def swin_local_mlp(
-    num_heads: tuple[int, ...] = (3, 6, 12, 24),
-    window_size: int | Size = 7,
-    shared: bool = False,
-    **kwargs,
-) -> Pyramid:
-    """Swin-Local-MLP: Swin's windows with learned weights instead of attention.
-
-    Args:
-        num_heads: weight matrices in each stage; channels of a head share one. ``embed_dim`` times
-            the stage's width gives every channel its own (Table 4).
-        window_size: rows and columns of a window, in positions.
-        shared: one matrix a head for all windows (Table 4, 24.3M in tiny) instead of one a window
-            of the training image (Table 2, 26.15M in tiny).
-        **kwargs: those of :class:`backbones.pyramid.Pyramid`.
-    """
-
-    def mixer(dim, stage, block, feat_size):
-        shifted = block % 2 == 1
-        return mixers.LocalMLP(dim, num_heads[stage], window_size, shifted, feat_size, shared)
-
-    return Pyramid(mixer, **kwargs)
-
-
-def dw_conv(window_size: int | Size = 7, **kwargs) -> Pyramid:
-    """DW-Conv: depth-wise convolution; ``window_size`` is its kernel size."""
-
-    def mixer(dim, stage, block, feat_size):
-        return mixers.DepthwiseConv(dim, window_size)
-
-    return Pyramid(mixer, **kwargs)
-
-
-def d_dw_conv(window_size: int | Size = 7, **kwargs) -> Pyramid:
-    """D-DW-Conv: depth-wise convolution, kernels predicted per image."""
-
-    def mixer(dim, stage, block, feat_size):
-        return mixers.DynamicDepthwiseConv(dim, window_size)
-
-    return Pyramid(mixer, **kwargs)
-
-
-def i_d_dw_conv(window_size: int | Size = 7, num_groups: int = 32, **kwargs) -> Pyramid:
-    """I-D-DW-Conv: kernels predicted per position, one for each of ``num_groups`` groups."""
-
-    def mixer(dim, stage, block, feat_size):
-        return mixers.InhomogeneousDynamicDepthwiseConv(dim, window_size, num_groups)
-
-    return Pyramid(mixer, **kwargs)
+def _options(family: Family) -> list[str]:
+    parameters = inspect.signature(family.mixer.at).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def _cfg(released: Released | None = None) -> dict:
@@ -147,10 +86,10 @@ def _released(name: str, pretrained_cfg: object) -> Released | None:
     return RELEASED.get(name, {}).get(pretrained_cfg) if isinstance(pretrained_cfg, str) else None
 
 
-def _register(family: Callable[..., Pyramid], size: str) -> None:
+def _register(family: str, size: str) -> None:
     """Register one family in one size as a timm entry point."""
-    has_heads = family in (swin, swin_local_mlp)
-    fixed = {k: v for k, v in _SIZES[size].items() if has_heads or k != "num_heads"}
+    line = TABLE[family]
+    fixed = {k: v for k, v in SIZES[size].items() if k != "num_heads" or k in _options(line)}
 
     def entry(pretrained: bool = False, **kwargs) -> Pyramid:
         name = entry.__name__
@@ -160,7 +99,7 @@ def _register(family: Callable[..., Pyramid], size: str) -> None:
         if released and released.window_size != 7:
             kwargs.setdefault("window_size", released.window_size)
         return build_model_with_cfg(
-            family,
+            partial(build, line),
             name,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
@@ -168,13 +107,12 @@ def _register(family: Callable[..., Pyramid], size: str) -> None:
             **fixed | kwargs,
         )
 
-    entry.__name__ = f"{family.__name__}_{size}"
-    entry.__qualname__ = entry.__name__
+    entry.__name__ = entry.__qualname__ = f"{family}_{size}"
     entry.__module__ = __name__
-    entry.__doc__ = f"{family.__doc__.splitlines()[0]} {size.capitalize()}: {_SIZES[size]}."
+    entry.__doc__ = f"{line.mixer.__doc__.splitlines()[0]} {size.capitalize()}: {SIZES[size]}."
     globals()[entry.__name__] = register_model(entry)
 
 
-for _family in (swin, swin_local_mlp, dw_conv, d_dw_conv, i_d_dw_conv):
-    for _size in _SIZES:
+for _family, _line in TABLE.items():
+    for _size in _line.sizes:
         _register(_family, _size)

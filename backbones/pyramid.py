@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, to_2tuple
 from timm.layers import calculate_drop_path_rates as drop_path_rates
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
@@ -18,9 +18,9 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from backbones.checkpoints import load_checkpoint
-from backbones.layers import Linear, Mlp
-from backbones.mixers.norm import batch_norm, paused_statistics
-from backbones.ops.window import Size, steps
+from backbones.layers import Mlp, Size, ceil_div
+from backbones.mixers.base import Mixer, init_linears
+from backbones.mixers.norm import normalise, paused_statistics
 
 
 class Pyramid(nn.Module):
@@ -28,8 +28,7 @@ class Pyramid(nn.Module):
 
     Args:
         mixer: called as ``mixer(dim, stage, block, feat_size)`` for each block, with its position
-            and the rows and columns of its map at the training size; what it returns has a
-            ``norm_layer`` (LayerNorm or BatchNorm2d), the family's norm in the blocks.
+            and the rows and columns of its map at the training size; :meth:`Mixer.at` of a family.
         img_size: rows and columns of the training image in pixels. Any size can be run; only
             per-window weights depend on it.
         in_chans: channels of the image.
@@ -44,7 +43,7 @@ class Pyramid(nn.Module):
 
     def __init__(
         self,
-        mixer: Callable[..., nn.Module],
+        mixer: Callable[..., Mixer],
         img_size: int | Size = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -68,7 +67,7 @@ class Pyramid(nn.Module):
             dim = embed_dim * 2**i
             feat_size = _feat_size(img_size, i)
             blocks = [
-                Block(dim, mixer(dim, i, j, feat_size), mlp_ratio, next(rates))
+                Block(dim, mixer(dim, i, j, feat_size), Mlp(dim, int(dim * mlp_ratio)), next(rates))
                 for j in range(depth)
             ]
             self.stages.append(Stage(PatchMerging(dim // 2) if i else nn.Identity(), blocks))
@@ -82,20 +81,18 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Swin's initialisation of attention, MLPs and classifier.
-
-        The linears of the convolutional mixers keep PyTorch's own, as a 1x1 convolution has it.
-        """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not _in_conv_mixer(self, name):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Swin's initialisation of MLPs, merging and classifier; mixers initialise themselves."""
+        _init_weights(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The parameters that are never decayed beside norms and biases: the bias tables."""
-        return {n for n, _ in self.named_parameters() if "relative_position_bias_table" in n}
+        """The parameters that are never decayed beside norms and biases, as the mixers say."""
+        return {
+            f"{place}.{name}"
+            for place, module in self.named_modules()
+            if isinstance(module, Mixer)
+            for name in module.no_weight_decay()
+        }
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -233,7 +230,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, ceil(H/4), ceil(W/4), C)``."""
         height, width = x.shape[-2:]
-        rows, columns = steps(height, 4), steps(width, 4)
+        rows, columns = ceil_div(height, 4), ceil_div(width, 4)
         x = F.pad(x, (0, 4 * columns - width, 0, 4 * rows - height))
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
         return self.norm(x.permute(0, 2, 3, 1))
@@ -245,12 +242,12 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``."""
         height, width = x.shape[1:3]
-        rows, columns = steps(height, 2), steps(width, 2)
+        rows, columns = ceil_div(height, 2), ceil_div(width, 2)
         x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
         x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
         # Column by column of the 2x2, the order of Swin's released weights.
@@ -279,27 +276,29 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """A mixer and an MLP, each with a residual.
+    """A mixer and an MLP, each with a residual: ``x + mix(norm1 x)``, then ``x + MLP(norm2 x)``.
 
-    Layer-norm families normalise before both. Batch-norm families normalise inside the mixer and
-    before the MLP only: ``x + mix(x)``, then ``x + MLP(BN x)``.
+    Batch-norm families normalise inside the mixer, and have no ``norm1``.
+
+    Args:
+        dim: C.
+        mixer: what mixes positions; it says which norms.
+        mlp: what mixes channels, ``(..., C)`` to ``(..., C)``.
+        drop_path: probability of leaving out either branch for an image, in training.
     """
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, mixer: Mixer, mlp: nn.Module, drop_path: float):
         super().__init__()
         self.mixer = mixer
-        self.norm1 = nn.LayerNorm(dim) if mixer.norm_layer is nn.LayerNorm else nn.Identity()
+        self.norm1 = mixer.norm_layer(dim) if mixer.pre_norm else nn.Identity()
         self.norm2 = mixer.norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        normed = (
-            self.norm2(x) if isinstance(self.norm2, nn.LayerNorm) else batch_norm(self.norm2, x)
-        )
-        return x + self.drop_path(self.mlp(normed))
+        x = x + self.drop_path(self.mixer(normalise(self.norm1, x)))
+        return x + self.drop_path(self.mlp(normalise(self.norm2, x)))
 
 
 def _checkpoint_contexts(block: nn.Module):
@@ -310,12 +309,13 @@ def _feat_size(img_size: int | Size, stage: int) -> Size:
     """Rows and columns of a stage's map, ``ceil(image / stride)``."""
     stride = 4 * 2**stage
     height, width = to_2tuple(img_size)
-    return steps(height, stride), steps(width, stride)
+    return ceil_div(height, stride), ceil_div(width, stride)
 
 
-def _in_conv_mixer(model: nn.Module, name: str) -> bool:
-    path = name.split(".")
-    if "mixer" not in path:
-        return False
-    mixer = model.get_submodule(".".join(path[: path.index("mixer") + 1]))
-    return mixer.norm_layer is nn.BatchNorm2d
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, Mixer):
+        module.init_weights()
+        return
+    init_linears([module])
+    for child in module.children():
+        _init_weights(child)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import cache
-from itertools import chain
+from weakref import WeakKeyDictionary
 
 import timm
 import torch
@@ -13,10 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import backbones
 from backbones.layouts import layout_of, to_ours
-from backbones.mixers.norm import batch_norm
+from backbones.mixers.norm import normalise
 from backbones.released import source_of
 
 _logger = logging.getLogger(__name__)
+# What stands for a backbone's stages in evaluation: no part of it, so neither saved nor moved.
+_FOLDED: WeakKeyDictionary["DenseBackbone", nn.ModuleList] = WeakKeyDictionary()
 NORMS = ("BN", "SyncBN", "FrozenBN")
 
 
@@ -38,8 +40,10 @@ class DenseBackbone(nn.Module):
             there is no CUDA. The norms of the outputs are LayerNorm for Swin and Swin-Local-MLP.
         grad_checkpointing: recompute blocks in the backward pass to save memory.
         window_size: another window, or kernel of the convolutional families; None keeps 7.
-        fuse: in evaluation, without gradients, run a copy whose batch norms are folded into their
-            neighbours (:func:`backbones.fuse`); names and values of the state dict do not change.
+        fuse: in evaluation, without gradients, run a copy made by :func:`backbones.fuse`; names and
+            values of the state dict do not change. The copy is made at the first image after
+            ``eval()``, ``load_state_dict()`` or ``to()``, and does not see weights that are changed
+            in place between two of them; the default runs the network itself.
         **model_kwargs: anything else of the model, ``shared=True`` of Swin-Local-MLP for one.
 
     Raises:
@@ -101,8 +105,7 @@ class DenseBackbone(nn.Module):
             x = stage(x)
             if i in self.out_indices:
                 norm = self.norms[str(i)]
-                out = norm(x) if isinstance(norm, nn.LayerNorm) else batch_norm(norm, x)
-                outputs.append(out.permute(0, 3, 1, 2))
+                outputs.append(normalise(norm, x).permute(0, 3, 1, 2))
         return tuple(outputs)
 
     group_matcher = backbones.Pyramid.group_matcher
@@ -136,28 +139,16 @@ class DenseBackbone(nn.Module):
             or any(module.training for module in self.stages.modules())
         ):
             return self.stages
-        # A weight that was replaced, or changed in place, has another of these.
-        tensors = chain(self.stages.parameters(), self.stages.buffers())
-        key = [(id(t), t._version, t.device, t.dtype) for t in tensors]
-        if self._folded is None or self._folded[0] != key:
-            self._folded = key, backbones.fuse(self.stages)
-        return self._folded[1]
+        if self not in _FOLDED:
+            _FOLDED[self] = backbones.fuse(self.stages)
+        return _FOLDED[self]
 
     def _drop_folded(self) -> None:
-        # In a tuple, for it is no submodule: neither saved nor moved nor trained.
-        self._folded: tuple[list, nn.ModuleList] | None = None
+        _FOLDED.pop(self, None)
 
     def _apply(self, fn, recurse: bool = True) -> "DenseBackbone":
         self._drop_folded()
         return super()._apply(fn, recurse)
-
-    def _replicate_for_data_parallel(self) -> "DenseBackbone":
-        replica = super()._replicate_for_data_parallel()
-        replica._drop_folded()
-        return replica
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_folded": None}
 
 
 def step_back_norms(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
-"""The five ways to mix pixels, one file each, all on ``(B, H, W, C)`` maps."""
+"""The ways to mix pixels, a file each, all on ``(B, H, W, C)`` maps."""
 
+from backbones.mixers.base import Mixer
 from backbones.mixers.d_dw_conv import DynamicDepthwiseConv
 from backbones.mixers.dw_conv import DepthwiseConv
 from backbones.mixers.i_d_dw_conv import InhomogeneousDynamicDepthwiseConv
@@ -11,5 +12,6 @@ __all__ = [
     "DynamicDepthwiseConv",
     "InhomogeneousDynamicDepthwiseConv",
     "LocalMLP",
+    "Mixer",
     "WindowAttention",
 ]

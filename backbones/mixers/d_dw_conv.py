@@ -5,25 +5,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import ops
-from backbones.layers import Linear
-from backbones.mixers.dw_conv import ConvMixer
+from backbones.folding import affine, foldable, parameter
+from backbones.layers import Size, is_plain
+from backbones.mixers.conv import AROUND, ConvMixer
 from backbones.mixers.norm import pooled_batch_norm
-from backbones.ops.window import Size
 
 
 class DynamicDepthwiseConv(ConvMixer):
-    """Homogeneous dynamic depth-wise convolution (equation 7).
+    """D-DW-Conv: homogeneous dynamic depth-wise convolution (equation 7).
 
     Global average pool, linear C to C/4, BN, ReLU, linear to one KxK kernel a channel, used at
     every position of that image; plus a learned output bias. With one image on a device the
     predictor's BN uses its running statistics in training too, since one value has no variance.
     """
 
+    marks = ("reduce.weight", "expand.weight", "bias")
+    read_by_operator = ("expand",)
+    names = {
+        "original": (
+            (".mixer.reduce.", ".attn2conv.conv.conv1."),
+            (".mixer.reduce_norm.", ".attn2conv.conv.bn."),
+            (".mixer.expand.", ".attn2conv.conv.conv2."),
+            (".mixer.bias", ".attn2conv.conv.bias"),
+            *AROUND,
+        )
+    }
+
     def __init__(self, dim: int, kernel_size: int | Size = 7):
         super().__init__(dim, kernel_size)
-        self.reduce = Linear(dim, dim // 4, bias=False)
+        self.reduce = nn.Linear(dim, dim // 4, bias=False)
         self.reduce_norm = nn.BatchNorm2d(dim // 4)
-        self.expand = Linear(dim // 4, dim * self.kernel_size**2)
+        self.expand = nn.Linear(dim // 4, dim * self.kernel_size**2)
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def mix(self, x: Tensor) -> Tensor:
@@ -39,3 +51,17 @@ class DynamicDepthwiseConv(ConvMixer):
             hidden = F.relu(pooled_batch_norm(self.reduce_norm, self.reduce(pooled)))
             kernels = self.expand(hidden)
         return kernels.unflatten(-1, (-1, self.kernel_size, self.kernel_size))
+
+    def fold(self) -> None:
+        """Fold all four norms."""
+        super().fold()
+        self.fold_linear("reduce", "reduce_norm")
+        if foldable(self.mid_norm) and is_plain(self.expand, nn.Linear):
+            scale, shift = affine(self.mid_norm)
+            # The rows of a channel's predicted kernel take the factor of that channel.
+            rows = scale.repeat_interleave(self.kernel_size**2)
+            expand = self.expand
+            expand.weight = parameter(expand.weight * rows[:, None], expand.weight)
+            expand.bias = parameter(expand.bias * rows, expand.bias)
+            self.bias = parameter(self.bias * scale + shift, self.bias)
+            self.mid_norm = nn.Identity().eval()

@@ -4,34 +4,73 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import ops
-from backbones.layers import Linear
-from backbones.mixers.dw_conv import ConvMixer
+from backbones.layers import Size, is_plain
+from backbones.mixers.conv import AROUND, ConvMixer
 from backbones.mixers.norm import batch_norm
-from backbones.ops.window import Size
 
 
 class InhomogeneousDynamicDepthwiseConv(ConvMixer):
-    """Inhomogeneous dynamic depth-wise convolution (equation 8).
+    """I-D-DW-Conv: inhomogeneous dynamic depth-wise convolution (equation 8).
 
     Linear C to C/4, BN, ReLU, linear to one KxK kernel for each group of channels, at every
     position by itself; no output bias. The paper's "3 and 4 channels in each group" are those of
     stage 1: 32 groups in every stage give its parameter counts.
 
     Args:
+        dim: C.
+        kernel_size: rows and columns of the kernel, both the same.
         num_groups: kernels predicted at a position; C/num_groups channels share one.
     """
+
+    marks = ("reduce.weight", "expand.weight")
+    read_by_operator = ("expand",)
+    names = {
+        "original": (
+            (".mixer.reduce.", ".attn2conv.conv.conv1.0."),
+            (".mixer.reduce_norm.", ".attn2conv.conv.conv1.1."),
+            (".mixer.expand.", ".attn2conv.conv.conv2.0."),
+            *AROUND,
+        )
+    }
 
     def __init__(self, dim: int, kernel_size: int | Size = 7, num_groups: int = 32):
         super().__init__(dim, kernel_size)
         if dim % num_groups:
             raise ValueError(f"num_groups={num_groups} does not divide the {dim} channels")
-        self.reduce = Linear(dim, dim // 4)
+        self.reduce = nn.Linear(dim, dim // 4)
         self.reduce_norm = nn.BatchNorm2d(dim // 4)
-        self.expand = Linear(dim // 4, num_groups * self.kernel_size**2)
+        self.expand = nn.Linear(dim // 4, num_groups * self.kernel_size**2)
+
+    @classmethod
+    def at(
+        cls,
+        dim: int,
+        stage: int,
+        block: int,
+        feat_size: Size,
+        *,
+        window_size: int | Size = 7,
+        num_groups: int = 32,
+    ):
+        """The mixer of one block; ``window_size`` is its kernel size."""
+        return cls(dim, window_size, num_groups)
 
     def mix(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""
         hidden = F.relu(batch_norm(self.reduce_norm, self.reduce(x)))
-        return ops.inhomogeneous_dynamic_depthwise_conv(
-            x, hidden, self.expand.weight, self.expand.bias, self.kernel_size
-        )
+        if is_plain(self.expand, nn.Linear):
+            # The kernels are 49/4 times as large as the map: this never stores them.
+            return ops.inhomogeneous_dynamic_depthwise_conv(
+                x, hidden, self.expand.weight, self.expand.bias, self.kernel_size
+            )
+        kernels = self.expand(hidden).unflatten(-1, (-1, self.kernel_size, self.kernel_size))
+        return ops.inhomogeneous_aggregation(x, kernels)
+
+    def fold(self) -> None:
+        """Fold the norms behind the linears.
+
+        The one behind the operator stays: the channels that share a kernel have factors of their
+        own in it.
+        """
+        super().fold()
+        self.fold_linear("reduce", "reduce_norm")

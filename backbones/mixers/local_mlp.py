@@ -5,14 +5,15 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from backbones import ops
-from backbones.layers import Linear
+from backbones.layers import Size, ceil_div
 from backbones.mixers.windowed import WindowedMixer
-from backbones.ops.window import Size, resize_window_grid, steps
+from backbones.ops.windows import resize_window_grid
 
 
 class LocalMLP(WindowedMixer):
-    """Learned static mixing in shifted windows; no query, no key, no softmax (appendix E).
+    """Swin-Local-MLP: Swin's windows with learned weights instead of attention (appendix E).
 
+    The mixing is static: there is no query, no key and no softmax.
     Table 2's form has a weight matrix of its own for each window of the training image and each
     head; on an image of another size the grid of windows is resized bilinearly. Table 4's shared
     form has one matrix a head, used in every window.
@@ -21,6 +22,8 @@ class LocalMLP(WindowedMixer):
         feat_size: rows and columns of the map at the training size, which fix the window grid.
         shared: one matrix a head for all windows instead of one a window.
     """
+
+    marks = ("value.weight",)
 
     def __init__(
         self,
@@ -42,8 +45,36 @@ class LocalMLP(WindowedMixer):
         self.weight = nn.Parameter(torch.empty(shape))
         # The bound of a linear layer over the positions of a window.
         nn.init.uniform_(self.weight, -(positions**-0.5), positions**-0.5)
-        self.value = Linear(dim, dim)
-        self.proj = Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    @classmethod
+    def at(
+        cls,
+        dim: int,
+        stage: int,
+        block: int,
+        feat_size: Size,
+        *,
+        num_heads: tuple[int, ...] = (3, 6, 12, 24),
+        window_size: int | Size = 7,
+        shared: bool = False,
+    ):
+        """The mixer of one block.
+
+        Args:
+            dim: C.
+            stage: the index of the stage.
+            block: the index of the block in its stage; every second one is shifted.
+            feat_size: rows and columns of the map at the training size.
+            num_heads: weight matrices in each stage; the channels of a head share one.
+                ``embed_dim`` times the stage's width gives every channel its own (Table 4).
+            window_size: rows and columns of a window, in positions.
+            shared: one matrix a head for all windows (Table 4, 24.3M in tiny) instead of one a
+                window of the training image (Table 2, 26.15M in tiny).
+        """
+        shifted = block % 2 == 1
+        return cls(dim, num_heads[stage], window_size, shifted, feat_size, shared)
 
     @property
     def shared(self) -> bool:
@@ -57,6 +88,21 @@ class LocalMLP(WindowedMixer):
             weight = resize_window_grid(weight, self._grid(*x.shape[1:3])).flatten(-2)
         x = ops.local_mlp(self.value(x), weight, self.bias(), self.window_size, shift)
         return self.proj(x)
+
+    def fit(self, name: str, value: Tensor) -> Tensor:
+        """Weights of another grid of windows are resized; per-window and shared ones converted."""
+        if name != "weight":
+            return super().fit(name, value)
+        weight, per_window = self.weight, 6
+        if self.shared and value.ndim == per_window:
+            return value.mean((0, 1)).flatten(-2)
+        if self.shared:
+            return value
+        if value.ndim == per_window and value.shape[2:] == weight.shape[2:]:
+            return resize_window_grid(value, tuple(weight.shape[:2]))
+        if value.ndim == 3 and value.shape[:2] == weight.shape[2:4]:
+            return value.unflatten(-1, self.window_size).expand_as(weight).clone()
+        return value
 
     def set_input_size(self, feat_size: Size | None, window_size: int | Size | None = None) -> None:
         """Prepare for maps of ``feat_size``: resize the window grid, once and for good.
@@ -76,4 +122,4 @@ class LocalMLP(WindowedMixer):
 
     def _grid(self, height: int, width: int) -> Size:
         rows, columns = self.window_size
-        return steps(height, rows), steps(width, columns)
+        return ceil_div(height, rows), ceil_div(width, columns)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,6 +17,11 @@ def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer norm or a batch norm, whichever it is, to a ``(B, H, W, C)`` map."""
+    return norm(x) if isinstance(norm, nn.LayerNorm | nn.Identity) else batch_norm(norm, x)
+
+
 def pooled_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """:func:`batch_norm` for one value a channel and image, ``(B, C)``.
 
@@ -26,8 +30,11 @@ def pooled_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """
     x = x[:, :, None, None]
     if norm.training and x.shape[0] == 1 and _alone(norm):
-        mean, var = norm.running_mean, norm.running_var
-        out = F.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        norm.training = False
+        try:
+            out = norm(x)
+        finally:
+            norm.training = True
     else:
         out = norm(x)
     return out[:, :, 0, 0]

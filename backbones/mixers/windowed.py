@@ -1,14 +1,25 @@
 """What the two windowed mixers share: padding, shifting and the relative position bias."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from backbones.ops.window import Size, crop, relative_position_bias, relative_position_index, steps
+from backbones.layers import Size, ceil_div, crop
+from backbones.mixers.base import Mixer
+from backbones.ops.windows import (
+    is_of_square_window,
+    relative_position_bias,
+    relative_position_index,
+)
+
+TABLE = "relative_position_bias_table"
 
 
-class WindowedMixer(nn.Module):
+class WindowedMixer(Mixer):
     """Pads to whole windows, shifts, mixes inside the windows, shifts back and crops.
 
     Args:
@@ -18,8 +29,6 @@ class WindowedMixer(nn.Module):
         shifted: whether the windows are shifted by half their size. An axis that one window covers
             is not shifted, whatever this says.
     """
-
-    norm_layer = nn.LayerNorm
 
     def __init__(self, dim: int, num_heads: int, window_size: int | Size, shifted: bool):
         super().__init__()
@@ -33,14 +42,16 @@ class WindowedMixer(nn.Module):
             torch.empty((2 * rows - 1) * (2 * columns - 1), num_heads)
         )
         trunc_normal_(self.relative_position_bias_table, std=0.02)
-        index = relative_position_index(self.window_size)
-        self.register_buffer("relative_position_index", index, persistent=False)
+        self.init_non_persistent_buffers()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
         height, width = x.shape[1:3]
         rows, columns = self.window_size
-        right, bottom = columns * steps(width, columns) - width, rows * steps(height, rows) - height
+        right, bottom = (
+            columns * ceil_div(width, columns) - width,
+            rows * ceil_div(height, rows) - height,
+        )
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
         x = self.mix(x, self._shift(*x.shape[1:3]))
         return crop(x, height, width)
@@ -54,6 +65,31 @@ class WindowedMixer(nn.Module):
         return relative_position_bias(
             self.relative_position_bias_table, self.relative_position_index
         )
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute what no checkpoint holds, by timm's convention: the index into the bias table."""
+        device = self.relative_position_bias_table.device
+        index = relative_position_index(self.window_size).to(device)
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # to_empty() gives memory to what is on the meta device, and no values.
+        was_meta = self.relative_position_index.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.relative_position_index.is_meta:
+            self.init_non_persistent_buffers()
+        return self
+
+    def no_weight_decay(self) -> set[str]:
+        """The bias table, as Swin has it."""
+        return {TABLE}
+
+    def fit(self, name: str, value: Tensor) -> Tensor:
+        """A bias table of another square window is interpolated (Table 14)."""
+        table = self.relative_position_bias_table
+        if name == TABLE and value.shape[1:] == table.shape[1:] and is_of_square_window(value):
+            return resize_rel_pos_bias_table(value, self.window_size, tuple(table.shape))
+        return value
 
     def set_window_size(self, window_size: int | Size) -> None:
         """Change the window, the bias table upsampled to it (Table 14)."""
@@ -69,8 +105,8 @@ class WindowedMixer(nn.Module):
         )
         learned = self.relative_position_bias_table.requires_grad
         self.relative_position_bias_table = nn.Parameter(table, requires_grad=learned)
-        self.relative_position_index = relative_position_index(window_size).to(table.device)
         self.window_size = window_size
+        self.init_non_persistent_buffers()
 
     def set_input_size(self, feat_size: Size, window_size: int | Size | None = None) -> None:
         """Prepare for maps of ``feat_size``, which only per-window weights need."""

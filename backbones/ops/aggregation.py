@@ -1,12 +1,11 @@
 """Depth-wise convolution by kernels given for every position, as involution and CARAFE have it."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.ops import native, reference
+from backbones.ops.common import autocast_dtype, inside, pad, register_vmap, summed
 from backbones.ops.dispatch import attempt, choose, exporting
-from backbones.ops.layout import autocast_dtype, same_padding
 
 _NAME = "inhomogeneous_aggregation"
 
@@ -34,7 +33,7 @@ def inhomogeneous_aggregation(x: Tensor, kernels: Tensor) -> Tensor:
     groups, size = kernels.shape[3:5]
     dtype = autocast_dtype(x)
     x, kernels = x.to(dtype), kernels.to(dtype)
-    if choose(_NAME, x) == "reference":
+    if choose(_NAME, x, kernels) == "reference":
         return reference.aggregate(x, kernels)
     shared = x.unflatten(-1, (groups, -1)).transpose(-1, -2)
     given = kernels.flatten(-2)
@@ -62,10 +61,10 @@ def _aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
         if out is not None:
             return out
     if path != "native":
-        return _by_taps(_summed(x), kernels, size).to(x.dtype).contiguous()
-    padded = _pad(_summed(x), size)
+        return _by_taps(summed(x), kernels, size).to(x.dtype).contiguous()
+    padded = pad(summed(x), size)
     out = padded.new_empty(x.shape)
-    native.call("aggregate", padded, _summed(kernels), out, *x.shape, size)
+    native.call("aggregate", padded, summed(kernels), out, *x.shape, size)
     return out.to(x.dtype)
 
 
@@ -77,12 +76,12 @@ def _backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tens
         grads = attempt(_NAME, lambda: _triton().aggregate_backward(*args))
     if grads is None:
         backward = _native_backward if path == "native" else _torch_backward
-        grads = backward(_summed(grad), _summed(x), kernels, size)
+        grads = backward(summed(grad), summed(x), kernels, size)
     return grads[0].to(x.dtype), grads[1].to(kernels.dtype)
 
 
 def _native_backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    padded, kernels = _pad(x, size), _summed(kernels)
+    padded, kernels = pad(x, size), summed(kernels)
     grad_padded, grad_kernels = torch.zeros_like(padded), torch.empty_like(kernels)
     # At least K - 1 rows each.
     strips = max(1, min(64, x.shape[1] // max(1, size - 1)))
@@ -90,23 +89,23 @@ def _native_backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tup
         "aggregate_backward",
         *(grad, padded, kernels, grad_padded, grad_kernels, strips, *x.shape, size),
     )
-    return _inside(grad_padded, x, size), grad_kernels
+    return inside(grad_padded, x.shape, size), grad_kernels
 
 
 def _torch_backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    padded = _pad(x, size)
+    padded = pad(x, size)
     grad_padded = torch.zeros_like(padded)
     grad_kernels = torch.empty_like(kernels, dtype=padded.dtype)
     windows = zip(_windows(padded, x, size), _windows(grad_padded, x, size), strict=True)
     for k, (window, grad_window) in enumerate(windows):
         grad_window.addcmul_(grad, kernels[..., None, :, k].to(grad.dtype))
         torch.sum(window * grad, 3, out=grad_kernels[..., k])
-    return _inside(grad_padded, x, size), grad_kernels
+    return inside(grad_padded, x.shape, size), grad_kernels
 
 
 def _by_taps(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     out = 0
-    for k, window in enumerate(_windows(_pad(x, size), x, size)):
+    for k, window in enumerate(_windows(pad(x, size), x, size)):
         out = out + window * kernels[..., None, :, k].to(x.dtype)
     return out
 
@@ -119,20 +118,6 @@ def _windows(padded: Tensor, x: Tensor, size: int) -> list[Tensor]:
         for row in range(size)
         for column in range(size)
     ]
-
-
-def _pad(x: Tensor, size: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, 0, *same_padding(size), *same_padding(size)))
-
-
-def _inside(padded: Tensor, x: Tensor, size: int) -> Tensor:
-    first = same_padding(size)[0]
-    return padded[:, first : first + x.shape[1], first : first + x.shape[2]].contiguous()
-
-
-def _summed(x: Tensor) -> Tensor:
-    """Contiguous, in the dtype that sums are kept in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _triton():
@@ -162,3 +147,5 @@ def _differentiate(ctx, grad: Tensor):
 
 
 _aggregate.register_autograd(_differentiate, setup_context=_save)
+for _operator in (_aggregate, _backward):
+    register_vmap(_operator)

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.ops import native, reference
+from backbones.ops.common import autocast_dtype, register_vmap, same_padding, summed
 from backbones.ops.dispatch import attempt, choose, exporting
-from backbones.ops.layout import autocast_dtype, same_padding
 
 # Both operators are one of kernels by image, whose number is one where all share them.
 _NAME = "dynamic_depthwise_conv"
@@ -23,7 +23,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Returns:
         ``(B, H, W, C)``.
     """
-    path = choose("depthwise_conv", x)
+    path = choose("depthwise_conv", x, weight, bias)
     if path in ("native", "triton") and _suits(x, weight):
         return _own(x, weight[None, :, 0], bias)
     if path == "reference":
@@ -53,7 +53,7 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
     Returns:
         ``(B, H, W, C)``.
     """
-    path = choose("dynamic_depthwise_conv", x)
+    path = choose("dynamic_depthwise_conv", x, kernels, bias)
     if path in ("native", "triton") and _suits(x, kernels):
         return _own(x, kernels, bias)
     if path == "reference":
@@ -112,8 +112,8 @@ def _depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tenso
             return out
     if x.device.type != "cpu":
         return _plain(x, taps, bias, size).contiguous()
-    bias = None if bias is None else _summed(bias)
-    return _run(_summed(x), _summed(taps), bias, size, flip=False).to(x.dtype)
+    bias = None if bias is None else summed(bias)
+    return _run(summed(x), summed(taps), bias, size, flip=False).to(x.dtype)
 
 
 @torch.library.custom_op("dense::depthwise_backward", mutates_args=())
@@ -132,12 +132,12 @@ def _depthwise_backward(
 
 
 def _native_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    grad = _summed(grad)
-    grad_x = _run(grad, _summed(taps), None, size, flip=True)
+    grad = summed(grad)
+    grad_x = _run(grad, summed(taps), None, size, flip=True)
     batch, height, width, channels = x.shape
     grad_taps = torch.zeros(taps.shape, dtype=grad.dtype)
     shape = (batch, height, width, channels, size, same_padding(size)[0], _step(taps))
-    native.call("depthwise_weight", _summed(x), grad, grad_taps, *shape)
+    native.call("depthwise_weight", summed(x), grad, grad_taps, *shape)
     return grad_x, grad_taps
 
 
@@ -179,11 +179,6 @@ def _step(taps: Tensor) -> int:
     return taps[0].numel() if taps.shape[0] > 1 else 0
 
 
-def _summed(x: Tensor) -> Tensor:
-    """Contiguous, in the dtype that sums are kept in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-
-
 @_depthwise.register_fake
 def _(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     return x.new_empty(x.shape)
@@ -208,3 +203,5 @@ def _differentiate(ctx, grad: Tensor):
 
 
 _depthwise.register_autograd(_differentiate, setup_context=_save)
+for _operator in (_depthwise, _depthwise_backward):
+    register_vmap(_operator)

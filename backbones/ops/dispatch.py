@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from backbones.ops import native
 
@@ -61,9 +62,23 @@ def force(path: str | None) -> Iterator[None]:
         _forced = before
 
 
-def choose(operator: str, x: Tensor) -> str:
-    """The path that ``operator`` takes for a map ``x``."""
-    return explain(operator, x.device.type, x.dtype)[0]
+def choose(operator: str, x: Tensor, *others: Tensor | None) -> str:
+    """The backend that computes ``operator`` for a map ``x``.
+
+    Args:
+        operator: a key of :data:`OPERATORS`.
+        x: the map.
+        others: the operator's other tensors. Where any carries a tangent of forward-mode
+            differentiation, which the backends have no rule for, ``reference`` computes.
+    """
+    backend = explain(operator, x.device.type, x.dtype)[0]
+    if others and not torch.compiler.is_compiling() and any(map(_has_tangent, (x, *others))):
+        return "reference"
+    return backend
+
+
+def _has_tangent(x: Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
 def attempt(operator: str, compute: Callable[[], T]) -> T | None:

@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.ops import native, reference
+from backbones.ops.common import (
+    autocast_dtype,
+    inside,
+    pad,
+    register_vmap,
+    same_padding,
+    summed,
+)
 from backbones.ops.dispatch import attempt, choose, exporting
-from backbones.ops.layout import autocast_dtype, same_padding
 
 _NAME = "inhomogeneous_dynamic_depthwise_conv"
 # Numbers of the map in a chunk on a CPU: the arrays that a tap touches then stay in its cache.
@@ -56,7 +63,7 @@ def inhomogeneous_dynamic_depthwise_conv(
             f"groups of {x.shape[-1]} channels: it needs groups*{taps} rows, groups a divisor of "
             f"{x.shape[-1]}"
         )
-    path = choose(_NAME, x)
+    path = choose(_NAME, x, hidden, weight, bias)
     dtype = autocast_dtype(x)
     x, hidden, weight, bias = (t.to(dtype) for t in (x, hidden, weight, bias))
     # (taps, G, D): each tap's prediction is one contiguous matrix.
@@ -142,7 +149,7 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 def _native_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    padded = _pad(x, size)
+    padded = pad(summed(x), size)
     operands = _operands(hidden, weight, bias)
     out = torch.empty(x.shape, dtype=padded.dtype)
     native.call("predict_and_aggregate", padded, *operands, out, *_sizes(x, hidden, operands, size))
@@ -152,7 +159,7 @@ def _native_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, siz
 def _native_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, ...]:
-    padded, grad = _pad(x, size), _summed(grad)
+    padded, grad = pad(summed(x), size), summed(grad)
     inputs, matrix, offset = _operands(hidden, weight, bias)
     back = F.pad(matrix.T, (0, inputs.shape[-1] - matrix.shape[0])).contiguous()
     # Parts of the sum over positions: for many threads, and yet in tens of megabytes.
@@ -171,7 +178,7 @@ def _native_backward(
     del padded, grad
     rows = bias.numel()
     return (
-        _inside(grad_padded, x.shape, size),
+        inside(grad_padded, x.shape, size),
         grad_inputs[..., : hidden.shape[-1]],
         grad_back.sum((0, 1))[:rows, : hidden.shape[-1]].reshape(weight.shape),
         grad_offset.sum((0, 1))[:rows].view_as(bias),
@@ -180,28 +187,14 @@ def _native_backward(
 
 def _operands(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(B, H, W, D)``, ``(D, K*K*G)`` and ``(K*K*G,)``, rows filled up to whole vectors."""
-    hidden, matrix, offset = (
-        _summed(hidden),
-        _summed(weight.flatten(0, 1).T),
-        _summed(bias.flatten()),
-    )
-    return tuple(F.pad(t, (0, -t.shape[-1] % _LANES)) for t in (hidden, matrix, offset))
+    operands = summed(hidden, weight.flatten(0, 1).T, bias.flatten())
+    return tuple(F.pad(t, (0, -t.shape[-1] % _LANES)) for t in operands)
 
 
 def _sizes(x: Tensor, hidden: Tensor, operands: tuple[Tensor, ...], size: int) -> list[int]:
     """B, H, W, S, G, K, D, and the filled-up D and K*K*G."""
     inputs, _, offset = operands
     return [*x.shape, size, hidden.shape[-1], inputs.shape[-1], offset.shape[0]]
-
-
-def _summed(x: Tensor) -> Tensor:
-    """Contiguous, in the dtype that sums are kept in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-
-
-def _inside(padded: Tensor, shape: torch.Size, size: int) -> Tensor:
-    left = same_padding(size)[0]
-    return padded[:, left : left + shape[1], left : left + shape[2]].contiguous()
 
 
 def _torch_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
@@ -242,13 +235,13 @@ def _torch_backward(
             grad_inputs.addmm_(grad_kernel, weight[k].to(accumulate))
             grad_weight[k].addmm_(grad_kernel.T, flat_inputs)
             grad_bias[k] += grad_kernel.sum(0)
-    return _inside(grad_padded.movedim(0, 3), x.shape, size), grad_hidden, grad_weight, grad_bias
+    return inside(grad_padded.movedim(0, 3), x.shape, size), grad_hidden, grad_weight, grad_bias
 
 
 def _by_taps(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
     """The same, of operators that every runtime has."""
     height, width = x.shape[1:3]
-    padded, out = _pad(x, size), 0
+    padded, out = pad(summed(x), size), 0
     for k in range(size**2):
         row, column = divmod(k, size)
         kernel = F.linear(hidden, weight[k], bias[k])[..., None, :]
@@ -256,14 +249,9 @@ def _by_taps(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int)
     return out.to(x.dtype)
 
 
-def _pad(x: Tensor, size: int) -> Tensor:
-    """``(B, H, W, S, G)`` with zeros around it, in the dtype that the taps are summed in."""
-    return F.pad(_summed(x), (0, 0, 0, 0, *same_padding(size), *same_padding(size)))
-
-
 def _pad_planes(planes: Tensor, size: int) -> Tensor:
     """``(S, B, H, W, G)`` with zeros around it, in the dtype that the taps are summed in."""
-    return F.pad(_summed(planes), (0, 0, *same_padding(size), *same_padding(size)))
+    return F.pad(summed(planes), (0, 0, *same_padding(size), *same_padding(size)))
 
 
 def _chunks(planes: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -283,3 +271,7 @@ def _windows(padded: Tensor, rows: slice, width: int, size: int) -> Iterator[Ten
     for row in range(size):
         for column in range(size):
             yield padded[:, :, rows.start + row : rows.stop + row, column : column + width]
+
+
+for _operator in (_forward, _backward):
+    register_vmap(_operator)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 _SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.c")
-    for name in ("depthwise", "inhomogeneous", "linear", "windows")
+    Path(__file__).with_name(f"{name}.c") for name in ("depthwise", "inhomogeneous", "windows")
 )
 _HEADER = Path(__file__).with_name("matrix.h")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")

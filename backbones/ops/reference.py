@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.ops import window
-from backbones.ops.layout import same_padding
-
-Size = tuple[int, int]
+from backbones.ops.common import same_padding
+from backbones.ops.windows import Size, partition, region_mask, reverse
 
 
 def aggregate(x: Tensor, kernels: Tensor) -> Tensor:
@@ -64,13 +62,13 @@ def window_attention(
     height, width = qkv.shape[1:3]
     channels = qkv.shape[-1] // 3
     qkv = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2))
-    windows = window.partition(qkv, window_size, 3 * num_heads).unflatten(3, (3, num_heads))
+    windows = partition(qkv, window_size, 3 * num_heads).unflatten(3, (3, num_heads))
     query, key, value = windows.unbind(3)
     query = query * (channels // num_heads) ** -0.5
     scores = query @ key.transpose(-2, -1) + bias.to(query.dtype)
-    same = window.region_mask(height, width, window_size, shift, qkv.device)
+    same = region_mask(height, width, window_size, shift, qkv.device)
     scores = scores.masked_fill(~same[:, :, None], float("-inf"))
-    out = window.reverse(scores.softmax(dim=-1) @ value, window_size)
+    out = reverse(scores.softmax(dim=-1) @ value, window_size)
     return torch.roll(out, shift, (1, 2))
 
 
@@ -79,8 +77,8 @@ def local_mlp(
 ) -> Tensor:
     """:func:`backbones.ops.local_mlp`, the weights of every window in memory."""
     height, width = value.shape[1:3]
-    same = window.region_mask(height, width, window_size, shift, value.device)
+    same = region_mask(height, width, window_size, shift, value.device)
     mixing = (weight + bias) * same[:, :, None]
     value = torch.roll(value, (-shift[0], -shift[1]), (1, 2))
-    windows = window.partition(value, window_size, mixing.shape[-3])
-    return torch.roll(window.reverse(mixing @ windows, window_size), shift, (1, 2))
+    windows = partition(value, window_size, mixing.shape[-3])
+    return torch.roll(reverse(mixing @ windows, window_size), shift, (1, 2))

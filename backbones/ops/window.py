@@ -1,4 +1,9 @@
-"""Attention and learned static mixing inside shifted windows (Swin, Swin-Local-MLP)."""
+"""Attention and learned static mixing inside shifted windows (Swin, Swin-Local-MLP).
+
+The C and Triton kernels gather, mix and scatter one window at a time: neither the shifted map nor
+its windows nor their weights are ever in memory as a whole, and the backward pass computes the
+weights again.
+"""
 
 from functools import lru_cache
 
@@ -7,10 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from backbones.ops import reference, window_native
-from backbones.ops.dispatch import choose, exporting
+from backbones.ops import native, reference
+from backbones.ops.common import autocast_dtype, register_vmap, summed
+from backbones.ops.dispatch import attempt, choose, exporting
+from backbones.ops.windows import Size, partition, region_mask, reverse, surely
 
-Size = tuple[int, int]
+# Partial sums over windows, times heads: enough for the threads of a large machine.
+_PARTS = 128
+# Positions of the largest window whose weights the Triton kernels hold in registers.
+_POSITIONS = 64
 
 
 def window_attention(
@@ -32,10 +42,11 @@ def window_attention(
     Returns:
         ``(B, H, W, C)``.
     """
-    path = choose("window_attention", qkv)
-    if path == "native" or (path == "triton" and window_native.fits(window_size)):
-        return window_native.window_attention(qkv, bias, num_heads, window_size, shift)
-    if path == "reference" or exporting():
+    backend = choose("window_attention", qkv, bias)
+    if backend == "native" or (backend == "triton" and _fits(window_size)):
+        qkv = qkv.to(autocast_dtype(qkv))
+        return torch.ops.dense.window_attention(qkv, bias, num_heads, [*window_size], [*shift])
+    if backend == "reference" or exporting():
         return reference.window_attention(qkv, bias, num_heads, window_size, shift)
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
     # (3, B, nH, nW, heads, N, C/heads)
@@ -55,6 +66,39 @@ def window_attention(
             masks = _seam_masks(window_size, shift, bias)
             out = _Attend.apply(query * scale, key, value, bias, *masks)
     return _roll(reverse(out, window_size), shift, 1)
+
+
+def local_mlp(
+    value: Tensor, weight: Tensor, bias: Tensor, window_size: Size, shift: Size
+) -> Tensor:
+    """Learned static mixing inside (shifted) windows: ``out = (weight + bias) v``.
+
+    No query, no key, no softmax; pairs of positions that the shift brought together weigh zero.
+
+    Args:
+        value: ``(B, H, W, C)``, H and W multiples of the window.
+        weight: ``(heads, N, N)`` shared by all windows, or ``(nH, nW, heads, N, N)``, one for each
+            window of the image, N the positions of a window.
+        bias: ``(heads, N, N)`` relative position bias.
+        window_size: rows and columns of a window.
+        shift: rows and columns of the cyclic shift; 0 along an axis that one window covers.
+
+    Returns:
+        ``(B, H, W, C)``.
+    """
+    backend = choose("local_mlp", value, weight, bias)
+    if backend == "reference":
+        return reference.local_mlp(value, weight, bias, window_size, shift)
+    height, width = value.shape[1:3]
+    mixing = weight + bias
+    if backend == "native" or (backend == "triton" and _fits(window_size)):
+        value = value.to(autocast_dtype(value))
+        return torch.ops.dense.local_mlp(value, mixing, [*window_size], [*shift])
+    if _shifts(shift):
+        same_region = region_mask(height, width, window_size, shift, value.device)
+        mixing = mixing * same_region[:, :, None]
+    windows = partition(_roll(value, shift, -1), window_size, mixing.shape[-3])
+    return _roll(reverse(mixing @ windows, window_size), shift, 1)
 
 
 class _Attend(torch.autograd.Function):
@@ -118,91 +162,6 @@ def _make_seam_masks(
 _cached_seam_masks = lru_cache(maxsize=64)(_make_seam_masks)
 
 
-def local_mlp(
-    value: Tensor, weight: Tensor, bias: Tensor, window_size: Size, shift: Size
-) -> Tensor:
-    """Learned static mixing inside (shifted) windows: ``out = (weight + bias) v``.
-
-    No query, no key, no softmax; pairs of positions that the shift brought together weigh zero.
-
-    Args:
-        value: ``(B, H, W, C)``, H and W multiples of the window.
-        weight: ``(heads, N, N)`` shared by all windows, or ``(nH, nW, heads, N, N)``, one for each
-            window of the image, N the positions of a window.
-        bias: ``(heads, N, N)`` relative position bias.
-        window_size: rows and columns of a window.
-        shift: rows and columns of the cyclic shift; 0 along an axis that one window covers.
-
-    Returns:
-        ``(B, H, W, C)``.
-    """
-    path = choose("local_mlp", value)
-    if path == "reference":
-        return reference.local_mlp(value, weight, bias, window_size, shift)
-    height, width = value.shape[1:3]
-    mixing = weight + bias
-    if path == "native" or (path == "triton" and window_native.fits(window_size)):
-        return window_native.local_mlp(value, mixing, window_size, shift)
-    if _shifts(shift):
-        same_region = region_mask(height, width, window_size, shift, value.device)
-        mixing = mixing * same_region[:, :, None]
-    windows = partition(_roll(value, shift, -1), window_size, mixing.shape[-3])
-    return _roll(reverse(mixing @ windows, window_size), shift, 1)
-
-
-def steps(length: int, step: int) -> int:
-    """``ceil(length / step)``, in the form whose nesting a compiler's symbolic sizes simplify."""
-    return (length - 1) // step + 1
-
-
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The first ``height`` rows and ``width`` columns of ``(B, H, W, C)``."""
-    if not torch.compiler.is_compiling():
-        return x[:, :height, :width]
-    # A slice asks whether it is contiguous, by which a graph would be split.
-    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
-
-
-def partition(x: Tensor, window_size: Size, num_heads: int) -> Tensor:
-    """``(B, H, W, C)`` to ``(B, nH, nW, heads, N, C/heads)``, windows row by row."""
-    batch, height, width, channels = x.shape
-    rows, columns = window_size
-    x = x.reshape(
-        batch, height // rows, rows, width // columns, columns, num_heads, channels // num_heads
-    )
-    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
-
-
-def reverse(windows: Tensor, window_size: Size) -> Tensor:
-    """``(B, nH, nW, heads, N, C/heads)`` back to ``(B, H, W, C)``."""
-    batch, down, across, heads, _, dim = windows.shape
-    rows, columns = window_size
-    x = windows.unflatten(4, (rows, columns)).permute(0, 1, 4, 2, 5, 3, 6)
-    return x.reshape(batch, down * rows, across * columns, heads * dim)
-
-
-def region_mask(
-    height: int, width: int, window_size: Size, shift: Size, device: torch.device
-) -> Tensor:
-    """Which pairs of a shifted window were neighbours before the shift.
-
-    Returns:
-        ``(nH, nW, N, N)`` bool, True where both positions come from the same side of the seam.
-    """
-    region = (
-        2 * _region(height, window_size[0], shift[0], device)[:, None]
-        + _region(width, window_size[1], shift[1], device)[None]
-    )
-    region = partition(region[None, :, :, None], window_size, 1)[0, :, :, 0, :, 0]
-    return region[:, :, :, None] == region[:, :, None, :]
-
-
-def _region(length: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """``(length,)``: 1 for the positions that the shift wrapped around, the last ``shift`` ones."""
-    # Only the last window straddles the seam, so two regions an axis tell all pairs apart.
-    return (torch.arange(length, device=device) >= length - shift).long()
-
-
 def _roll(x: Tensor, shift: Size, sign: int) -> Tensor:
     if not _shifts(shift):
         return x
@@ -214,35 +173,173 @@ def _shifts(shift: Size) -> bool:
     return not (surely(shift[0] == 0) and surely(shift[1] == 0))
 
 
-def surely(condition: bool) -> bool:
-    """``condition``, or False where a compiler's symbolic sizes leave it open.
-
-    Asking them outright would split the graph by it, into one for each answer.
-    """
-    if not torch.compiler.is_compiling():
-        return bool(condition)
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(condition)
+def _fits(window_size: Size) -> bool:
+    """Whether the Triton kernels take windows of so many rows and columns."""
+    return window_size[0] * window_size[1] <= _POSITIONS
 
 
-def relative_position_bias(table: Tensor, index: Tensor) -> Tensor:
-    """``(heads, N, N)`` from a ``((2h-1)*(2w-1), heads)`` table and an ``(N, N)`` index into it."""
-    return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
+@torch.library.custom_op("dense::window_attention", mutates_args=())
+def _attend(
+    qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int], shift: list[int]
+) -> Tensor:
+    sizes = num_heads, window_size, shift
+    if choose("window_attention", qkv) == "triton":
+        args = qkv.contiguous(), bias.contiguous(), *sizes
+        out = attempt("window_attention", lambda: _triton().forward(*args))
+        if out is not None:
+            return out
+    if qkv.device.type != "cpu":
+        return reference.window_attention(qkv, bias, *sizes).contiguous()
+    qkv_, bias_ = summed(qkv, bias)
+    out = qkv_.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    sizes = _sizes(out, num_heads, window_size, shift)
+    native.call("window_attention", qkv_, bias_, out, *sizes)
+    return out.to(qkv.dtype)
 
 
-def relative_position_index(window_size: Size) -> Tensor:
-    """``(N, N)``: the row of the bias table for each pair of positions of a window."""
-    rows, columns = window_size
-    grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    y, x = (axis.flatten() for axis in grid)
-    return (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
+@torch.library.custom_op("dense::window_attention_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    window_size: list[int],
+    shift: list[int],
+) -> tuple[Tensor, Tensor]:
+    given = num_heads, window_size, shift
+    if choose("window_attention", qkv) == "triton":
+        args = grad.contiguous(), qkv.contiguous(), bias.contiguous(), *given
+        own = attempt("window_attention", lambda: _triton().backward(*args))
+        if own is not None:
+            return own[0], own[1].to(bias.dtype)
+    if qkv.device.type != "cpu":
+        with torch.enable_grad():
+            leaves = [qkv.detach().requires_grad_(), bias.detach().requires_grad_()]
+            out = reference.window_attention(*leaves, *given)
+            return torch.autograd.grad(out, leaves, grad)
+    grad_, qkv_, bias_ = summed(grad, qkv, bias)
+    windows = grad.shape[0] * _windows(grad, window_size)
+    parts = grad_.new_empty(min(windows, max(1, _PARTS // num_heads)), *bias.shape)
+    grad_qkv = torch.empty_like(qkv_)
+    sizes = _sizes(grad, num_heads, window_size, shift)
+    native.call(
+        "window_attention_backward", grad_, qkv_, bias_, grad_qkv, parts, parts.shape[0], *sizes
+    )
+    return grad_qkv.to(qkv.dtype), parts.sum(0).to(bias.dtype)
 
 
-def resize_window_grid(weight: Tensor, grid: Size) -> Tensor:
-    """Resize the window grid of ``(nH, nW, ...)`` weights to ``grid``, bilinearly."""
-    if surely(weight.shape[0] == grid[0]) and surely(weight.shape[1] == grid[1]):
-        return weight
-    planes = weight.flatten(2).movedim(-1, 0)[None]
-    resized = F.interpolate(planes.float(), grid, mode="bilinear", align_corners=False)
-    return resized[0].to(weight.dtype).movedim(0, -1).unflatten(-1, weight.shape[2:])
+@torch.library.custom_op("dense::local_mlp", mutates_args=())
+def _mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
+    if choose("local_mlp", value) == "triton":
+        args = value.contiguous(), mixing.contiguous(), window_size, shift
+        out = attempt("local_mlp", lambda: _triton_local_mlp().forward(*args))
+        if out is not None:
+            return out
+    if value.device.type != "cpu":
+        return _plain_mix(value, mixing, window_size, shift).contiguous()
+    value_, mixing_ = summed(value, mixing)
+    out = torch.empty_like(value_)
+    sizes = _sizes(value, mixing.shape[-3], window_size, shift)
+    native.call("local_mlp", value_, mixing_, out, _step(mixing), *sizes)
+    return out.to(value.dtype)
+
+
+@torch.library.custom_op("dense::local_mlp_backward", mutates_args=())
+def _mix_backward(
+    grad: Tensor, value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]
+) -> tuple[Tensor, Tensor]:
+    if choose("local_mlp", value) == "triton":
+        args = grad.contiguous(), value.contiguous(), mixing.contiguous(), window_size, shift
+        own = attempt("local_mlp", lambda: _triton_local_mlp().backward(*args))
+        if own is not None:
+            return own[0], own[1].to(mixing.dtype)
+    if value.device.type != "cpu":
+        with torch.enable_grad():
+            leaves = [value.detach().requires_grad_(), mixing.detach().requires_grad_()]
+            out = _plain_mix(*leaves, window_size, shift)
+            return torch.autograd.grad(out, leaves, grad)
+    grad_, value_, mixing_ = summed(grad, value, mixing)
+    windows, heads = _windows(grad, window_size), mixing.shape[-3]
+    chunks = windows if mixing.dim() == 5 else min(windows, max(1, _PARTS // heads))
+    parts, grad_value = grad_.new_empty(chunks, *mixing.shape[-3:]), torch.empty_like(value_)
+    sizes = _sizes(grad, heads, window_size, shift)
+    native.call(
+        "local_mlp_backward",
+        *(grad_, value_, mixing_, grad_value, parts, chunks, _step(mixing)),
+        *sizes,
+    )
+    grad_mixing = parts.view_as(mixing) if mixing.dim() == 5 else parts.sum(0)
+    return grad_value.to(value.dtype), grad_mixing.to(mixing.dtype)
+
+
+def _triton():
+    from backbones.ops.triton_kernels import window
+
+    return window
+
+
+def _triton_local_mlp():
+    from backbones.ops.triton_kernels import local_mlp
+
+    return local_mlp
+
+
+def _plain_mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
+    mixing = mixing.to(value.dtype)
+    return reference.local_mlp(value, mixing, mixing.new_zeros(()), window_size, shift)
+
+
+def _sizes(like: Tensor, num_heads: int, window_size: list[int], shift: list[int]) -> list[int]:
+    """B, H, W, heads, D, the window and the shift."""
+    batch, height, width, channels = like.shape
+    return [batch, height, width, num_heads, channels // num_heads, *window_size, *shift]
+
+
+def _windows(x: Tensor, window_size: list[int]) -> int:
+    return x.shape[1] // window_size[0] * (x.shape[2] // window_size[1])
+
+
+def _step(mixing: Tensor) -> int:
+    """Numbers from one window's weights to the next one's, 0 where all share them."""
+    return mixing[0, 0].numel() if mixing.dim() == 5 else 0
+
+
+@_attend.register_fake
+def _(qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int], shift: list[int]):
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+@_attend_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int], shift):
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)
+
+
+@_mix.register_fake
+def _(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]):
+    return value.new_empty(value.shape)
+
+
+@_mix_backward.register_fake
+def _(grad: Tensor, value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]):
+    return value.new_empty(value.shape), mixing.new_empty(mixing.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    first, second, *ctx.sizes = inputs
+    ctx.save_for_backward(first, second)
+
+
+def _differentiate_attention(ctx, grad: Tensor):
+    backward = torch.ops.dense.window_attention_backward
+    return *backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None
+
+
+def _differentiate_mixing(ctx, grad: Tensor):
+    backward = torch.ops.dense.local_mlp_backward
+    return *backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None
+
+
+_attend.register_autograd(_differentiate_attention, setup_context=_save)
+_mix.register_autograd(_differentiate_mixing, setup_context=_save)
+for _operator in (_attend, _attend_backward, _mix, _mix_backward):
+    register_vmap(_operator)

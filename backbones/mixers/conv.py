@@ -1,0 +1,99 @@
+"""What the convolutional mixers share: the bottleneck around the depth-wise operator."""
+
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from backbones.folding import foldable, linear_before
+from backbones.layers import Size, is_plain
+from backbones.mixers.base import Mixer
+from backbones.mixers.norm import batch_norm
+
+# The authors' names around their operator. Their batch norm before the MLP is ``bn``, the mixer's
+# three are ``bn0``, ``bn`` and ``bn2``.
+AROUND = (
+    (".norm2.", ".bn."),
+    (".mixer.in_proj.", ".attn2conv.conv0."),
+    (".mixer.in_norm.", ".attn2conv.bn0."),
+    (".mixer.mid_norm.", ".attn2conv.bn."),
+    (".mixer.out_proj.", ".attn2conv.conv2."),
+    (".mixer.out_norm.", ".attn2conv.bn2."),
+)
+
+
+class ConvMixer(Mixer):
+    """The bottleneck of the convolutional families: linear, BN, ReLU, mix, BN, ReLU, linear, BN.
+
+    The linears have no bias and keep PyTorch's initialisation, that of a 1x1 convolution. Nothing
+    is padded to windows (appendix D).
+
+    Args:
+        dim: C.
+        kernel_size: rows and columns of the kernel, both the same.
+    """
+
+    norm_layer = nn.BatchNorm2d
+    pre_norm = False
+
+    def __init__(self, dim: int, kernel_size: int | Size = 7):
+        super().__init__()
+        self.kernel_size = square(kernel_size)
+        self.in_proj = nn.Linear(dim, dim, bias=False)
+        self.in_norm = nn.BatchNorm2d(dim)
+        self.mid_norm = nn.BatchNorm2d(dim)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.out_norm = nn.BatchNorm2d(dim)
+
+    @classmethod
+    def at(cls, dim: int, stage: int, block: int, feat_size: Size, *, window_size: int | Size = 7):
+        """The mixer of one block; ``window_size`` is its kernel size."""
+        return cls(dim, window_size)
+
+    def init_weights(self) -> None:
+        """Keep PyTorch's initialisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
+        x = F.relu(batch_norm(self.in_norm, self.in_proj(x)))
+        x = F.relu(batch_norm(self.mid_norm, self.mix(x)))
+        return batch_norm(self.out_norm, self.out_proj(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The spatial operator, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it mixes positions")
+
+    def fold(self) -> None:
+        """Fold the norms behind the linears; the one behind the operator is the subclass's."""
+        self.fold_linear("in_proj", "in_norm")
+        self.fold_linear("out_proj", "out_norm")
+
+    def fold_linear(self, linear: str, norm: str) -> None:
+        """Fold the batch norm named ``norm`` into the linear before it, if both are ordinary."""
+        layer, after = getattr(self, linear), getattr(self, norm)
+        if foldable(after) and is_plain(layer, nn.Linear):
+            setattr(self, linear, linear_before(layer, after))
+            setattr(self, norm, nn.Identity().eval())
+
+    def set_kernel_size(self, kernel_size: int) -> None:
+        """Change the kernel, learned weights upsampled to it (Table 14)."""
+        raise ValueError(
+            f"{type(self).__name__} predicts its kernels and cannot be resized from "
+            f"{self.kernel_size} to {kernel_size}: build it with window_size={kernel_size}"
+        )
+
+    def set_input_size(self, feat_size: Size | None, window_size: int | Size | None = None) -> None:
+        """Nothing depends on the size of the map; ``window_size`` is the kernel size."""
+        if window_size is not None and square(window_size) != self.kernel_size:
+            self.set_kernel_size(square(window_size))
+
+
+def square(kernel_size: int | Size) -> int:
+    """The side of a kernel of equally many rows and columns.
+
+    Raises:
+        ValueError: it has not.
+    """
+    rows, columns = to_2tuple(kernel_size)
+    if rows != columns:
+        raise ValueError(f"kernel of {rows}x{columns}: rows and columns must be the same")
+    return rows
