@@ -47,7 +47,7 @@ class DynamicDepthwiseConv(ConvMixer):
         # Outside of autocast: pooled maps differ little from image to image, and the norm blows up
         # those differences, with whatever rounding there is in them.
         with torch.autocast(x.device.type, enabled=False):
-            pooled = x.mean((1, 2), dtype=self.reduce.weight.dtype)
+            pooled = x.mean((1, 2), dtype=self.bias.dtype)
             hidden = F.relu(pooled_batch_norm(self.reduce_norm, self.reduce(pooled)))
             kernels = self.expand(hidden)
         return kernels.unflatten(-1, (-1, self.kernel_size, self.kernel_size))

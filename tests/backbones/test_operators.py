@@ -7,7 +7,7 @@ import torch
 
 from backbones import ops
 from backbones.ops import native, reference
-from backbones.ops.window import relative_position_bias, relative_position_index
+from backbones.ops.windows import relative_position_bias, relative_position_index
 
 SIZES = [(1, 1), (3, 8), (9, 7), (13, 5)]
 
