@@ -1,4 +1,4 @@
-"""UPerNet on ADE20K for a tiny backbone; a recipe adds the backbone and its initial weights."""
+"""UPerNet on ADE20K, tiny; a recipe adds the backbone and its initial weights."""
 
 _base_ = [
     "./models/upernet.py",
