@@ -1,7 +1,5 @@
 """Cascade Mask R-CNN, COCO, DW-Conv tiny (Table 3: 49.9 box AP, 43.4 mask AP)."""
 
-from .common.data import data, dataloader
-from .common.model import model
-from .common.schedule import lr_multiplier, optimizer, train
+from .common.tiny import data, dataloader, lr_multiplier, model, optimizer, train
 
-model.backbone.bottom_up.update(name="dw_conv_tiny", drop_path_rate=0.2, init="atten4vis_in1k")
+model.backbone.bottom_up.update(name="dw_conv_tiny", init="atten4vis_in1k")

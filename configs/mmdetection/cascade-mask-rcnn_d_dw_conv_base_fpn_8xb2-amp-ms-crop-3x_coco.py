@@ -1,12 +1,4 @@
 """Cascade Mask R-CNN, COCO, D-DW-Conv base (Table 3: 51.2 box AP, 44.4 mask AP)."""
 
-_base_ = [
-    "./_base_/cascade_mask_rcnn.py",
-    "./_base_/coco.py",
-    "./_base_/schedule_3x.py",
-    "./_base_/default_runtime.py",
-]
-model = dict(
-    backbone=dict(type="d_dw_conv_base", drop_path_rate=0.3, init="atten4vis_in1k"),
-    neck=dict(in_channels=[128, 256, 512, 1024]),
-)
+_base_ = "./_base_/base.py"
+model = dict(backbone=dict(type="d_dw_conv_base", init="atten4vis_in1k"))

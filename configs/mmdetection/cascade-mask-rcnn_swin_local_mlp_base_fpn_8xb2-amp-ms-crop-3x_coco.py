@@ -1,16 +1,6 @@
-"""Cascade Mask R-CNN, COCO, Swin-Local-MLP base."""
+"""Cascade Mask R-CNN, COCO, Swin-Local-MLP base (not in the paper's tables)."""
 
-_base_ = [
-    "./_base_/cascade_mask_rcnn.py",
-    "./_base_/coco.py",
-    "./_base_/schedule_3x.py",
-    "./_base_/default_runtime.py",
-]
+_base_ = "./_base_/base.py"
 model = dict(
-    backbone=dict(
-        type="swin_local_mlp_base",
-        drop_path_rate=0.3,
-        init="checkpoints/swin_local_mlp_base_in1k.pth",
-    ),
-    neck=dict(in_channels=[128, 256, 512, 1024]),
+    backbone=dict(type="swin_local_mlp_base", init="checkpoints/swin_local_mlp_base_in1k.pth")
 )

@@ -1,11 +1,6 @@
-"""Cascade Mask R-CNN, COCO, Swin-Local-MLP tiny."""
+"""Cascade Mask R-CNN, COCO, Swin-Local-MLP tiny (not in the paper's tables)."""
 
-_base_ = [
-    "./_base_/cascade_mask_rcnn.py",
-    "./_base_/coco.py",
-    "./_base_/schedule_3x.py",
-    "./_base_/default_runtime.py",
-]
+_base_ = "./_base_/tiny.py"
 model = dict(
     backbone=dict(type="swin_local_mlp_tiny", init="checkpoints/swin_local_mlp_tiny_in1k.pth")
 )

@@ -1,4 +1,4 @@
-"""DW-Conv, tiny, ImageNet-1K from random weights (Table 2)."""
+"""DW-Conv, tiny, ImageNet-1K from random weights (Table 2: 81.3 top-1)."""
 
-_base_ = "./_base_/in1k_300e.py"
-model = dict(name="dw_conv_tiny", drop_path_rate=0.2)
+_base_ = "./_base_/in1k_300e_tiny.py"
+model = dict(name="dw_conv_tiny")

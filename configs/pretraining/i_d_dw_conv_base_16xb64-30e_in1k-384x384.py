@@ -1,4 +1,4 @@
-"""I-D-DW-Conv, base, 384x384 after 224x224 (Table 14)."""
+"""I-D-DW-Conv, base, 384x384 after 224x224 (not in the paper's tables)."""
 
 _base_ = "./_base_/in1k_384_30e.py"
 model = dict(name="i_d_dw_conv_base", init="checkpoints/i_d_dw_conv_base_in1k.pth")

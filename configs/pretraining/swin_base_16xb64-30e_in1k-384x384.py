@@ -1,4 +1,4 @@
-"""Swin, base, 384x384 after 224x224 (Table 14)."""
+"""Swin, base, 384x384 after 224x224 (not in the paper's tables)."""
 
 _base_ = "./_base_/in1k_384_30e.py"
 model = dict(name="swin_base", init="ms_in1k")

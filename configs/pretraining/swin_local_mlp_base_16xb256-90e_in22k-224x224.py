@@ -1,4 +1,4 @@
-"""Swin-Local-MLP, base, ImageNet-22K from random weights (Tables 10 and 11)."""
+"""Swin-Local-MLP, base, ImageNet-22K from random weights (not in the paper's tables)."""
 
 _base_ = "./_base_/in22k_90e.py"
 model = dict(name="swin_local_mlp_base")

@@ -1,9 +1,4 @@
 """A small UPerNet for small data and a CPU, I-D-DW-Conv nano, from random weights."""
 
-_base_ = [
-    "./_base_/models/upernet_nano.py",
-    "./_base_/datasets/small.py",
-    "./_base_/schedules/schedule_600.py",
-    "./_base_/default_runtime.py",
-]
+_base_ = "./_base_/nano.py"
 model = dict(backbone=dict(type="i_d_dw_conv_nano"))

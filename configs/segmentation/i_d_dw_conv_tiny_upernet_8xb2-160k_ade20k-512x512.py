@@ -1,9 +1,4 @@
 """UPerNet, ADE20K, I-D-DW-Conv tiny (Table 3: 46.2 mIoU)."""
 
-_base_ = [
-    "./_base_/models/upernet.py",
-    "./_base_/datasets/ade20k.py",
-    "./_base_/schedules/schedule_160k.py",
-    "./_base_/default_runtime.py",
-]
+_base_ = "./_base_/tiny.py"
 model = dict(backbone=dict(type="i_d_dw_conv_tiny", init="checkpoints/i_d_dw_conv_tiny_in1k.pth"))

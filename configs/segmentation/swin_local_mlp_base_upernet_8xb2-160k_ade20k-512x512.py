@@ -1,8 +1,6 @@
-"""UPerNet, ADE20K, Swin-Local-MLP base."""
+"""UPerNet, ADE20K, Swin-Local-MLP base (not in the paper's tables)."""
 
-_base_ = "./swin_local_mlp_tiny_upernet_8xb2-160k_ade20k-512x512.py"
+_base_ = "./_base_/base.py"
 model = dict(
-    backbone=dict(type="swin_local_mlp_base", init="checkpoints/swin_local_mlp_base_in1k.pth"),
-    decode_head=dict(in_channels=[128, 256, 512, 1024]),
-    auxiliary_head=dict(in_channels=512),
+    backbone=dict(type="swin_local_mlp_base", init="checkpoints/swin_local_mlp_base_in1k.pth")
 )

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN over a feature pyramid of a backbone of ours (section 4.2, appendix D)."""
+"""Cascade Mask R-CNN over a feature pyramid of a backbone of ours (section 3.2, appendix E)."""
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec

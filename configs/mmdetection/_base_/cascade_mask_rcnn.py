@@ -1,16 +1,16 @@
-"""MMDetection's Cascade Mask R-CNN with the paper's box heads; channels of tiny."""
+"""MMDetection's Cascade Mask R-CNN with the paper's box heads.
+
+``tiny.py``, ``base.py`` and ``nano.py`` add the drop path rate and the neck's ``in_channels``.
+"""
 
 _base_ = "mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py"
 model = dict(
     backbone=dict(
         _delete_=True,
-        type="i_d_dw_conv_tiny",
         out_indices=(0, 1, 2, 3),
-        drop_path_rate=0.2,
         frozen_stages=-1,
         norm="SyncBN",
     ),
-    neck=dict(in_channels=[96, 192, 384, 768]),
     roi_head=dict(
         # Every stage: 4 convolutions with SyncBN, one linear layer, a box for each class.
         bbox_head=[

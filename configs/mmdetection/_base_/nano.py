@@ -3,7 +3,7 @@
 _base_ = ["./cascade_mask_rcnn.py", "./coco.py", "./schedule_3x.py", "./default_runtime.py"]
 
 model = dict(
-    backbone=dict(type="i_d_dw_conv_nano", drop_path_rate=0.0),
+    backbone=dict(drop_path_rate=0.0),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=48),
     rpn_head=dict(in_channels=48, feat_channels=48, anchor_generator=dict(scales=[4])),
     roi_head=dict(

@@ -1,4 +1,7 @@
-"""UPerNet of 512 channels with an auxiliary FCN head on stage 3, as Swin's; channels of tiny."""
+"""Swin's UPerNet: 512 channels, and an auxiliary FCN head of 256 channels on stage 3.
+
+``tiny.py``, ``base.py`` and ``nano.py`` add the heads' ``in_channels``.
+"""
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
@@ -13,7 +16,6 @@ model = dict(
         seg_pad_val=255,
     ),
     backbone=dict(
-        type="i_d_dw_conv_tiny",
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.3,
         frozen_stages=-1,
@@ -21,7 +23,6 @@ model = dict(
     ),
     decode_head=dict(
         type="UPerHead",
-        in_channels=[96, 192, 384, 768],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
         channels=512,
@@ -33,7 +34,6 @@ model = dict(
     ),
     auxiliary_head=dict(
         type="FCNHead",
-        in_channels=384,
         in_index=2,
         channels=256,
         num_convs=1,

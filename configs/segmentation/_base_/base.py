@@ -1,0 +1,12 @@
+"""UPerNet on ADE20K, base; a recipe adds the backbone and its initial weights."""
+
+_base_ = [
+    "./models/upernet.py",
+    "./datasets/ade20k.py",
+    "./schedules/schedule_160k.py",
+    "./default_runtime.py",
+]
+model = dict(
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512),
+)
