@@ -11,7 +11,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, to_2tuple
-from timm.layers import calculate_drop_path_rates as drop_path_rates
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -60,7 +59,8 @@ class Pyramid(nn.Module):
         self.global_pool = global_pool
         self.patch_embed = PatchEmbed(in_chans, embed_dim)
 
-        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        last = max(1, sum(depths) - 1)
+        rates = iter([drop_path_rate * block / last for block in range(sum(depths))])
         self.stages = nn.ModuleList()
         self.feature_info = []
         for i, depth in enumerate(depths):
@@ -232,8 +232,9 @@ class PatchEmbed(nn.Module):
         height, width = x.shape[-2:]
         rows, columns = ceil_div(height, 4), ceil_div(width, 4)
         x = F.pad(x, (0, 4 * columns - width, 0, 4 * rows - height))
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(x.permute(0, 2, 3, 1))
+        # In channels-last memory; the views, unlike a memory format, vmap has a rule for.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):

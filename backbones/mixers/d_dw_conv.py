@@ -9,6 +9,7 @@ from backbones.folding import affine, foldable, parameter
 from backbones.layers import Size, is_plain
 from backbones.mixers.conv import AROUND, ConvMixer
 from backbones.mixers.norm import pooled_batch_norm
+from backbones.ops.common import without_autocast
 
 
 class DynamicDepthwiseConv(ConvMixer):
@@ -46,7 +47,7 @@ class DynamicDepthwiseConv(ConvMixer):
         """The kernels for each image, ``(B, H, W, C)`` to ``(B, C, K, K)``."""
         # Outside of autocast: pooled maps differ little from image to image, and the norm blows up
         # those differences, with whatever rounding there is in them.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             pooled = x.mean((1, 2), dtype=self.bias.dtype)
             hidden = F.relu(pooled_batch_norm(self.reduce_norm, self.reduce(pooled)))
             kernels = self.expand(hidden)

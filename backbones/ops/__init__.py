@@ -5,6 +5,7 @@ computed, so a faster path can be put behind the name without touching a module.
 that define them stand in :mod:`backbones.ops.reference`.
 """
 
+from backbones.ops import flops as flops  # registers their costs
 from backbones.ops.aggregation import inhomogeneous_aggregation
 from backbones.ops.depthwise import depthwise_conv, dynamic_depthwise_conv
 from backbones.ops.dispatch import force as force

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from backbones.ops import native, reference
-from backbones.ops.common import autocast_dtype, inside, pad, register_vmap, summed
+from backbones.ops.common import autocast_dtype, inside, pad, summed
 from backbones.ops.dispatch import attempt, choose, exporting
 
 _NAME = "inhomogeneous_aggregation"
@@ -147,5 +147,3 @@ def _differentiate(ctx, grad: Tensor):
 
 
 _aggregate.register_autograd(_differentiate, setup_context=_save)
-for _operator in (_aggregate, _backward):
-    register_vmap(_operator)

@@ -1,5 +1,7 @@
 """What the operators share: padding, autocast, and the dtype and layout that sums are kept in."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,9 +14,16 @@ def same_padding(kernel_size: int) -> tuple[int, int]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast wants for ``x`` on its device; that of ``x`` where it is off."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    kind = x.device.type
+    # The meta device has no autocast to ask for.
+    if x.is_meta or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which operators on tensors beside ``x`` keep the dtypes they are given."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def summed(first: Tensor, *others: Tensor) -> Tensor | list[Tensor]:
@@ -37,20 +46,3 @@ def inside(padded: Tensor, shape: torch.Size, size: int) -> Tensor:
     """What :func:`pad` was given, of ``shape``, out of the padded map."""
     first = same_padding(size)[0]
     return padded[:, first : first + shape[1], first : first + shape[2]].contiguous()
-
-
-def register_vmap(operator: torch.library.CustomOpDef) -> None:
-    """Let ``torch.vmap`` call an operator once for each entry of the mapped axis."""
-
-    def each(info, in_dims, *args):
-        outs = []
-        for i in range(info.batch_size):
-            picked = (
-                a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)
-            )
-            outs.append(operator(*picked))
-        if isinstance(outs[0], Tensor):
-            return torch.stack(outs), 0
-        return tuple(map(torch.stack, zip(*outs, strict=True))), (0,) * len(outs[0])
-
-    operator.register_vmap(each)

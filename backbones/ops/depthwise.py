@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.ops import native, reference
-from backbones.ops.common import autocast_dtype, register_vmap, same_padding, summed
+from backbones.ops.common import autocast_dtype, same_padding, summed
 from backbones.ops.dispatch import attempt, choose, exporting
 
 # Both operators are one of kernels by image, whose number is one where all share them.
@@ -203,5 +203,3 @@ def _differentiate(ctx, grad: Tensor):
 
 
 _depthwise.register_autograd(_differentiate, setup_context=_save)
-for _operator in (_depthwise, _depthwise_backward):
-    register_vmap(_operator)

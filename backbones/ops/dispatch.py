@@ -68,17 +68,21 @@ def choose(operator: str, x: Tensor, *others: Tensor | None) -> str:
     Args:
         operator: a key of :data:`OPERATORS`.
         x: the map.
-        others: the operator's other tensors. Where any carries a tangent of forward-mode
-            differentiation, which the backends have no rule for, ``reference`` computes.
+        others: the operator's other tensors. Inside ``torch.func`` (grad, vmap, jvp), and where any
+            tensor carries a forward-mode tangent, ``reference`` computes: it is made of operators
+            that have rules for these.
     """
     backend = explain(operator, x.device.type, x.dtype)[0]
-    if others and not torch.compiler.is_compiling() and any(map(_has_tangent, (x, *others))):
+    if others and not torch.compiler.is_compiling() and _is_transformed(x, *others):
         return "reference"
     return backend
 
 
-def _has_tangent(x: Tensor | None) -> bool:
-    return x is not None and forward_ad.unpack_dual(x).tangent is not None
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    if getattr(torch._C, "_are_functorch_transforms_active", bool)():
+        return True
+    given = (t for t in tensors if t is not None)
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in given)
 
 
 def attempt(operator: str, compute: Callable[[], T]) -> T | None:

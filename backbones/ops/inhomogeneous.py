@@ -17,9 +17,9 @@ from backbones.ops.common import (
     autocast_dtype,
     inside,
     pad,
-    register_vmap,
     same_padding,
     summed,
+    without_autocast,
 )
 from backbones.ops.dispatch import attempt, choose, exporting
 
@@ -71,7 +71,7 @@ def inhomogeneous_dynamic_depthwise_conv(
     bias_by_tap = bias.unflatten(0, (groups, taps)).T
     # (B, H, W, C/G, G): neighbouring numbers meet neighbouring kernels.
     shared = x.unflatten(-1, (groups, -1)).transpose(-1, -2)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if exporting():
             out = _by_taps(shared, hidden, by_tap, bias_by_tap, kernel_size)
         elif path == "reference":
@@ -271,7 +271,3 @@ def _windows(padded: Tensor, rows: slice, width: int, size: int) -> Iterator[Ten
     for row in range(size):
         for column in range(size):
             yield padded[:, :, rows.start + row : rows.stop + row, column : column + width]
-
-
-for _operator in (_forward, _backward):
-    register_vmap(_operator)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backbones.ops import native, reference
-from backbones.ops.common import autocast_dtype, register_vmap, summed
+from backbones.ops.common import autocast_dtype, summed, without_autocast
 from backbones.ops.dispatch import attempt, choose, exporting
 from backbones.ops.windows import Size, partition, region_mask, reverse, surely
 
@@ -62,7 +62,7 @@ def window_attention(
         out = F.scaled_dot_product_attention(*windows, attn_mask=bias[None], scale=scale)
         out = out.unflatten(0, query.shape[:3])
     else:
-        with torch.autocast(qkv.device.type, enabled=False):
+        with without_autocast(qkv):
             masks = _seam_masks(window_size, shift, bias)
             out = _Attend.apply(query * scale, key, value, bias, *masks)
     return _roll(reverse(out, window_size), shift, 1)
@@ -341,5 +341,3 @@ def _differentiate_mixing(ctx, grad: Tensor):
 
 _attend.register_autograd(_differentiate_attention, setup_context=_save)
 _mix.register_autograd(_differentiate_mixing, setup_context=_save)
-for _operator in (_attend, _attend_backward, _mix, _mix_backward):
-    register_vmap(_operator)

@@ -1,0 +1,85 @@
+"""What the operators cost, for counters of FLOPs.
+
+``torch.utils.flop_counter`` counts the operators of the ``dense`` namespace by these formulas. For
+counters that trace, which see an operator's parts or nothing, :data:`MULTIPLY_ADDS` has the cost of
+each public operator.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+# What is counted here must have been registered.
+from backbones.ops import aggregation, depthwise, inhomogeneous, window  # noqa: F401
+
+Shape = tuple[int, ...]
+
+
+def _window_attention(qkv: Shape, bias: Shape, *_, products: int = 2, **__) -> int:
+    """``q k^T`` and ``weights v``, N positions of C channels each at every position."""
+    return prod(qkv[:-1]) * products * bias[-1] * (qkv[-1] // 3)
+
+
+def _local_mlp(value: Shape, weight: Shape, *_, **__) -> int:
+    return prod(value[:-1]) * weight[-1] * value[-1]
+
+
+def _convolution(x: Shape, kernels: Shape, *_, **__) -> int:
+    """Kernels ``(..., K, K)``."""
+    return prod(x) * kernels[-2] * kernels[-1]
+
+
+def _inhomogeneous(x: Shape, hidden: Shape, weight: Shape, bias: Shape, size: int, **_) -> int:
+    return prod(x[:-1]) * prod(weight) + prod(x) * size**2
+
+
+MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
+    "window_attention": _window_attention,
+    "local_mlp": _local_mlp,
+    "depthwise_conv": _convolution,
+    "dynamic_depthwise_conv": _convolution,
+    "inhomogeneous_aggregation": _convolution,
+    "inhomogeneous_dynamic_depthwise_conv": _inhomogeneous,
+}
+"""Multiply-adds of an operator of :mod:`backbones.ops`, from the shapes of its arguments."""
+
+
+def _taps(x: Shape, *rest) -> int:
+    """``(B, H, W, C)`` or ``(B, H, W, S, G)`` by kernels of ``rest[-1]`` squared."""
+    return prod(x) * rest[-1] ** 2
+
+
+def _predict_and_aggregate(x: Shape, hidden: Shape, weight: Shape, *rest) -> int:
+    return prod(x[:3]) * prod(weight) + _taps(x, *rest)
+
+
+def _predict_and_aggregate_backward(_, x: Shape, hidden: Shape, weight: Shape, *rest) -> int:
+    """The kernels again, the gradients of ``hidden`` and of the weight; two of the aggregation."""
+    return 3 * prod(x[:3]) * prod(weight) + 2 * _taps(x, *rest)
+
+
+# Two FLOPs a multiply-add; backward passes compute again what they did not keep.
+_OF_OPERATORS: dict[str, Callable[..., int]] = {
+    "window_attention": _window_attention,
+    "window_attention_backward": lambda _, *args: _window_attention(*args, products=5),
+    "local_mlp": _local_mlp,
+    "local_mlp_backward": lambda _, *args: 2 * _local_mlp(*args),
+    "depthwise": _taps,
+    "depthwise_backward": lambda _, *args: 2 * _taps(*args),
+    "aggregate": _taps,
+    "aggregate_backward": lambda _, *args: 2 * _taps(*args),
+    "predict_and_aggregate": _predict_and_aggregate,
+    "predict_and_aggregate_backward": _predict_and_aggregate_backward,
+}
+
+
+def _register(name: str, multiply_adds: Callable[..., int]) -> None:
+    @register_flop_formula(getattr(torch.ops.dense, name))
+    def flops(*args, out_shape=None, **kwargs) -> int:
+        return 2 * multiply_adds(*args)
+
+
+for _name, _formula in _OF_OPERATORS.items():
+    _register(_name, _formula)
