@@ -15,7 +15,7 @@ PYTHON := $(shell for p in $(candidates); do \
 endif
 export WHEELHOUSE MMCV
 
-.PHONY: help setup demo demo-chain test test-e2e lint lock clean
+.PHONY: help setup demo demo-chain test test-e2e test-floors lint lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make demo-chain photos to classifier to detector and segmentor: $(CHAIN_DIR)/chain.png (DENSE_SAMPLE_DATA=folder)"
 	@echo "make test       the test suite, $(WORKERS) processes (WORKERS=n)"
 	@echo "make test-e2e   the long tests; DENSE_SAMPLE_DATA=folder names the photos"
+	@echo "make test-floors  tests/backbones with the oldest and newest torch and timm: .venv-floor, .venv-newest"
 	@echo "make setup      builds .venv; the others do so too (MMCV=compiled: mmcv's own operators)"
 	@echo "make lint       ruff: rules and format"
 	@echo "make lock       resolves requirements/lock.txt again (LOCK_FLAGS=--upgrade for newer versions)"
@@ -46,6 +47,9 @@ test: setup
 test-e2e: setup
 	.venv/bin/python -m pytest -m e2e -v -s --durations=0
 
+test-floors: setup
+	OMP_NUM_THREADS=1 .venv/bin/python tools/test_versions.py
+
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -66,5 +70,5 @@ lock: .venv/bin/uv
 	$(MAKE) setup
 
 clean:
-	rm -rf .venv .whl build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-floor .venv-newest .whl build *.egg-info .pytest_cache .ruff_cache
 	find backbones dense configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

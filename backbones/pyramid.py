@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, to_2tuple
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from backbones.checkpoints import load_checkpoint
@@ -150,7 +148,12 @@ class Pyramid(nn.Module):
                     size = _feat_size(img_size, i) if img_size is not None else None
                     block.mixer.set_input_size(size, window_size)
         if img_size is not None:
-            update_model_input_size(self, to_2tuple(img_size), window_size=window_size)
+            # Where timm's get_model_input_config and get_model_args look, from 1.0.31 on.
+            changed = {"img_size": to_2tuple(img_size)}
+            self._traits = getattr(self, "_traits", {}) | changed
+            if window_size is not None:
+                changed["window_size"] = window_size
+            self._model_args = getattr(self, "_model_args", {}) | changed
 
     def forward_intermediates(
         self,
@@ -177,7 +180,8 @@ class Pyramid(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r}: NCHW and NHWC are valid")
-        take, last = feature_take_indices(len(self.stages), indices)
+        take = _taken(len(self.stages), indices)
+        last = max(take)
         x = self.patch_embed(x)
         intermediates = []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
@@ -193,7 +197,8 @@ class Pyramid(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what :meth:`forward_intermediates` does not need for ``indices``."""
-        take, last = feature_take_indices(len(self.stages), indices)
+        take = _taken(len(self.stages), indices)
+        last = max(take)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if prune_norm or shortened:
@@ -320,3 +325,12 @@ def _init_weights(module: nn.Module) -> None:
     init_linears([module])
     for child in module.children():
         _init_weights(child)
+
+
+def _taken(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Stages by number: all for None, the last n for an int n; negative ones from the end."""
+    if indices is None or isinstance(indices, int):
+        indices = range(-(count if indices is None else indices), 0)
+    if not indices or not all(-count <= i < count for i in indices):
+        raise IndexError(f"stages {list(indices)}: each from {-count} to {count - 1}, at least one")
+    return [i % count for i in indices]

@@ -16,7 +16,6 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models._hub import download_cached_file, get_cache_dir
 from torch import Tensor
 
 _logger = logging.getLogger(__name__)
@@ -113,22 +112,25 @@ def fetch(url: str) -> Path:
     """
     # Files of one name at two addresses are two files.
     name = f"{sha256(url.encode()).hexdigest()[:8]}_{PurePosixPath(urlparse(url).path).name}"
-    cached = Path(get_cache_dir(), name)
+    cached = Path(torch.hub.get_dir(), "checkpoints", name)
+    digest = torch.hub.HASH_REGEX.search(name)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            path = Path(download_cached_file((url, name), check_hash=True, progress=True))
+            if not cached.exists():
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(cached), digest and digest[1])
         except (URLError, OSError, RuntimeError) as error:
             reason = str(error)
         else:
-            if _is_whole(path):
-                return path
-            with open(path, "rb") as file:
+            if _is_whole(cached):
+                return cached
+            with open(cached, "rb") as file:
                 begins = file.read(16)
             reason = (
-                f"what arrived ({path.stat().st_size} bytes, beginning with {begins!r}) is no "
+                f"what arrived ({cached.stat().st_size} bytes, beginning with {begins!r}) is no "
                 "whole checkpoint"
             )
-            path.unlink()
+            cached.unlink()
         _logger.warning(f"{url}: {reason} (attempt {attempt} of {_ATTEMPTS})")
     raise CheckpointError(
         f"{url} cannot be downloaded: {reason}; a copy from elsewhere works as {cached}, or by its "

@@ -11,8 +11,9 @@
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
-from timm.models._manipulate import group_with_matcher
+from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -59,7 +60,8 @@ def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
         found = True
         # A name that nothing matches stands for the heads, whether or not the backbone has one.
         named = [*backbone.named_parameters(), ("", None)]
-        layers = group_with_matcher(named, backbone.group_matcher(), reverse=True)
+        parameters = SimpleNamespace(named_parameters=lambda named=named: named)
+        layers = group_parameters(parameters, backbone.group_matcher(), reverse=True)
         head = layers.pop("")
         for name, layer in layers.items():
             scales[f"{prefix}.{name}" if prefix else name] = layer_decay ** (head - layer)

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from inspect import signature as signature_of
 from pathlib import Path
 
 # The interpreter would take the kernels' sources.
@@ -103,6 +104,7 @@ def inspect(kernel: object, signature: dict, constants: dict, arch: int) -> dict
     """Compile one kernel and read what ptxas and its PTX say."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     # Pointers and sizes that are multiples of 16, as those of maps of 32 channels and more are.
@@ -119,7 +121,9 @@ def inspect(kernel: object, signature: dict, constants: dict, arch: int) -> dict
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        ptxas = triton.knobs.nvidia.ptxas.path
+        # One ptxas for all architectures before Triton 3.6.
+        which = (arch,) if signature_of(get_ptxas).parameters else ()
+        ptxas = get_ptxas(*which).path
         target = re.search(r"\.target (\w+)", ptx)[1]
         done = subprocess.run(
             [ptxas, "-v", f"-arch={target}", str(path), "-o", str(Path(folder, "out"))],

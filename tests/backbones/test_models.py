@@ -200,6 +200,26 @@ def test_input_size_resizes_what_depends_on_it():
         torch.testing.assert_close(model(x), on_the_fly)
 
 
+def test_timm_is_told_the_new_size():
+    if not hasattr(timm.models, "get_model_input_config"):
+        pytest.skip("timm asks from 1.0.31 on")
+    model = build("swin_nano")
+    model.set_input_size(96, window_size=3)
+    assert timm.models.get_model_input_config(model)["input_size"] == (3, 96, 96)
+    arguments = timm.models.get_model_args(model)
+    assert arguments["img_size"] == (96, 96) and arguments["window_size"] == 3
+
+
+def test_stages_are_taken_by_number():
+    model, x = build("dw_conv_nano").eval(), torch.randn(1, 3, 32, 32)
+    for indices, channels in ((None, [32, 64, 128, 256]), (2, [128, 256]), ([-3, 0], [32, 64])):
+        maps = model.forward_intermediates(x, indices, intermediates_only=True)
+        assert [m.shape[1] for m in maps] == channels
+    for indices in (0, 5, [4], [-5], []):
+        with pytest.raises(IndexError, match="from -4 to 3"):
+            model.forward_intermediates(x, indices)
+
+
 def test_window_size_upsamples():
     """Table 14: bias tables and kernels grow from 7 to 12; predicted kernels cannot."""
     x = torch.randn(1, 3, 96, 96)

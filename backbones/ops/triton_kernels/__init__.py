@@ -19,6 +19,14 @@ PARTS = 256
 CHANGING = ["H", "W", "rows", "chunks", "shared", "windows", "members", "M", "bucket"]
 
 
+@triton.jit
+def within(y, x, H, W):
+    """Which columns ``x`` of row ``y`` lie in the map."""
+    # One bound for both: Triton 3.9's interpreter takes ``scalar & vector`` of booleans for int32.
+    bound = tl.where((y >= 0) & (y < H), W, 0)
+    return (x >= 0) & (x < bound)
+
+
 def launches(function: Callable) -> Callable:
     """Run kernels where the first tensor is, whatever device is the process's current one."""
 

@@ -1,0 +1,48 @@
+"""Run tests/backbones with the oldest and the newest torch and timm.
+
+    python tools/test_versions.py           # both
+    python tools/test_versions.py floor     # exactly the floors of pyproject.toml: .venv-floor
+    python tools/test_versions.py newest    # what PyPI serves today: .venv-newest
+
+Builds the environments with uv, prints their versions and exits with 1 if a test fails. Each
+takes about 6 GB of disk.
+"""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# What tests/backbones import beside torch and timm, which bring the rest.
+TOOLS = ["pytest", "numpy", "onnx", "onnxruntime", "onnxscript", "yacs"]
+
+
+def floors() -> dict[str, str]:
+    """The lowest versions that pyproject.toml allows, by package."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        listed = tomllib.load(file)["project"]["dependencies"]
+    return dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in listed)
+
+
+def check(kind: str) -> bool:
+    """Whether the tests pass in ``.venv-floor`` or ``.venv-newest``, which this builds."""
+    pins = [f"{name}=={v}" if kind == "floor" else name for name, v in floors().items()]
+    folder = ROOT / f".venv-{kind}"
+    python = str(folder / "bin/python")
+    uv = str(Path(sys.executable).with_name("uv"))
+    subprocess.run([uv, "venv", "-q", "--clear", "-p", sys.executable, str(folder)], check=True)
+    install = [uv, "pip", "install", "-q", "--no-config", "--python", python]
+    subprocess.run([*install, *pins, *TOOLS], check=True)
+    versions = "import torch, timm; print('torch', torch.__version__, 'timm', timm.__version__)"
+    subprocess.run([python, "-c", versions], check=True)
+    tests = [python, "-m", "pytest", "-q", "-m", "not e2e", "tests/backbones"]
+    return subprocess.run(tests, cwd=ROOT).returncode == 0
+
+
+if __name__ == "__main__":
+    kinds = sys.argv[1:] or ["floor", "newest"]
+    if not set(kinds) <= {"floor", "newest"}:
+        sys.exit(__doc__)
+    sys.exit(not all([check(kind) for kind in kinds]))
