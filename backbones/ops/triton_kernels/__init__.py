@@ -4,6 +4,7 @@ All maps are contiguous and channels-last. Sums are kept in float32, offsets in 
 over positions does so in parts whose number depends on shapes alone, and the parts are added up in
 order: no atomics, so that gradients repeat bit for bit. With ``TRITON_INTERPRET=1`` they run on a
 CPU, slowly, which is how they are tested where there is no GPU.
+Masks of a scalar and a vector end in `!= 0`: Triton 3.9's interpreter makes int32 of them.
 """
 
 from collections.abc import Callable
@@ -17,14 +18,6 @@ import triton.language as tl
 PARTS = 256
 # Arguments that a detector changes with every image: no kernel is compiled for each of their kinds.
 CHANGING = ["H", "W", "rows", "chunks", "shared", "windows", "members", "M", "bucket"]
-
-
-@triton.jit
-def within(y, x, H, W):
-    """Which columns ``x`` of row ``y`` lie in the map."""
-    # One bound for both: Triton 3.9's interpreter takes ``scalar & vector`` of booleans for int32.
-    bound = tl.where((y >= 0) & (y < H), W, 0)
-    return (x >= 0) & (x < bound)
 
 
 def launches(function: Callable) -> Callable:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, launches, power, within
+from backbones.ops.triton_kernels import CHANGING, launches, power
 from backbones.ops.triton_kernels.inhomogeneous import boxes, pieces
 from backbones.ops.triton_kernels.tuning import bucket, run
 
@@ -34,7 +34,9 @@ def _mix(
             move_y = before - u if gather else u - before
             move_x = before - v if gather else v - before
             from_y, from_x = y + move_y, columns + move_x
-            inside = (columns < W) & within(from_y, from_x, H, W)
+            inside = (
+                (columns < W) & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
+            ) != 0
             places = (image * H + from_y) * W + from_x
             at = ((places if gather else own)[:, None] * G + groups[None]) * (K * K) + u * K + v
             kernel = tl.load(kernels + at, inside[:, None] & (groups < G)[None], 0.0)
@@ -63,7 +65,7 @@ def _kernel_gradient(
     for u in range(K):
         for v in range(K):
             from_y, from_x = y + u - before, columns + v - before
-            inside = within(from_y, from_x, H, W)
+            inside = ((from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)) != 0
             places = ((image * H + from_y) * W + from_x)[:, None] * S * G + groups[None]
             total = tl.full((BLOCK_P, BLOCK_G), 0.0, tl.float32)
             for s in range(S):

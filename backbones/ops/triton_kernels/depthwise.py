@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, launches, parts, power, within
+from backbones.ops.triton_kernels import CHANGING, launches, parts, power
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
 
@@ -27,7 +27,7 @@ def _forward(
         from_y = y + u - before
         for v in range(K):
             from_x = columns + v - before
-            inside = within(from_y, from_x, H, W)
+            inside = ((from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)) != 0
             places = ((image * H + from_y) * W + from_x)[:, None] * C + channels[None]
             values = tl.load(x + places, inside[:, None] & real[None], 0.0)
             tap = u * K + v
@@ -59,7 +59,7 @@ def _weight_gradient(
             columns = left + tl.arange(0, BLOCK_W)
             from_x = columns + v - before
             here = (columns < W)[:, None] & real[None]
-            inside = within(from_y, from_x, H, W)
+            inside = ((from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)) != 0
             places = ((image * H + from_y) * W + from_x)[:, None] * C + channels[None]
             values = tl.load(x + places, here & inside[:, None], 0.0).to(tl.float32)
             places = ((image * H + y) * W + columns)[:, None] * C + channels[None]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power, within
+from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
 
@@ -63,7 +63,9 @@ def _mix(
             move_y = before - u if gather else u - before
             move_x = before - v if gather else v - before
             from_y, from_x = y + move_y, columns + move_x
-            inside = (columns < W) & within(from_y, from_x, H, W)
+            inside = (
+                (columns < W) & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
+            ) != 0
             places = (image * H + from_y) * W + from_x
             kernel = _predict(
                 hidden, weight, bias, places if gather else own, inside, groups, u * K + v, G, D,
@@ -89,7 +91,7 @@ def _kernel_gradient(
 ):  # fmt: skip
     """What one tap's kernels receive at these positions, the sum of ``x[p + tap] * grad[p]``."""
     from_y, from_x = y + u - before, columns + v - before
-    inside = here & within(from_y, from_x, H, W)
+    inside = (here & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)) != 0
     own = ((image * H + y) * W + columns)[:, None] * S * G + groups[None]
     places = ((image * H + from_y) * W + from_x)[:, None] * S * G + groups[None]
     mask = inside[:, None] & (groups < G)[None]
