@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dense import files
+
 _logger = logging.getLogger(__name__)
 
 _RATES = ("lr", "base_lr")
@@ -116,10 +118,9 @@ def plot(runs: Sequence[Run], path: str | Path) -> Path:
             axis.legend(fontsize="small")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format=path.suffix[1:], dpi=110)
+    files.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:], dpi=110))
     pyplot.close(figure)
-    return partial.replace(path)
+    return path
 
 
 def plot_run(work_dir: str | Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dense import files
 from dense.images import UnsetRange, to_rgb
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -269,7 +270,7 @@ def detection_writer(
             "classes": names,
             "instances": _instances(boxes, scores, classes, masks, names),
         }
-        _replace(job.result, lambda path: path.write_text(json.dumps(content, indent=1)))
+        files.write(job.result, json.dumps(content, indent=1))
 
     return write
 
@@ -314,7 +315,7 @@ def segmentation_writer(
         labels = np.asarray(predictor(image))
         _save_image(drawn(image, labels), job.overlay)
         label_map = Image.fromarray(labels.astype(dtype))
-        _replace(job.result, lambda path: label_map.save(path, format="PNG"))
+        files.write(job.result, lambda path: label_map.save(path, format="PNG"))
 
     return write
 
@@ -343,8 +344,8 @@ def classification_writer(
             {"class_id": int(i), "class_name": name, "score": round(float(scores[i]), 5)}
             for i, name in zip(best, names, strict=True)
         ]
-        text = json.dumps({"image": str(job.source), "classes": entries}, indent=1)
-        _replace(job.result, lambda path: path.write_text(text))
+        content = {"image": str(job.source), "classes": entries}
+        files.write(job.result, json.dumps(content, indent=1))
 
     return write
 
@@ -373,8 +374,7 @@ def write_classes(
         {"index": index, "name": name, "colour": list(colour)}
         for index, (name, colour) in enumerate(zip(classes, palette, strict=True))
     ]
-    text = json.dumps(entries, indent=1)
-    _replace(path, lambda partial: partial.write_text(text))
+    files.write(path, json.dumps(entries, indent=1))
 
 
 def draw_instances(
@@ -481,11 +481,4 @@ def _enlargement(image: np.ndarray) -> int:
 
 def _save_image(image: np.ndarray, path: Path) -> None:
     picture = Image.fromarray(image)
-    _replace(path, lambda partial: picture.save(partial, format="JPEG", quality=92))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside a path, then move the whole file there."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+    files.write(path, lambda partial: picture.save(partial, format="JPEG", quality=92))

@@ -19,6 +19,7 @@ import backbones
 from backbones.checkpoints import backbone_of
 from backbones.conversion import write_weights
 from backbones.reading import CheckpointError, class_names, read_content
+from dense import files
 from dense.metrics import read_run
 from dense.prediction import config_beside
 
@@ -102,8 +103,8 @@ def publish(
         for file in written:
             file.unlink(missing_ok=True)
         raise
-    files = tuple(file.replace(_with_hash(file)) for file in written)
-    return Published(files, meta, _line(meta, files[0]))
+    published = tuple(file.replace(_with_hash(file)) for file in written)
+    return Published(published, meta, _line(meta, published[0]))
 
 
 def write_line(published: Published, readme: str | Path) -> None:
@@ -121,9 +122,7 @@ def write_line(published: Published, readme: str | Path) -> None:
     recipe = f"| `{published.meta['recipe']}` |"
     rows = sorted([row for row in rows if recipe not in row] + [published.line])
     table = "\n".join((*_HEAD, *rows))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
-    partial.replace(path)
+    files.write(path, f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
 
 
 def _chosen(content: Any, weights: str, source: str) -> Mapping[str, Tensor]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dense import prediction, report, scenes, steps
+from dense import files, prediction, report, scenes, steps
 from dense.steps import State, Step, StepError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,9 +215,7 @@ def write_page(out: Path, state: State) -> list[report.Figure]:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device()}",
         },
     )
-    partial = out / f"{PAGE}.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out / PAGE)
+    files.write(out / PAGE, page)
     return measured
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import backbones
+from dense import files
 from dense.backbone import DenseBackbone, step_back_norms
 from dense.openmmlab import checkpoints
 from dense.openmmlab.resuming import SeededDataset
@@ -146,12 +147,15 @@ class DenseRunner(Runner):
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        """As MMEngine's, under another name until it is written: a kill leaves no half file."""
-        partial = f"{filename}.partial"
-        super().save_checkpoint(out_dir, partial, *args, **kwargs)
-        written = Path(out_dir, partial)
-        if written.is_file():
-            written.replace(Path(out_dir, filename))
+        """As MMEngine's; a local file is written atomically, see :func:`dense.files.write`."""
+        save = super().save_checkpoint
+        if "://" in str(out_dir):
+            save(out_dir, filename, *args, **kwargs)
+        else:
+            files.write(
+                Path(out_dir, filename),
+                lambda partial: save(out_dir, partial.name, *args, **kwargs),
+            )
 
 
 def _refuse_unknown_backbone(backbone: dict | None) -> None:
