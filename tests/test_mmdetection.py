@@ -295,7 +295,7 @@ def test_mmsegmentation_and_detectron2_are_not_needed():
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"PyramidBackbone\s*$", done.stdout)
+    assert re.search(r"OpenMMLabBackbone\s*$", done.stdout)
 
 
 def mmdetection(tool, *arguments):

@@ -12,12 +12,12 @@ from detectron2.data.datasets import register_coco_instances
 from omegaconf import DictConfig, OmegaConf
 
 from dense import files
-from dense.detection.config import ConfigError
+from dense.detection.config import LazyConfigError
 
 _logger = logging.getLogger(__name__)
 
 
-class DataError(ConfigError):
+class DataError(LazyConfigError):
     """A data set that is not there or cannot be trained on, in one line."""
 
 

@@ -27,7 +27,7 @@ from backbones import CheckpointError
 from dense.backbone import step_back_norms
 from dense.detection.backbone import PyramidBackbone
 from dense.detection.checkpoint import WholeCheckpointer
-from dense.detection.config import ConfigError
+from dense.detection.config import LazyConfigError
 from dense.detection.resuming import SeedSteps, resumable
 from dense.detection.trainer import build_trainer
 
@@ -44,16 +44,18 @@ def start(cfg: DictConfig, args: Namespace) -> None:
             ``eval_only``, ``config_file``.
 
     Raises:
-        ConfigError: more GPUs than there are, several machines without a URL to meet at, or an
+        LazyConfigError: more GPUs than there are, several machines without a URL to meet at, or an
             evaluation without a checkpoint; and what :func:`train` raises, in whichever process.
     """
     processes = _processes(args)
     if args.eval_only and not cfg.train.init_checkpoint:
-        raise ConfigError("--eval-only needs the checkpoint: train.init_checkpoint=PATH")
+        raise LazyConfigError("--eval-only needs the checkpoint: train.init_checkpoint=PATH")
     if args.eval_only and "evaluator" not in cfg.dataloader:
-        raise ConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
+        raise LazyConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
     if args.num_machines > 1 and args.dist_url == "auto":
-        raise ConfigError("several machines need --dist-url, such as tcp://<first machine>:29500")
+        raise LazyConfigError(
+            "several machines need --dist-url, such as tcp://<first machine>:29500"
+        )
     try:
         # By value, so that functions defined in a config file reach the processes too.
         launch(
@@ -67,7 +69,7 @@ def start(cfg: DictConfig, args: Namespace) -> None:
     except ProcessRaisedException as error:
         # It comes as the text of the process's traceback.
         name, _, reason = str(error).strip().splitlines()[-1].partition(": ")
-        for kind in (CheckpointError, ConfigError, FloatingPointError):
+        for kind in (CheckpointError, LazyConfigError, FloatingPointError):
             if name.rpartition(".")[2] == kind.__name__:
                 raise kind(reason) from error
         raise
@@ -81,7 +83,7 @@ def train(cfg: DictConfig, *, resume: bool) -> None:
 
     Raises:
         CheckpointError: weights to start from cannot be read or do not fit.
-        ConfigError: the checkpoint to resume from has other classes.
+        LazyConfigError: the checkpoint to resume from has other classes.
         FloatingPointError: a loss is NaN or infinite, in all processes together.
     """
     model = step_back_norms(instantiate(cfg.model)).to(cfg.train.device)
@@ -168,12 +170,14 @@ def _processes(args: Namespace) -> int:
     if args.num_gpus is None:
         args.num_gpus = min(1, available)
     if args.num_gpus > available:
-        raise ConfigError(
+        raise LazyConfigError(
             f"--num-gpus {args.num_gpus}, but there are {available} here; "
             "--num-gpus 0 trains on the CPU, in --num-processes processes"
         )
     if args.num_gpus and args.num_processes > 1:
-        raise ConfigError("--num-processes is for the CPU: with GPUs there is one process for each")
+        raise LazyConfigError(
+            "--num-processes is for the CPU: with GPUs there is one process for each"
+        )
     return args.num_gpus or args.num_processes
 
 
@@ -211,7 +215,7 @@ def _classes(cfg: DictConfig) -> list[str] | None:
 def _same_classes(checkpoint: dict, classes: list[str] | None, path: str) -> None:
     trained = checkpoint.get("classes")
     if trained and classes and trained != classes:
-        raise ConfigError(
+        raise LazyConfigError(
             f"{path} knows the classes {','.join(trained)}, the data {','.join(classes)}: "
             f"--classes {','.join(trained)} puts the data's in that order"
         )

@@ -36,7 +36,7 @@ def load_predictor(
         ``(N, H, W)`` bool, None without a mask head.
 
     Raises:
-        ConfigError: the config cannot be read.
+        LazyConfigError: the config cannot be read.
         CheckpointError: the checkpoint cannot be read or does not fit.
     """
     cfg = load_config(config_file or str(Path(checkpoint).parent / "config.yaml"))

@@ -227,6 +227,13 @@ def test_import_needs_no_openmmlab_package():
     assert "(32, 64, 128, 256)" in result.stdout
 
 
+def test_public_names_of_the_adapter_and_of_the_error():
+    from dense.detection import backbone, config
+
+    assert PyramidBackbone is backbone.PyramidBackbone
+    assert config.ConfigError is config.LazyConfigError
+
+
 def test_missing_detectron2_is_named_with_the_command():
     result = run("import sys; sys.modules['detectron2'] = None; import dense.detection")
     assert "ImportError: detectron2 is not installed: run pip install" in result.stderr

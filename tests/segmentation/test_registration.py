@@ -65,6 +65,16 @@ def test_mmengine_alone_suffices():
     assert done.stdout.strip().endswith("4")
 
 
+def test_public_names_of_the_adapter_and_of_the_errors():
+    from dense.openmmlab.backbone import OpenMMLabBackbone
+    from dense.openmmlab.config import ConfigError
+    from dense.segmentation import data
+
+    assert dense.segmentation.PyramidBackbone is OpenMMLabBackbone
+    assert isinstance(MODELS.build(dict(type="swin_nano")), dense.segmentation.PyramidBackbone)
+    assert data.ConfigError is ConfigError
+
+
 def test_missing_frameworks_are_named_with_the_command():
     done = run_blocking(["mmengine"], "import dense.segmentation")
     assert "mmengine is not installed" in done.stderr
