@@ -21,7 +21,7 @@ from backbones.conversion import write_weights
 from backbones.reading import CheckpointError, class_names, read_content
 from dense import files
 from dense.metrics import read_run
-from dense.prediction import config_beside
+from dense.recipes import config_beside
 
 WEIGHTS = ("averaged", "model")
 _BEGIN, _END = "<!-- Published models, by tools/publish_checkpoint.py. -->", "<!-- End of them. -->"
@@ -68,7 +68,7 @@ def publish(
 
     Raises:
         CheckpointError: the file cannot be read, or does not fill a network of its name.
-        PredictionError: there is no config beside it.
+        RecipeError: there is no config beside it.
         ValueError: weights that the checkpoint does not have.
     """
     content = read_content(checkpoint)

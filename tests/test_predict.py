@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dense import prediction
-from dense.prediction import PredictionError, UnreadableImage, framework_of, plan, read_image
+from dense import drawing, prediction
+from dense.images import UnreadableImage, read_image
+from dense.prediction import PredictionError, plan
+from dense.recipes import RecipeError, config_beside, framework_of
 
 ROOT = Path(__file__).parents[1]
 DETECTION_CONFIG = ROOT / "configs/detection/cascade_mask_rcnn_dw_conv_nano.py"
@@ -144,22 +146,22 @@ def test_config_errors_are_clear(tmp_path):
         ("broken.py", "is not Python"),
         ("config.json", "a .py or .yaml file is needed"),
     ]:
-        with pytest.raises(PredictionError, match=f"{name}.*{message}"):
+        with pytest.raises(RecipeError, match=f"{name}.*{message}"):
             framework_of(tmp_path / name)
 
 
 def test_config_beside_the_checkpoint(tmp_path):
     checkpoint = tmp_path / "model.pth"
-    with pytest.raises(PredictionError, match=r"model\.pth does not exist"):
-        prediction.config_beside(checkpoint)
+    with pytest.raises(RecipeError, match=r"model\.pth does not exist"):
+        config_beside(checkpoint)
     checkpoint.touch()
-    with pytest.raises(PredictionError, match="holds no config"):
-        prediction.config_beside(checkpoint)
+    with pytest.raises(RecipeError, match="holds no config"):
+        config_beside(checkpoint)
     (tmp_path / "upernet.py").touch()
-    assert prediction.config_beside(checkpoint) == tmp_path / "upernet.py"
+    assert config_beside(checkpoint) == tmp_path / "upernet.py"
     (tmp_path / "other.py").touch()
-    with pytest.raises(PredictionError, match=r"other\.py, upernet\.py"):
-        prediction.config_beside(checkpoint)
+    with pytest.raises(RecipeError, match=r"other\.py, upernet\.py"):
+        config_beside(checkpoint)
 
 
 # What is predicted and where it goes
@@ -295,7 +297,7 @@ def test_label_maps_hold_class_indices(tmp_path, quadrants, count):
 
 def test_segmentation_is_drawn_in_its_colours(quadrants):
     pytest.importorskip("mmengine")
-    draw = prediction.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
+    draw = drawing.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
     labels = np.zeros((40, 60), np.int32)
     labels[:, 30:] = 1
     drawn = draw(quadrants, labels)
@@ -308,7 +310,7 @@ def test_segmentation_is_drawn_in_its_colours(quadrants):
 
 def test_labels_without_a_class_are_left_alone(quadrants):
     pytest.importorskip("mmengine")
-    draw = prediction.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
+    draw = drawing.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
     drawn = draw(quadrants, np.full((40, 60), 255))
     scale = drawn.shape[0] // 40
     np.testing.assert_array_equal(drawn[::scale, ::scale], quadrants)
