@@ -13,8 +13,8 @@ from torch import nn
 pytest.importorskip("fvcore", reason="fvcore, which counts FLOPs, is not installed")
 
 from backbones import MODEL_NAMES, mixers, ops
-from dense import complexity, paper
-from dense import complexity_tables as tables
+from dense.analysis import complexity, paper
+from dense.analysis import complexity_tables as tables
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

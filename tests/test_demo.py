@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dense import report, scenes, steps
+from dense import report, steps
+from dense.demo import scenes
 from dense.steps import Step, StepError
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dense.scenes import MARKER, SHAPES, SceneOptions, polygons, read_marker, write_scenes
+from dense.demo.scenes import MARKER, SHAPES, SceneOptions, polygons, read_marker, write_scenes
 
 TOOL = Path(__file__).parents[1] / "tools" / "make_scenes.py"
 SMALL = SceneOptions(train=12, val=5, size=96, seed=3)

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from dense import files
-from dense.benchmark import measure, models, networks, operators, report
+from dense.analysis.benchmark import measure, models, networks, operators, report
 
 SUITES = ("operators", "networks", "scaling", "models")
 

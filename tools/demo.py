@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dense import drawing, files, prediction, report, scenes, steps
+from dense import drawing, files, prediction, report, steps
+from dense.demo import scenes
 from dense.images import read_image
 from dense.steps import State, Step, StepError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dense.benchmark import measure, models, networks, operators, report
-from dense.benchmark.measure import Contender, Contest
+from dense.analysis.benchmark import measure, models, networks, operators, report
+from dense.analysis.benchmark.measure import Contender, Contest
 
 CPU = torch.device("cpu")
 SPEC = importlib.util.spec_from_file_location(

@@ -11,10 +11,10 @@ from detectron2.config import instantiate
 from detectron2.solver import LRMultiplier
 from torch import nn
 
+from dense.analysis.paper import TABLE_3_DETECTION
 from dense.backbone import step_back_norms
 from dense.detection import PyramidBackbone
 from dense.detection.config import load_config
-from dense.paper import TABLE_3_DETECTION
 
 from .steps import eval_step, sample, train_step
 

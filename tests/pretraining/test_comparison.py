@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 
 pytest.importorskip("fvcore")
 
-from dense.pretraining import comparison  # noqa: E402
+from dense.analysis import comparison  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from mmseg.registry import MODELS
 from torch import nn
 
-from dense.paper import TABLE_3_SEGMENTATION
+from dense.analysis.paper import TABLE_3_SEGMENTATION
 from dense.segmentation.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs/segmentation"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backbones import MODEL_NAMES
-from dense import complexity, paper
-from dense.complexity import Count
+from dense.analysis import complexity, paper
+from dense.analysis.complexity import Count
 
 BEGIN = "<!-- Written by: python tools/complexity.py --write -->"
 END = "<!-- End of what tools/complexity.py writes. -->"

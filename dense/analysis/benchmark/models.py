@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import backbones
+from dense.analysis.benchmark.measure import Contender, Contest, Step
 from dense.backbone import step_back_norms
-from dense.benchmark.measure import Contender, Contest, Step
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _SWIN_TINY = dict(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)

@@ -8,7 +8,8 @@ from statistics import mean, stdev
 
 import timm
 
-from dense import complexity, metrics
+from dense import metrics
+from dense.analysis import complexity
 
 HEAD = (
     "| network | parameters | FLOPs | minutes a run | top-1, mean ± spread | seeds |",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dense import files
-from dense.benchmark.measure import Result
+from dense.analysis.benchmark.measure import Result
 
 
 def machine(device: torch.device) -> str:
