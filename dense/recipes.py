@@ -1,8 +1,16 @@
-"""Config files: whose they are, and which one a checkpoint was trained with."""
+"""Config files: where ours are, whose one is, and which one a checkpoint was trained with.
+
+>>> from dense.recipes import RECIPES
+>>> config = RECIPES / "segmentation/dw_conv_nano_upernet.py"
+"""
 
 import ast
 import os
 from pathlib import Path
+
+_INSTALLED = Path(__file__).with_name("configs")
+# The folder of the recipes, as the top-level configs/ of a checkout; a wheel has its copy in dense.
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 class RecipeError(ValueError):
