@@ -21,8 +21,8 @@ from torch.autograd import gradcheck
 
 import dense.segmentation  # noqa: F401
 from dense.openmmlab import mmcv_ext, mmcv_lite
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 USING = [sys.modules[f"mmcv.ops.{m}"] for m in ("nms", "roi_align", "focal_loss")]
 USING.append(sys.modules["mmcv.ops.multi_scale_deform_attn"])
 ROI_ALIGN = {"aligned": [True, False], "sampling_ratio": [0, 1, 2], "output_size": [(7, 7), (3, 5)]}

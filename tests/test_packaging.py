@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, find_packages
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
 
 
 def test_packages_of_the_wheel():

@@ -14,16 +14,15 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT, load_tool
+
 SCRIPT = ROOT / "tools" / "setup_environment.py"
 
 
 @pytest.fixture
 def setup(monkeypatch):
     """The script as a module, with room on the disk, and nothing installed."""
-    spec = importlib.util.spec_from_file_location("setup_environment", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("setup_environment")
     monkeypatch.setattr(module, "installed", dict)
     disk(monkeypatch, module, free=100e9)
     monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")

@@ -10,8 +10,8 @@ from torch import nn
 
 import backbones
 from dense.backbone import DenseBackbone, step_back_norms
+from tests.support import NANO
 
-NANO = tuple(n for n in backbones.MODEL_NAMES if n.endswith("nano"))
 X = torch.randn(2, 3, 70, 101)
 
 

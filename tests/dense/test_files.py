@@ -5,14 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from dense import files
-
-ROOT = Path(__file__).parents[2]
+from tests.support import environment
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,10 @@ def test_a_kill_leaves_the_old_file_and_the_next_write_succeeds(tmp_path):
         "files.write(sys.argv[1], forever)\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(path)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)

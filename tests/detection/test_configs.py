@@ -1,7 +1,6 @@
 """The recipes: every network at full size, every number of the paper's, and a step of each."""
 
 import math
-from pathlib import Path
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -11,15 +10,16 @@ from detectron2.config import instantiate
 from detectron2.solver import LRMultiplier
 from torch import nn
 
+from backbones import FAMILIES
 from dense.analysis.paper import TABLE_3_DETECTION
 from dense.backbone import step_back_norms
 from dense.detection import PyramidBackbone
 from dense.detection.config import load_config
+from dense.recipes import RECIPES
 
 from .steps import eval_step, sample, train_step
 
-CONFIGS = Path(__file__).parents[2] / "configs/detection"
-FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
+CONFIGS = RECIPES / "detection"
 FULL_SIZE = sorted(p.name for p in CONFIGS.glob("*_coco.py"))
 # What MMDetection's cascade, the paper's, has and Detectron2's has not.
 TWO_MORE_MASK_HEADS, CLASS_SPECIFIC_BOXES = 5.29, 0.97

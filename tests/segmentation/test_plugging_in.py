@@ -13,8 +13,9 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 import dense.segmentation  # noqa: F401
+from backbones import FAMILIES
 from dense.backbone import step_back_norms
-from tests.foreign import foreign_operators
+from tests.support import foreign_operators
 
 STOCK = Path(mmseg.__file__).parent / ".mim/configs"
 CHANNELS = [32, 64, 128, 256]
@@ -50,9 +51,7 @@ def stock(path, backbone, **heads):
     ],
     ids=["fpn", "segformer"],
 )
-@pytest.mark.parametrize(
-    "family", ["swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv"]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_stock_heads_train_a_step(path, heads, family):
     torch.manual_seed(0)
     cfg = stock(path, dict(type=f"{family}_nano"), **heads)
