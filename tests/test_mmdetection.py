@@ -22,7 +22,7 @@ from torch import nn
 import dense.openmmlab.runner  # noqa: F401
 import dense.segmentation  # noqa: F401
 from backbones import FAMILIES
-from dense.backbone import DenseBackbone, step_back_norms
+from dense.backbone import DenseBackbone, revert_sync_batchnorm
 from dense.recipes import RECIPES
 from tests.support import foreign_operators, run_python, run_without
 
@@ -152,7 +152,7 @@ def test_nano_trains_and_predicts_at_any_size(family):
     cfg = config(NANO, type=f"{family}_nano")
     # Nothing pads here: 75 and 101 reach the pyramid as they are.
     cfg.model.data_preprocessor.pad_size_divisor = 1
-    model = step_back_norms(build(cfg))
+    model = revert_sync_batchnorm(build(cfg))
     assert model.train() is model
 
     data = model.data_preprocessor(batch((75, 101), (75, 101)), training=True)
@@ -211,7 +211,7 @@ LAYOUTS = pytest.mark.parametrize(
 def test_roi_features_are_torchvisions(monkeypatch, memory_format):
     """Compiled mmcv misread channels-last maps without a word (open-mmlab/mmcv#2203)."""
     with_maps_laid_out(monkeypatch, memory_format)
-    model = step_back_norms(build(config(NANO))).train()
+    model = revert_sync_batchnorm(build(config(NANO))).train()
     images = torch.randn(2, 3, 96, 128)
     corners = torch.rand(64, 2) * torch.tensor([100.0, 70.0])
     images_of = torch.randint(2, (64, 1)).float()
@@ -257,7 +257,7 @@ def test_roi_features_are_torchvisions(monkeypatch, memory_format):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_head_is_given_contiguous_maps(monkeypatch, family, memory_format):
     with_maps_laid_out(monkeypatch, memory_format)
-    model = step_back_norms(build(config(NANO, type=f"{family}_nano"))).train()
+    model = revert_sync_batchnorm(build(config(NANO, type=f"{family}_nano"))).train()
     data = model.data_preprocessor(batch((75, 101), (96, 64)), training=True)
     with foreign_operators() as seen:
         losses = model(**data, mode="loss")

@@ -24,7 +24,7 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from backbones import CheckpointError
-from dense.backbone import step_back_norms
+from dense.backbone import revert_sync_batchnorm
 from dense.detection.backbone import PyramidBackbone
 from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import LazyConfigError
@@ -86,7 +86,7 @@ def train(cfg: DictConfig, *, resume: bool) -> None:
         LazyConfigError: the checkpoint to resume from has other classes.
         FloatingPointError: a loss is NaN or infinite, in all processes together.
     """
-    model = step_back_norms(instantiate(cfg.model)).to(cfg.train.device)
+    model = revert_sync_batchnorm(instantiate(cfg.model)).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     classes = _classes(cfg)
@@ -158,7 +158,7 @@ def _run(pickled: bytes, processes: int) -> None:
     if not args.eval_only:
         train(cfg, resume=args.resume)
         return
-    model = step_back_norms(instantiate(cfg.model)).to(cfg.train.device)
+    model = revert_sync_batchnorm(instantiate(cfg.model)).to(cfg.train.device)
     checkpointer = WholeCheckpointer(model)
     extra = checkpointer.load_weights(cfg.train.init_checkpoint, complete=True)
     _same_classes(extra, _classes(cfg), cfg.train.init_checkpoint)

@@ -11,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from backbones import fuse
-from dense.backbone import step_back_norms
+from dense.backbone import revert_sync_batchnorm
 from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import load_config
 
@@ -41,7 +41,7 @@ def load_predictor(
     """
     cfg = load_config(config_file or str(Path(checkpoint).parent / "config.yaml"))
     names = _class_names(cfg, checkpoint)
-    model = step_back_norms(instantiate(cfg.model)).to(device).eval()
+    model = revert_sync_batchnorm(instantiate(cfg.model)).to(device).eval()
     WholeCheckpointer(model).load_weights(checkpoint, complete=True)
     fuse(model, inplace=True)
     mapper = cfg.dataloader.test.mapper

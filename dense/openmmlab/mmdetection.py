@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from backbones import CheckpointError, fuse
 from dense import require
-from dense.backbone import step_back_norms
+from dense.backbone import revert_sync_batchnorm
 from dense.openmmlab import checkpoints, mmcv_lite
 
 require("mmdet", "mmdetection")
@@ -45,7 +45,7 @@ def load_predictor(
         weights = content["state_dict"]
     # Its pretraining file is not needed to look at images.
     cfg.model.backbone.pop("init", None)
-    model = step_back_norms(init_detector(cfg, device="cpu"))
+    model = revert_sync_batchnorm(init_detector(cfg, device="cpu"))
     report = checkpoints.load_whole(model, weights, checkpoint)
     names = _class_names(content.get("meta", {}), cfg.test_dataloader.dataset)
     count = int(model.bbox_head.num_classes if hasattr(model, "bbox_head") else _classes_of(model))

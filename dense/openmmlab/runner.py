@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import backbones
 from dense import files
-from dense.backbone import DenseBackbone, step_back_norms
+from dense.backbone import DenseBackbone, revert_sync_batchnorm
 from dense.openmmlab import checkpoints
 from dense.openmmlab.resuming import SeededDataset
 
@@ -81,7 +81,7 @@ class DenseRunner(Runner):
         """
         if isinstance(model, dict):
             _refuse_unknown_backbone(model.get("backbone"))
-        return step_back_norms(super().build_model(model))
+        return revert_sync_batchnorm(super().build_model(model))
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """As MMEngine's, but without GPU numbers where there is no GPU."""

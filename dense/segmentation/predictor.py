@@ -6,7 +6,7 @@ from mmseg.apis import inference_model, init_model
 from mmseg.registry import DATASETS
 
 from backbones import CheckpointError, fuse
-from dense.backbone import step_back_norms
+from dense.backbone import revert_sync_batchnorm
 from dense.openmmlab import checkpoints
 from dense.segmentation.config import load_config
 
@@ -34,7 +34,7 @@ class Predictor:
             )
         self.classes = tuple(names)
         self.palette = tuple(tuple(int(v) for v in colour) for colour in palette)
-        self._model = fuse(step_back_norms(self._model).to(device), inplace=True)
+        self._model = fuse(revert_sync_batchnorm(self._model).to(device), inplace=True)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """``(H, W, 3)`` uint8 RGB to ``(H, W)`` int32 class indices."""

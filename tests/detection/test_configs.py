@@ -12,7 +12,7 @@ from torch import nn
 
 from backbones import FAMILIES
 from dense.analysis.paper import TABLE_3_DETECTION
-from dense.backbone import step_back_norms
+from dense.backbone import revert_sync_batchnorm
 from dense.detection import PyramidBackbone
 from dense.detection.config import load_config
 from dense.recipes import RECIPES
@@ -167,7 +167,7 @@ def test_evaluation_is_at_800():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nano_twin_trains_and_evaluates(family):
     torch.manual_seed(0)
-    model = step_back_norms(instantiate(config(f"cascade_mask_rcnn_{family}_nano.py").model))
+    model = revert_sync_batchnorm(instantiate(config(f"cascade_mask_rcnn_{family}_nano.py").model))
     batch = sample(count=2)
     assert math.isfinite(train_step(model, batch))
     assert not [n for n, p in model.named_parameters() if p.grad is None]
@@ -182,7 +182,7 @@ def test_tiny_trains_and_evaluates(family):
     cfg.model.backbone.bottom_up.init = None
     cfg.model.roi_heads.batch_size_per_image = 16
     cfg.model.proposal_generator.post_nms_topk = (64, 32)
-    model = step_back_norms(instantiate(cfg.model))
+    model = revert_sync_batchnorm(instantiate(cfg.model))
     batch = sample()
     assert math.isfinite(train_step(model, batch))
     assert eval_step(model, batch).has("pred_boxes")

@@ -18,7 +18,7 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 
 from backbones import FAMILIES
-from dense.backbone import step_back_norms
+from dense.backbone import revert_sync_batchnorm
 from dense.recipes import RECIPES
 from dense.segmentation import load_predictor
 from dense.segmentation.config import load_config
@@ -122,7 +122,7 @@ def test_tiny_trains_a_step_and_evaluates_one(family, ade_slice):
     cfg.model.backbone.update(init=None, drop_path_rate=0.0)
     init_default_scope("mmseg")
     torch.manual_seed(0)
-    model = step_back_norms(MODELS.build(cfg.model))
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.init_weights()
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import backbones
 from dense.analysis.benchmark.measure import Contender, Contest, Step
-from dense.backbone import step_back_norms
+from dense.backbone import revert_sync_batchnorm
 from dense.recipes import RECIPES
 
 _SWIN_TINY = dict(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
@@ -53,7 +53,7 @@ def _builder(make, name: str | None, size: tuple[int, int], images: int, device:
     def build() -> Step:
         torch.manual_seed(0)
         model, loss_of = make(name, size, images, device)
-        model = step_back_norms(model).to(device).train()
+        model = revert_sync_batchnorm(model).to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
