@@ -1,6 +1,7 @@
-"""Writing files so that a kill, a full disk or an error leaves the old file whole."""
+"""Files that survive a kill: written atomically, and logs read whose last line was cut off."""
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -51,3 +52,12 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[Path], objec
         error.add_note(f"while writing {path}")
         raise
     return path
+
+
+def json_lines(path: str | os.PathLike) -> list[dict]:
+    """The objects in a log with one in each line; a line that a kill cut off is left out."""
+    found = []
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]

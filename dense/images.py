@@ -60,3 +60,11 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     # A damaged file raises whatever its decoder meets first.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
+
+
+def check_rgb(image: np.ndarray) -> None:
+    """Raise a ValueError unless an image is ``(H, W, 3)`` uint8, as every predictor takes it."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"an image of shape {image.shape}, {image.dtype}: (H, W, 3), uint8 is needed"
+        )

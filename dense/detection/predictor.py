@@ -14,6 +14,7 @@ from backbones import fuse
 from dense.backbone import revert_sync_batchnorm
 from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import load_config
+from dense.images import check_rgb
 
 Predictor = Callable[[np.ndarray], dict]
 
@@ -50,10 +51,7 @@ def load_predictor(
 
     @torch.inference_mode()
     def predict(image: np.ndarray) -> dict:
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"an RGB image (H, W, 3) of uint8 is needed, not {image.shape} of {image.dtype}"
-            )
+        check_rgb(image)
         height, width = image.shape[:2]
         seen = T.AugInput(image[:, :, ::-1] if bgr else image)
         resize(seen)

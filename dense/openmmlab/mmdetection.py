@@ -13,6 +13,7 @@ from mmengine.config import Config
 from backbones import CheckpointError, fuse
 from dense import require
 from dense.backbone import revert_sync_batchnorm
+from dense.images import check_rgb
 from dense.openmmlab import checkpoints, mmcv_lite
 
 require("mmdet", "mmdetection")
@@ -47,7 +48,8 @@ def load_predictor(
     cfg.model.backbone.pop("init", None)
     model = revert_sync_batchnorm(init_detector(cfg, device="cpu"))
     report = checkpoints.load_whole(model, weights, checkpoint)
-    names = _class_names(content.get("meta", {}), cfg.test_dataloader.dataset)
+    dataset = cfg.test_dataloader.dataset
+    names = list(checkpoints.metainfo(content, dataset, DATASETS, ("classes",))["classes"])
     count = int(model.bbox_head.num_classes if hasattr(model, "bbox_head") else _classes_of(model))
     if len(names) != count:
         raise CheckpointError(f"{checkpoint} names {len(names)} classes, the model has {count}")
@@ -55,10 +57,7 @@ def load_predictor(
 
     @torch.inference_mode()
     def predict(image: np.ndarray) -> dict:
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"an RGB image (H, W, 3) of uint8 is needed, not {image.shape} of {image.dtype}"
-            )
+        check_rgb(image)
         # MMDetection reads files as BGR and turns them in its data preprocessor.
         result = inference_detector(model, np.ascontiguousarray(image[..., ::-1]))
         found = result.pred_instances.cpu()
@@ -78,10 +77,3 @@ def load_predictor(
 def _classes_of(model: torch.nn.Module) -> int:
     head = model.roi_head.bbox_head
     return (head[-1] if isinstance(head, torch.nn.ModuleList) else head).num_classes
-
-
-def _class_names(meta: dict, dataset: dict) -> list[str]:
-    """A checkpoint's names, in capitals before MMDetection 3, or those of the config's dataset."""
-    meta = {key.lower(): value for key, value in meta.get("dataset_meta", meta).items()}
-    config_meta = dataset.get("metainfo") or DATASETS.get(dataset["type"]).METAINFO
-    return list(meta.get("classes") or config_meta["classes"])

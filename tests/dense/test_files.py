@@ -109,3 +109,9 @@ def test_a_kill_leaves_the_old_file_and_the_next_write_succeeds(tmp_path):
     assert path.read_text() == "old"
     files.write(path, "new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_log_is_read_but_for_the_line_that_a_kill_cut_off(tmp_path):
+    log = tmp_path / "metrics.json"
+    log.write_text('{"loss": 2.0}\n\n3\n{"loss": 1.0}\n{"los')
+    assert files.json_lines(log) == [{"loss": 2.0}, {"loss": 1.0}]
