@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -49,12 +50,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **shared, **more}
 
 
-def run_python(*words: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run Python at the root of the checkout, with ``more`` variables, and keep what it prints."""
+def run_python(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python at the root of the checkout and keep what it prints."""
     return subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
-        env=environment(**more),
+        env=environment(),
         capture_output=True,
         text=True,
     )
@@ -69,6 +70,12 @@ def run_without(packages: tuple[str, ...], code: str) -> subprocess.CompletedPro
     """Run code for which some packages are not installed."""
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in packages)
     return run_python("-W", "ignore", "-c", f"import sys\n{blocked}{code}")
+
+
+@pytest.fixture(autouse=True)
+def plain_config_text(monkeypatch):
+    """MMEngine prettifies the config six times a run, which takes longer than a nano training."""
+    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
 
 
 # Comparisons

@@ -267,7 +267,7 @@ def chain(args: argparse.Namespace) -> None:
         for row in ([SCENES, *trainings], publications, downstream()):
             steps.run_all(row, out, places(out, args), state, lock, ROOT, args.jobs)
         found = contests(out, places(out, args))
-        (out / "chain.json").write_text(json.dumps([asdict(c) for c in found], indent=1))
+        files.write(out / "chain.json", json.dumps([asdict(c) for c in found], indent=1))
         draw(out)
     for contest in found:
         line = " ".join(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backbones import MODEL_NAMES
+from dense import files
 from dense.analysis import complexity, paper
 from dense.analysis.complexity import Count
 
@@ -89,7 +90,7 @@ def write_block(readme: Path, tables: Iterable[Table]) -> bool:
     """Put fresh tables into a README; whether that changed it."""
     old, new = read_block(readme), block(tables)
     if old != new:
-        readme.write_text(readme.read_text().replace(old, new))
+        files.write(readme, readme.read_text().replace(old, new))
     return old != new
 
 

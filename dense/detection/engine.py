@@ -24,6 +24,7 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from backbones import CheckpointError
+from dense import files
 from dense.backbone import revert_sync_batchnorm
 from dense.detection.backbone import PyramidBackbone
 from dense.detection.checkpoint import WholeCheckpointer
@@ -144,7 +145,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
     results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
         print_csv_format(results)
-        Path(cfg.train.output_dir, "results.json").write_text(json.dumps(results, indent=1))
+        files.write(Path(cfg.train.output_dir, "results.json"), json.dumps(results, indent=1))
     return results
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dense.recipes import RECIPES
-from tests.support import load_tool
+from tests.support import load_tool, plain_config_text  # noqa: F401
 
 collect_ignore_glob = [] if find_spec("mmengine") else ["test_*.py"]
 CONFIGS = RECIPES / "pretraining"
@@ -36,12 +36,6 @@ def photos(tmp_path_factory) -> Path:
     write_images(root / "train", dict.fromkeys(CLASSES, 8))
     write_images(root / "val", dict.fromkeys(CLASSES, 4), seed=1)
     return root
-
-
-@pytest.fixture(autouse=True)
-def plain_config_text(monkeypatch):
-    """MMEngine prettifies the config six times a run, which takes longer than a nano training."""
-    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
 
 
 @pytest.fixture(scope="session")

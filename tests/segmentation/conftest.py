@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dense.recipes import RECIPES
-from tests.support import load_tool
+from tests.support import load_tool, plain_config_text  # noqa: F401
 
 # Where MMSegmentation is not installed there is nothing here to collect.
 collect_ignore_glob = [] if find_spec("mmseg") else ["test_*.py"]
@@ -18,12 +18,6 @@ collect_ignore_glob = [] if find_spec("mmseg") else ["test_*.py"]
 CONFIGS = RECIPES / "segmentation"
 _RUNS = itertools.count()
 CLASSES = ("ground", "box", "bar")
-
-
-@pytest.fixture(autouse=True)
-def plain_config_text(monkeypatch):
-    """MMEngine prettifies the config six times a run, which takes longer than a nano training."""
-    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
 
 
 @pytest.fixture(scope="session")
