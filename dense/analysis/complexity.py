@@ -201,7 +201,7 @@ def _openmmlab_model(config: str | Path) -> nn.Module:
 
 
 def _zeros(model: nn.Module) -> nn.Module:
-    """The model on the CPU, whatever it holds zero: indices are in range, nothing overflows."""
+    """Materialise a meta model on the CPU with zeros: valid as indices, never overflowing."""
     model = model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().zero_()

@@ -53,7 +53,7 @@ class OpenMMLabBackbone(DenseBackbone):
 
 
 def register() -> None:
-    """Put all names into MMEngine's root registry, which every OpenMMLab package looks into."""
+    """Register all names in MMEngine's root registry, where every OpenMMLab package looks."""
     for name in backbones.MODEL_NAMES:
         MODELS.register_module(name=name, module=partial(OpenMMLabBackbone, name))
 
