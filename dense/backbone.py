@@ -151,7 +151,7 @@ class DenseBackbone(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def step_back_norms(model: nn.Module) -> nn.Module:
+def revert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every SyncBN of a whole detector or segmentor by BN where there is no CUDA.
 
     Args:
@@ -199,7 +199,7 @@ def _set_batch_norms(model: nn.Module, norm: str) -> None:
         freeze_batch_norm_2d(model)
     elif norm == "SyncBN":
         _map_batch_norms(model, nn.SyncBatchNorm)
-        step_back_norms(model)
+        revert_sync_batchnorm(model)
 
 
 @cache

@@ -1,10 +1,11 @@
 """What a run has logged, whichever of the trainings wrote it, as series and as a picture."""
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from dense import files
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def read_run(work_dir: str | Path) -> Run:
     epochs: dict[int, int] = {}
     step, by_epoch = 0, False
     for log in logs:
-        for entry in _entries(log):
+        for entry in files.json_lines(log):
             # In a validation's line MMEngine counts epochs, if it does so in training's: it belongs
             # to the step before it.
             is_training = any(key in entry for key in _LOSSES)
@@ -116,10 +117,9 @@ def plot(runs: Sequence[Run], path: str | Path) -> Path:
             axis.legend(fontsize="small")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format=path.suffix[1:], dpi=110)
+    files.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:], dpi=110))
     pyplot.close(figure)
-    return partial.replace(path)
+    return path
 
 
 def plot_run(work_dir: str | Path) -> Path:
@@ -137,14 +137,3 @@ def plot_finished(work_dir: str | Path) -> None:
 
 def _columns(points: Points) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
-
-
-def _entries(log: Path) -> Iterator[dict]:
-    for line in log.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        # A line that a kill cut off.
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict):
-            yield entry

@@ -19,8 +19,9 @@ import backbones
 from backbones.checkpoints import backbone_of
 from backbones.conversion import write_weights
 from backbones.reading import CheckpointError, class_names, read_content
+from dense import files
 from dense.metrics import read_run
-from dense.prediction import config_beside
+from dense.recipes import config_beside
 
 WEIGHTS = ("averaged", "model")
 _BEGIN, _END = "<!-- Published models, by tools/publish_checkpoint.py. -->", "<!-- End of them. -->"
@@ -67,7 +68,7 @@ def publish(
 
     Raises:
         CheckpointError: the file cannot be read, or does not fill a network of its name.
-        PredictionError: there is no config beside it.
+        RecipeError: there is no config beside it.
         ValueError: weights that the checkpoint does not have.
     """
     content = read_content(checkpoint)
@@ -102,8 +103,8 @@ def publish(
         for file in written:
             file.unlink(missing_ok=True)
         raise
-    files = tuple(file.replace(_with_hash(file)) for file in written)
-    return Published(files, meta, _line(meta, files[0]))
+    published = tuple(file.replace(_with_hash(file)) for file in written)
+    return Published(published, meta, _line(meta, published[0]))
 
 
 def write_line(published: Published, readme: str | Path) -> None:
@@ -121,9 +122,7 @@ def write_line(published: Published, readme: str | Path) -> None:
     recipe = f"| `{published.meta['recipe']}` |"
     rows = sorted([row for row in rows if recipe not in row] + [published.line])
     table = "\n".join((*_HEAD, *rows))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
-    partial.replace(path)
+    files.write(path, f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
 
 
 def _chosen(content: Any, weights: str, source: str) -> Mapping[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from jinja2 import Environment
+
+from dense import files
 
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -65,36 +66,25 @@ def detectron2_losses(metrics: str | os.PathLike) -> Curves:
 
     A resumed run repeats iterations; the last record of each counts.
     """
-    return _curves(_json_lines(metrics), "iteration", lambda key: "loss" in key)
+    return _curves(files.json_lines(metrics), "iteration", lambda key: "loss" in key)
 
 
 def mmengine_losses(work_dir: str | os.PathLike) -> Curves:
     """The losses in the ``scalars.json`` of all runs in a work folder of mmengine."""
-    files = sorted(Path(work_dir).glob("*/vis_data/scalars.json"))
-    if not files:
+    logs = sorted(Path(work_dir).glob("*/vis_data/scalars.json"))
+    if not logs:
         raise FileNotFoundError(f"{work_dir} holds no vis_data/scalars.json")
-    records = [record for path in files for record in _json_lines(path)]
+    records = [record for path in logs for record in files.json_lines(path)]
     return _curves(records, "iter", lambda key: "loss" in key)
 
 
 def mmengine_results(work_dir: str | os.PathLike) -> tuple[Path, dict]:
     """The newest ``<timestamp>/<timestamp>.json`` that a test of mmengine wrote, and its path."""
-    files = [p for p in Path(work_dir).glob("*/*.json") if p.stem == p.parent.name]
-    if not files:
+    found = [p for p in Path(work_dir).glob("*/*.json") if p.stem == p.parent.name]
+    if not found:
         raise FileNotFoundError(f"{work_dir} holds no <timestamp>/<timestamp>.json")
-    newest = max(files)
-    return newest, _json_lines(newest)[-1]
-
-
-def _json_lines(path: str | os.PathLike) -> list[dict]:
-    records = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            # A kill may leave half a line.
-            continue
-    return records
+    newest = max(found)
+    return newest, files.json_lines(newest)[-1]
 
 
 def _curves(records: Iterable[dict], step_key: str, wanted) -> Curves:

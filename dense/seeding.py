@@ -14,7 +14,7 @@ _CPU = torch.random.default_generator
 
 
 def mixed(*numbers: int) -> int:
-    """One seed of 32 bits from several numbers that are not negative, far from its neighbours'."""
+    """Hash non-negative integers into one 32-bit seed; close numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
+
+from dense import files
 
 STATE = "steps.json"
 LOGS = "logs"
@@ -91,9 +92,7 @@ class State:
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
-        partial = self._path.with_name(STATE + ".partial")
-        partial.write_text(json.dumps(self._content, indent=1))
-        os.replace(partial, self._path)
+        files.write(self._path, json.dumps(self._content, indent=1))
 
 
 def sources_digest(root: Path, folders: Iterable[str], without: Iterable[Path]) -> str:

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch.nn.functional as F
@@ -13,11 +10,11 @@ from torch import nn
 pytest.importorskip("fvcore", reason="fvcore, which counts FLOPs, is not installed")
 
 from backbones import MODEL_NAMES, mixers, ops
-from dense import complexity, paper
-from dense import complexity_tables as tables
+from dense.analysis import complexity, paper
+from dense.analysis import complexity_tables as tables
+from dense.recipes import RECIPES
+from tests.support import ROOT, run_tool
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "configs"
 NANO = [name for name in MODEL_NAMES if name.endswith("nano")]
 
 
@@ -156,8 +153,8 @@ def test_tables_10_and_11_repeat_tables_2_and_3():
 def detectors(backbone):
     recipe = "fpn_8xb2-amp-ms-crop-3x_coco"
     return (
-        CONFIGS / f"detection/cascade_mask_rcnn_{backbone}_3x_coco.py",
-        CONFIGS / f"mmdetection/cascade-mask-rcnn_{backbone}_{recipe}.py",
+        RECIPES / f"detection/cascade_mask_rcnn_{backbone}_3x_coco.py",
+        RECIPES / f"mmdetection/cascade-mask-rcnn_{backbone}_{recipe}.py",
     )
 
 
@@ -171,7 +168,7 @@ def test_flops_of_detectors_and_segmentors_are_the_papers(backbone):
     exact = complexity.mmdet_detector(papers)
     assert sum(more.values(), count) == exact
     assert abs(relative(exact.flops, paper.TABLE_3_DETECTION[backbone].flops)) < 0.02
-    config = CONFIGS / f"segmentation/{backbone}_upernet_8xb2-160k_ade20k-512x512.py"
+    config = RECIPES / f"segmentation/{backbone}_upernet_8xb2-160k_ade20k-512x512.py"
     flops = complexity.segmentor(config).flops
     assert abs(relative(flops, paper.TABLE_3_SEGMENTATION[backbone].flops)) < 0.02
 
@@ -215,14 +212,11 @@ def test_a_block_is_written_once(tmp_path):
         tables.write_block(readme, [table])
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "tools/complexity.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_the_tool_writes_numbers_and_tables(tmp_path):
     out, page = tmp_path / "counts.json", tmp_path / "counts.md"
-    done = run("backbones", "--parameters-only", "--json", out, "--markdown", page)
+    done = run_tool(
+        "complexity", "backbones", "--parameters-only", "--json", out, "--markdown", page
+    )
     assert done.returncode == 0, done.stderr
     first, second = json.loads(out.read_text())["backbones"]
     row = {row["name"]: row for row in first["rows"]}["`swin_tiny`"]
@@ -242,7 +236,7 @@ def test_the_tool_writes_numbers_and_tables(tmp_path):
     ],
 )
 def test_the_tool_refuses_in_a_line(arguments, said):
-    done = run(*arguments)
+    done = run_tool("complexity", *arguments)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 

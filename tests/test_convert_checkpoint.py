@@ -1,8 +1,6 @@
 """The converter: bits survive the way there and back, and bad requests cost nothing."""
 
-import importlib.util
 import pickle
-from pathlib import Path
 
 import pytest
 import timm
@@ -10,12 +8,9 @@ import torch
 
 import backbones
 from backbones.layouts import LAYOUTS
+from tests.support import load_tool
 
-SPEC = importlib.util.spec_from_file_location(
-    "convert_checkpoint", Path(__file__).parents[1] / "tools/convert_checkpoint.py"
-)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_tool("convert_checkpoint")
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import re
@@ -12,20 +11,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dense import report, scenes, steps
+from dense import report, steps
+from dense.demo import scenes
 from dense.steps import Step, StepError
+from tests.support import ROOT, environment, load_tool
 
-ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "demo.py"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
 def demo():
-    spec = importlib.util.spec_from_file_location("demo_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("demo")
 
 
 class Page(HTMLParser):
@@ -311,7 +307,7 @@ def test_a_step_that_outlives_its_run_keeps_others_out(tmp_path):
         "    steps.run_all([step], out, {'out': str(out)}, state, lock, out)\n"
     )
     runner = subprocess.Popen(
-        [sys.executable, "-c", program], env=ENVIRONMENT, start_new_session=True
+        [sys.executable, "-c", program], env=environment(), start_new_session=True
     )
     try:
         wait_for(lambda: (out / steps.LOGS / "slow.log").exists())
@@ -364,7 +360,7 @@ def test_digest_sees_changes_in_code_alone(tmp_path):
 def test_the_whole_demo_goes_on_after_a_kill(tmp_path):
     out = tmp_path / "demo"
     command = [sys.executable, str(TOOL), "--out", str(out)]
-    killed = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True)
+    killed = subprocess.Popen(command, env=environment(), start_new_session=True)
     try:
         wait_for(lambda: list((out / "detector").glob("model_*.pth")), seconds=3600)
     finally:
@@ -372,7 +368,9 @@ def test_the_whole_demo_goes_on_after_a_kill(tmp_path):
         killed.wait()
     wait_for(lambda: lock_is_free(out))
 
-    finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    finished = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=False
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     log = (out / "logs" / "train_detector.log").read_text()
     resumed = [int(n) for n in re.findall(r"Starting training from iteration (\d+)", log)]

@@ -1,29 +1,19 @@
 """The chain from photos to detector and segmentor: its commands, its verdict, the whole of it."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT, load_tool, run_tool
+
 pytest.importorskip("detectron2")
 pytest.importorskip("mmseg")
-
-ROOT = Path(__file__).parents[1]
-TOOL = ROOT / "tools/demo_chain.py"
 
 
 @pytest.fixture(scope="module")
 def tool():
     """``tools/demo_chain.py``."""
-    spec = spec_from_file_location("demo_chain_tool", TOOL)
-    module = module_from_spec(spec)
-    sys.modules["demo_chain_tool"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("demo_chain")
 
 
 PLACES = dict.fromkeys(("photos", "ade", "out"), "folder") | {
@@ -96,12 +86,7 @@ def test_missing_data_is_one_line(tool, tmp_path, capsys):
 def test_the_whole_chain(tool, sample_data, tmp_path):
     if not (sample_data / "tiny_imagenet_10").is_dir():
         pytest.skip("DENSE_SAMPLE_DATA has no tiny_imagenet_10/: no photos to pretrain on")
-    done = subprocess.run(
-        [sys.executable, str(TOOL), "--out", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DENSE_SAMPLE_DATA": str(sample_data)},
-        capture_output=True,
-        text=True,
-    )
+    done = run_tool("demo_chain", "--out", tmp_path)
     print(done.stdout[-2500:])
     assert done.returncode == 0, done.stderr[-3000:]
     contests = json.loads((tmp_path / "chain.json").read_text())

@@ -1,17 +1,14 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dense.scenes import MARKER, SHAPES, SceneOptions, polygons, read_marker, write_scenes
+from dense.demo.scenes import MARKER, SHAPES, SceneOptions, polygons, read_marker, write_scenes
+from tests.support import run_tool
 
-TOOL = Path(__file__).parents[1] / "tools" / "make_scenes.py"
 SMALL = SceneOptions(train=12, val=5, size=96, seed=3)
 ADE_SPLITS = {"train": "training", "val": "validation"}
 
@@ -21,12 +18,6 @@ def scenes(tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes")
     assert write_scenes(out, SMALL)
     return out
-
-
-def run_tool(*args):
-    command = [sys.executable, str(TOOL), *map(str, args)]
-    env = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def digests(folder):
@@ -164,7 +155,7 @@ def test_foreign_folders_are_kept_unless_told(tmp_path, folder):
     foreign = tmp_path / folder / "precious.txt"
     foreign.parent.mkdir()
     foreign.write_text("mine")
-    result = run_tool(tmp_path, "--train", 1, "--val", 1, "--size", 64)
+    result = run_tool("make_scenes", tmp_path, "--train", 1, "--val", 1, "--size", 64)
     assert result.returncode == 2
     assert f"{tmp_path / folder} is there" in result.stderr and "--overwrite" in result.stderr
     assert "Traceback" not in result.stderr
@@ -174,7 +165,9 @@ def test_foreign_folders_are_kept_unless_told(tmp_path, folder):
     neighbour = tmp_path / "other" / "kept.txt"
     neighbour.parent.mkdir()
     neighbour.write_text("kept")
-    result = run_tool(tmp_path, "--train", 1, "--val", 1, "--size", 64, "--overwrite")
+    result = run_tool(
+        "make_scenes", tmp_path, "--train", 1, "--val", 1, "--size", 64, "--overwrite"
+    )
     assert result.returncode == 0, result.stderr
     assert not foreign.exists() and neighbour.read_text() == "kept"
 
@@ -211,7 +204,7 @@ def test_a_kill_leaves_no_half_set(tmp_path):
     ],
 )
 def test_bad_options_are_named_before_anything_is_written(tmp_path, args, message):
-    result = run_tool(tmp_path / "new", *args)
+    result = run_tool("make_scenes", tmp_path / "new", *args)
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "new").exists()
@@ -220,6 +213,6 @@ def test_bad_options_are_named_before_anything_is_written(tmp_path, args, messag
 def test_a_file_as_target_is_refused(tmp_path):
     target = tmp_path / "file"
     target.write_text("mine")
-    result = run_tool(target)
+    result = run_tool("make_scenes", target)
     assert result.returncode == 2 and f"{target} is a file" in result.stderr
     assert target.read_text() == "mine"

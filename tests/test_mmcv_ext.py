@@ -21,8 +21,8 @@ from torch.autograd import gradcheck
 
 import dense.segmentation  # noqa: F401
 from dense.openmmlab import mmcv_ext, mmcv_lite
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 USING = [sys.modules[f"mmcv.ops.{m}"] for m in ("nms", "roi_align", "focal_loss")]
 USING.append(sys.modules["mmcv.ops.multi_scale_deform_attn"])
 ROI_ALIGN = {"aligned": [True, False], "sampling_ratio": [0, 1, 2], "output_size": [(7, 7), (3, 5)]}
@@ -364,11 +364,11 @@ def test_roi_align_is_compiled_mmcvs(compiled, monkeypatch, count, values, dtype
 @pytest.mark.e2e
 def test_a_detectors_first_losses_are_compiled_mmcvs(compiled, monkeypatch):
     pytest.importorskip("mmdet", reason="MMDetection is not installed")
-    from dense.backbone import step_back_norms
+    from dense.backbone import revert_sync_batchnorm
     from tests import test_mmdetection as detectors
 
     def losses_and_features():
-        model = step_back_norms(detectors.build(detectors.config(detectors.NANO))).train()
+        model = revert_sync_batchnorm(detectors.build(detectors.config(detectors.NANO))).train()
         data = model.data_preprocessor(detectors.batch((96, 128), (64, 75)), training=True)
         torch.manual_seed(0)
         maps = model.extract_feat(data["inputs"])

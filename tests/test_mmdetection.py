@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +21,12 @@ from torch import nn
 
 import dense.openmmlab.runner  # noqa: F401
 import dense.segmentation  # noqa: F401
-from dense.backbone import DenseBackbone, step_back_norms
-from tests.foreign import foreign_operators
+from backbones import FAMILIES
+from dense.backbone import DenseBackbone, revert_sync_batchnorm
+from dense.recipes import RECIPES
+from tests.support import foreign_operators, run_python, run_without
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "configs/mmdetection"
-FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
+CONFIGS = RECIPES / "mmdetection"
 RECIPE = "fpn_8xb2-amp-ms-crop-3x_coco"
 FULL_SIZE = sorted(path.stem for path in CONFIGS.glob(f"*{RECIPE}.py"))
 NANO = "cascade-mask-rcnn_i_d_dw_conv_nano_fpn"
@@ -154,7 +152,7 @@ def test_nano_trains_and_predicts_at_any_size(family):
     cfg = config(NANO, type=f"{family}_nano")
     # Nothing pads here: 75 and 101 reach the pyramid as they are.
     cfg.model.data_preprocessor.pad_size_divisor = 1
-    model = step_back_norms(build(cfg))
+    model = revert_sync_batchnorm(build(cfg))
     assert model.train() is model
 
     data = model.data_preprocessor(batch((75, 101), (75, 101)), training=True)
@@ -213,7 +211,7 @@ LAYOUTS = pytest.mark.parametrize(
 def test_roi_features_are_torchvisions(monkeypatch, memory_format):
     """Compiled mmcv misread channels-last maps without a word (open-mmlab/mmcv#2203)."""
     with_maps_laid_out(monkeypatch, memory_format)
-    model = step_back_norms(build(config(NANO))).train()
+    model = revert_sync_batchnorm(build(config(NANO))).train()
     images = torch.randn(2, 3, 96, 128)
     corners = torch.rand(64, 2) * torch.tensor([100.0, 70.0])
     images_of = torch.randint(2, (64, 1)).float()
@@ -259,7 +257,7 @@ def test_roi_features_are_torchvisions(monkeypatch, memory_format):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_head_is_given_contiguous_maps(monkeypatch, family, memory_format):
     with_maps_laid_out(monkeypatch, memory_format)
-    model = step_back_norms(build(config(NANO, type=f"{family}_nano"))).train()
+    model = revert_sync_batchnorm(build(config(NANO, type=f"{family}_nano"))).train()
     data = model.data_preprocessor(batch((75, 101), (96, 64)), training=True)
     with foreign_operators() as seen:
         losses = model(**data, mode="loss")
@@ -282,8 +280,6 @@ def test_a_map_of_one_position_has_contiguous_strides():
 
 def test_mmsegmentation_and_detectron2_are_not_needed():
     code = (
-        "import sys\n"
-        "for name in ('mmseg', 'detectron2'): sys.modules[name] = None\n"
         "from mmengine.config import Config\n"
         "from mmengine.registry import init_default_scope\n"
         "from mmdet.registry import MODELS\n"
@@ -291,23 +287,16 @@ def test_mmsegmentation_and_detectron2_are_not_needed():
         "init_default_scope(cfg.default_scope)\n"
         "print(type(MODELS.build(cfg.model).backbone).__name__)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_without(("mmseg", "detectron2"), code)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"PyramidBackbone\s*$", done.stdout)
+    assert re.search(r"OpenMMLabBackbone\s*$", done.stdout)
 
 
 def mmdetection(tool, *arguments):
     import mmdet
 
     path = Path(mmdet.__file__).parent / ".mim/tools" / f"{tool}.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(path), *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-W", "ignore", path, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

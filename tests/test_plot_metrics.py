@@ -1,17 +1,11 @@
 """The series are the log's, resumed runs in order, whichever training wrote them."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from dense import metrics
+from tests.support import load_tool
 
-SPEC = importlib.util.spec_from_file_location(
-    "plot_metrics", Path(__file__).parents[1] / "tools/plot_metrics.py"
-)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_tool("plot_metrics")
 
 
 @pytest.fixture

@@ -1,40 +1,24 @@
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dense import prediction
-from dense.prediction import PredictionError, UnreadableImage, framework_of, plan, read_image
+from dense import drawing, prediction
+from dense.images import UnreadableImage, read_image
+from dense.prediction import PredictionError, plan
+from dense.recipes import RECIPES, RecipeError, config_beside, framework_of
+from tests.support import load_tool, run_tool
 
-ROOT = Path(__file__).parents[1]
-DETECTION_CONFIG = ROOT / "configs/detection/cascade_mask_rcnn_dw_conv_nano.py"
-SEGMENTATION_CONFIG = ROOT / "configs/segmentation/dw_conv_nano_upernet.py"
-MMDETECTION_CONFIG = next((ROOT / "configs/mmdetection").glob("*nano*.py"))
+DETECTION_CONFIG = RECIPES / "detection/cascade_mask_rcnn_dw_conv_nano.py"
+SEGMENTATION_CONFIG = RECIPES / "segmentation/dw_conv_nano_upernet.py"
+MMDETECTION_CONFIG = next((RECIPES / "mmdetection").glob("*nano*.py"))
 COLOURS = ((250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 20))
-
-
-def run_tool(*args):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "predict.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("predict_tool", ROOT / "tools" / "predict.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("predict")
 
 
 @pytest.fixture
@@ -106,7 +90,7 @@ def test_unreadable_images_are_named(tmp_path, quadrants):
 
 def test_every_config_of_ours_is_told_apart():
     for framework in ("detection", "segmentation"):
-        configs = list((ROOT / "configs" / framework).glob("*.py"))
+        configs = list((RECIPES / framework).glob("*.py"))
         assert configs
         assert {framework_of(config) for config in configs} == {framework}
 
@@ -144,22 +128,22 @@ def test_config_errors_are_clear(tmp_path):
         ("broken.py", "is not Python"),
         ("config.json", "a .py or .yaml file is needed"),
     ]:
-        with pytest.raises(PredictionError, match=f"{name}.*{message}"):
+        with pytest.raises(RecipeError, match=f"{name}.*{message}"):
             framework_of(tmp_path / name)
 
 
 def test_config_beside_the_checkpoint(tmp_path):
     checkpoint = tmp_path / "model.pth"
-    with pytest.raises(PredictionError, match=r"model\.pth does not exist"):
-        prediction.config_beside(checkpoint)
+    with pytest.raises(RecipeError, match=r"model\.pth does not exist"):
+        config_beside(checkpoint)
     checkpoint.touch()
-    with pytest.raises(PredictionError, match="holds no config"):
-        prediction.config_beside(checkpoint)
+    with pytest.raises(RecipeError, match="holds no config"):
+        config_beside(checkpoint)
     (tmp_path / "upernet.py").touch()
-    assert prediction.config_beside(checkpoint) == tmp_path / "upernet.py"
+    assert config_beside(checkpoint) == tmp_path / "upernet.py"
     (tmp_path / "other.py").touch()
-    with pytest.raises(PredictionError, match=r"other\.py, upernet\.py"):
-        prediction.config_beside(checkpoint)
+    with pytest.raises(RecipeError, match=r"other\.py, upernet\.py"):
+        config_beside(checkpoint)
 
 
 # What is predicted and where it goes
@@ -295,7 +279,7 @@ def test_label_maps_hold_class_indices(tmp_path, quadrants, count):
 
 def test_segmentation_is_drawn_in_its_colours(quadrants):
     pytest.importorskip("mmengine")
-    draw = prediction.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
+    draw = drawing.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
     labels = np.zeros((40, 60), np.int32)
     labels[:, 30:] = 1
     drawn = draw(quadrants, labels)
@@ -308,7 +292,7 @@ def test_segmentation_is_drawn_in_its_colours(quadrants):
 
 def test_labels_without_a_class_are_left_alone(quadrants):
     pytest.importorskip("mmengine")
-    draw = prediction.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
+    draw = drawing.segmentation_drawer(["a", "b"], [(0, 0, 0), (200, 200, 200)])
     drawn = draw(quadrants, np.full((40, 60), 255))
     scale = drawn.shape[0] // 40
     np.testing.assert_array_equal(drawn[::scale, ::scale], quadrants)
@@ -361,7 +345,7 @@ def test_tool_detects_beside_an_unreadable_photo(detector, tmp_path, quadrants):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8 no")
     Image.new("RGB", (3000, 2)).save(photos / "thin.png")
     out = tmp_path / "out"
-    result = run_tool(photos, "--checkpoint", detector, "--out", out, "--score-thr", 0)
+    result = run_tool("predict", photos, "--checkpoint", detector, "--out", out, "--score-thr", 0)
     assert result.returncode == 1, result.stderr
     assert "broken.jpg cannot be read as an image" in result.stderr
     assert "thin.png (3000x2) cannot be predicted" in result.stderr
@@ -373,10 +357,12 @@ def test_tool_detects_beside_an_unreadable_photo(detector, tmp_path, quadrants):
         assert (out / "overlays" / f"{name}.jpg").is_file()
     assert not list(out.rglob("*.partial"))
 
-    result = run_tool(photos / "a.png", "--checkpoint", detector, "--out", out)
+    result = run_tool("predict", photos / "a.png", "--checkpoint", detector, "--out", out)
     assert result.returncode == 2
     assert "a.json is there already" in result.stderr and "Traceback" not in result.stderr
-    result = run_tool(photos / "a.png", "--checkpoint", detector, "--out", out, "--resume")
+    result = run_tool(
+        "predict", photos / "a.png", "--checkpoint", detector, "--out", out, "--resume"
+    )
     assert result.returncode == 0 and "already" in result.stdout
 
 
@@ -409,7 +395,7 @@ def test_tool_takes_a_released_detector_of_mmdetection(tmp_path, quadrants):
     photos = write_photos(tmp_path / "photos", quadrants)
     out = tmp_path / "out"
     args = ("--checkpoint", tmp_path / "cascade.pth", "--config", tmp_path / "cascade.py")
-    result = run_tool(photos, *args, "--out", out, "--score-thr", 0)
+    result = run_tool("predict", photos, *args, "--out", out, "--score-thr", 0)
     assert result.returncode == 0, result.stderr
     assert f"{len(released)} matched, 0 missing, 0 unexpected" in result.stdout + result.stderr
     for name in ("a", "inside/grey"):
@@ -420,7 +406,7 @@ def test_tool_takes_a_released_detector_of_mmdetection(tmp_path, quadrants):
 
     del released["neck.fpn_convs.0.conv.bias"]
     torch.save(file, tmp_path / "cascade.pth")
-    result = run_tool(photos, *args, "--out", out, "--overwrite")
+    result = run_tool("predict", photos, *args, "--out", out, "--overwrite")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "missing: neck.fpn_convs.0.conv.bias" in result.stderr
 
@@ -428,7 +414,7 @@ def test_tool_takes_a_released_detector_of_mmdetection(tmp_path, quadrants):
 def test_tool_segments(segmentor, tmp_path, quadrants):
     photos = write_photos(tmp_path / "photos", quadrants)
     out = tmp_path / "out"
-    result = run_tool(photos, "--checkpoint", segmentor, "--out", out, "--device", "cpu")
+    result = run_tool("predict", photos, "--checkpoint", segmentor, "--out", out, "--device", "cpu")
     assert result.returncode == 0, result.stderr
     classes = json.loads((out / "labels" / "classes.json").read_text())
     assert [entry["name"] for entry in classes] == ["sky", "road", "tree"]
@@ -450,10 +436,10 @@ def test_tool_classifies(tmp_path, quadrants):
     weights = {f"network.{k}": v for k, v in network.state_dict().items()}
     content = {"state_dict": weights, "meta": {"dataset_meta": {"classes": wnids}}}
     torch.save(content, tmp_path / "epoch_1.pth")
-    Config.fromfile(ROOT / "configs/pretraining/d_dw_conv_nano.py").dump(tmp_path / "config.py")
+    Config.fromfile(RECIPES / "pretraining/d_dw_conv_nano.py").dump(tmp_path / "config.py")
     photos = write_photos(tmp_path / "photos", quadrants)
     out = tmp_path / "out"
-    result = run_tool(photos, "--checkpoint", tmp_path / "epoch_1.pth", "--out", out)
+    result = run_tool("predict", photos, "--checkpoint", tmp_path / "epoch_1.pth", "--out", out)
     assert result.returncode == 0, result.stderr
     classes = json.loads((out / "classes/a.json").read_text())["classes"]
     assert len(classes) == 5 and classes[0]["score"] >= classes[4]["score"] > 0

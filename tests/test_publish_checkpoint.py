@@ -1,11 +1,7 @@
 """What is published is what was trained, says what it is, and loads."""
 
 import hashlib
-import importlib.util
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import safetensors
@@ -13,18 +9,10 @@ import timm
 import torch
 
 import backbones
+from dense.recipes import RECIPES
+from tests.support import load_tool, run_without
 
 pytest.importorskip("mmengine")
-ROOT = Path(__file__).parents[1]
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 tool = load_tool("publish_checkpoint")
 CLASSES = ["n01443537", "n01629819", "n02124075"]
 
@@ -47,7 +35,7 @@ def trained(tmp_path):
         "meta": {"epoch": 2, "iter": 20, "dataset_meta": {"classes": CLASSES}},
     }
     torch.save(content, work / "epoch_2.pth")
-    Config.fromfile(ROOT / "configs/pretraining/d_dw_conv_nano.py").dump(work / "d_dw_conv_nano.py")
+    Config.fromfile(RECIPES / "pretraining/d_dw_conv_nano.py").dump(work / "d_dw_conv_nano.py")
     log = work / "20260101_000000/vis_data"
     log.mkdir(parents=True)
     (log / "scalars.json").write_text(
@@ -119,13 +107,12 @@ def test_a_detector_without_mmengine(tmp_path):
         "model:\n  backbone: {bottom_up: {name: dw_conv_nano}}\n"
         "  pixel_mean: [127.5, 127.5, 51.0]\n  pixel_std: [255.0, 51.0, 51.0]\n"
     )
+    paths = str(tmp_path / "model_final.pth"), "--out", str(tmp_path / "out")
     code = (
-        "import runpy, sys; sys.modules['mmengine'] = None; sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
+        f"import runpy; sys.argv = {['publish', *paths]}; "
+        "runpy.run_path('tools/publish_checkpoint.py', run_name='__main__')"
     )
-    command = [sys.executable, "-c", code, str(ROOT / "tools/publish_checkpoint.py")]
-    command += [str(tmp_path / "model_final.pth"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = run_without(("mmengine",), code)
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "out").glob("*.pth")
     meta = torch.load(file, weights_only=True)["meta"]

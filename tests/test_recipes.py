@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from backbones import MODEL_NAMES
-from dense import paper
+from dense.analysis import paper
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.py"))

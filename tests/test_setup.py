@@ -14,16 +14,15 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT, load_tool
+
 SCRIPT = ROOT / "tools" / "setup_environment.py"
 
 
 @pytest.fixture
 def setup(monkeypatch):
     """The script as a module, with room on the disk, and nothing installed."""
-    spec = importlib.util.spec_from_file_location("setup_environment", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("setup_environment")
     monkeypatch.setattr(module, "installed", dict)
     disk(monkeypatch, module, free=100e9)
     monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -77,7 +76,9 @@ def test_no_compiler_is_asked_for(setup, monkeypatch):
     assert list(setup.problems()) == list(setup.problems(None, "lite")) == []
 
 
-def test_a_missing_compiler_is_named_where_mmcv_is_compiled(setup, monkeypatch):
+def test_a_missing_compiler_is_named_where_mmcv_is_compiled(setup, monkeypatch, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(setup.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setattr(setup.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     assert "apt install g++" in only_line(setup, None, "compiled")

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dense.benchmark import measure, models, networks, operators, report
+from dense import files
+from dense.analysis.benchmark import measure, models, networks, operators, report
 
 SUITES = ("operators", "networks", "scaling", "models")
 
@@ -121,13 +122,8 @@ def read(file: Path, where: str) -> list[measure.Result]:
 def write(results: list[measure.Result], where: str, out: Path) -> None:
     """Results, table and plot, each whole or not at all."""
     content = {"machine": where, "results": [result.as_dict() for result in results]}
-    for name, text in (
-        ("results.json", json.dumps(content, indent=1)),
-        ("results.md", report.markdown(results, where)),
-    ):
-        partial = out / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(out / name)
+    files.write(out / "results.json", json.dumps(content, indent=1))
+    files.write(out / "results.md", report.markdown(results, where))
     if any(result.contest.startswith("scaling") for result in results):
         report.plot_scaling(results, out / "scaling.png")
 

@@ -18,7 +18,6 @@ from dense import steps
 from dense.steps import State, Step, StepError
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
 SOURCES = ("backbones", "dense/pretraining", "dense/openmmlab", "configs/pretraining")
 IMG_SIZE = 64
 RUNS = "runs"
@@ -27,6 +26,8 @@ MADE = (RUNS, "comparison.json", "comparison.md", "comparison.png")
 
 def plan(args: argparse.Namespace, num_classes: int) -> dict[str, list[Step]]:
     """The trainings of each network, a step a seed."""
+    from backbones import FAMILIES
+
     warmup = max(1, args.epochs // 10)
     options = (
         f"train_cfg.max_epochs={args.epochs} train_cfg.val_interval={max(1, args.epochs // 5)}"
@@ -78,13 +79,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         StepError: no data, or a training failed.
     """
-    from dense.pretraining import comparison
+    from dense.analysis import comparison
 
     data = Path(args.data_root).resolve()
     num_classes = count_classes(data)
     out = Path(args.out).resolve() / f"{data.name}_{args.size}_{args.epochs}e"
     planned = plan(args, num_classes)
-    digest = f"{steps.sources_digest(ROOT, SOURCES, (Path(comparison.__file__),))} {data}"
+    digest = f"{steps.sources_digest(ROOT, SOURCES, ())} {data}"
     places = {"data": str(data), "runs": str(out / RUNS)}
     with steps.only_one(out) as lock:
         state: State = steps.prepare(out, MADE, digest, args.fresh)

@@ -55,7 +55,7 @@ def main() -> None:
     try:
         for package in ("fvcore", "rich"):
             require(package, "complexity")
-        from dense import complexity_tables as tables
+        from dense.analysis import complexity_tables as tables
 
         for name in args.sections:
             require(tables.SECTIONS[name].package, tables.SECTIONS[name].extra)

@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dense import prediction, report, scenes, steps
+from dense import drawing, files, prediction, report, steps
+from dense.demo import scenes
+from dense.images import read_image
 from dense.steps import State, Step, StepError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,13 +152,13 @@ def picture_rows(out: Path) -> list[report.Row]:
     truth.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(None):
         coco = COCO(str(coco_folder / "annotations" / "instances_val2017.json"))
-    draw_labels = prediction.segmentation_drawer(scenes.SEGMENTATION_CLASSES, palette(out))
+    draw_labels = drawing.segmentation_drawer(scenes.SEGMENTATION_CLASSES, palette(out))
 
     rows = []
     masks = sorted((ade_folder / "annotations" / "validation").iterdir())
     for image_id, mask_path in list(zip(sorted(coco.imgs), masks, strict=True))[:SHOWN]:
         name = Path(coco.imgs[image_id]["file_name"]).stem
-        image = prediction.read_image(coco_folder / "val2017" / f"{name}.jpg")
+        image = read_image(coco_folder / "val2017" / f"{name}.jpg")
         annotations = coco.loadAnns(coco.getAnnIds(imgIds=image_id))
         x, y, w, h = np.array([a["bbox"] for a in annotations], float).T
         pictures = {
@@ -165,7 +167,7 @@ def picture_rows(out: Path) -> list[report.Row]:
             "labels: truth": truth / f"{name}_labels.jpg",
             "labels: prediction": out / "predictions/segmentor/overlays" / f"{mask_path.stem}.jpg",
         }
-        drawn = prediction.draw_instances(
+        drawn = drawing.draw_instances(
             image,
             np.stack([x, y, x + w, y + h], axis=1),
             np.stack([coco.annToMask(a) for a in annotations]),
@@ -215,9 +217,7 @@ def write_page(out: Path, state: State) -> list[report.Figure]:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device()}",
         },
     )
-    partial = out / f"{PAGE}.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out / PAGE)
+    files.write(out / PAGE, page)
     return measured
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from dense import metrics, steps
+from dense import files, metrics, steps
 from dense.steps import State, Step, StepError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,9 +249,7 @@ def draw(out: Path) -> None:
             axes.set(title=f"{title}, {name}", xlabel="iteration", ylabel=label)
             axes.grid(alpha=0.25)
             axes.legend()
-    partial = out / "chain.png.partial"
-    figure.savefig(partial, format="png", dpi=110)
-    partial.replace(out / "chain.png")
+    files.write(out / "chain.png", lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
 def chain(args: argparse.Namespace) -> None:
@@ -269,7 +267,7 @@ def chain(args: argparse.Namespace) -> None:
         for row in ([SCENES, *trainings], publications, downstream()):
             steps.run_all(row, out, places(out, args), state, lock, ROOT, args.jobs)
         found = contests(out, places(out, args))
-        (out / "chain.json").write_text(json.dumps([asdict(c) for c in found], indent=1))
+        files.write(out / "chain.json", json.dumps([asdict(c) for c in found], indent=1))
         draw(out)
     for contest in found:
         line = " ".join(

@@ -10,7 +10,7 @@ import sys
 
 from tqdm import tqdm
 
-from dense.scenes import ADE_FOLDER, COCO_FOLDER, SceneOptions, write_scenes
+from dense.demo.scenes import ADE_FOLDER, COCO_FOLDER, SceneOptions, write_scenes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -16,7 +16,7 @@ import sys
 
 from tqdm import tqdm
 
-from dense import prediction
+from dense import drawing, prediction, recipes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def load(args: argparse.Namespace, framework: str, config: str):
         from dense.mmdetection import load_predictor
 
         predictor = load_predictor(config, args.checkpoint, device)
-        draw = prediction.draw_instances_openmmlab
+        draw = drawing.draw_instances_openmmlab
         return prediction.detection_writer(predictor, args.score_thr, draw)
 
     if framework == "classification":
@@ -87,8 +87,8 @@ def pick_device(name: str | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        config = args.config or str(prediction.config_beside(args.checkpoint))
-        framework = prediction.framework_of(config)
+        config = args.config or str(recipes.config_beside(args.checkpoint))
+        framework = recipes.framework_of(config)
         jobs = prediction.plan(
             args.inputs, args.out, framework, resume=args.resume, overwrite=args.overwrite
         )
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     # The frameworks' loaders report a config or checkpoint that does not fit in these.
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        if not isinstance(error, prediction.PredictionError | ImportError):
+        if not isinstance(error, recipes.RecipeError | prediction.PredictionError | ImportError):
             reason = f"{args.checkpoint} with {config}: {reason}"
         print(f"predict: {reason}", file=sys.stderr)
         return 2

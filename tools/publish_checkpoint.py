@@ -14,7 +14,6 @@ import sys
 
 from backbones import CheckpointError
 from dense import publish
-from dense.prediction import PredictionError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         done = publish.publish(args.checkpoint, args.out, config=args.config, weights=args.weights)
-    except (CheckpointError, PredictionError, ValueError, OSError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         print(f"publish_checkpoint: {error}", file=sys.stderr)
         return 2
     print(publish.as_json(done.meta))

@@ -50,7 +50,7 @@ def main() -> None:
 
     from backbones import CheckpointError
     from dense.detection import engine
-    from dense.detection.config import ConfigError, load_config
+    from dense.detection.config import LazyConfigError, load_config
     from dense.detection.data import resolve_data
     from dense.metrics import plot_finished
 
@@ -70,7 +70,7 @@ def main() -> None:
         engine.start(cfg, args)
         if not args.eval_only and args.machine_rank == 0:
             plot_finished(cfg.train.output_dir)
-    except (ConfigError, CheckpointError, FloatingPointError) as error:
+    except (LazyConfigError, CheckpointError, FloatingPointError) as error:
         sys.exit(f"train_detector: {error}")
 
 

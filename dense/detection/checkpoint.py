@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from backbones import CheckpointError
+from dense import files
 from dense.detection.backbone import PyramidBackbone
 
 _logger = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ class WholeCheckpointer(DetectionCheckpointer):
         data.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
         path = Path(self.save_dir, f"{name}.pth")
         _logger.info(f"Saving checkpoint to {path}")
-        _write_whole(path, lambda file: torch.save(data, file))
-        _write_whole(Path(self.save_dir, "last_checkpoint"), lambda f: f.write(path.name.encode()))
+        files.write(path, lambda partial: torch.save(data, partial))
+        files.write(Path(self.save_dir, "last_checkpoint"), path.name)
 
     @staticmethod
     def read_classes(path: str) -> list[str] | None:
@@ -158,12 +159,3 @@ def _read(path: str, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, no state dict")
     return content
-
-
-def _write_whole(path: Path, write) -> None:
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -13,8 +13,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
-class ConfigError(ValueError):
+class LazyConfigError(ValueError):
     """A config, an override or a data set that cannot work, in one line."""
+
+
+ConfigError = LazyConfigError
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -26,18 +29,20 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
             a key that is not there.
 
     Raises:
-        ConfigError: no such file, it cannot be read or lacks a section, or an override names a
+        LazyConfigError: no such file, it cannot be read or lacks a section, or an override names a
             key that the config does not have.
     """
     path = Path(config_file)
     if not path.is_file():
-        raise ConfigError(f"config file {config_file} does not exist")
+        raise LazyConfigError(f"config file {config_file} does not exist")
     if path.suffix not in (".py", ".yaml", ".yml"):
-        raise ConfigError(f"config file {config_file}: a LazyConfig .py or a config.yaml is needed")
+        raise LazyConfigError(
+            f"config file {config_file}: a LazyConfig .py or a config.yaml is needed"
+        )
     cfg = _read(path)
     missing = [s for s in SECTIONS if s not in cfg]
     if missing:
-        raise ConfigError(
+        raise LazyConfigError(
             f"config file {config_file} has no {', '.join(missing)}: this trainer reads LazyConfig "
             "files (a yacs YAML belongs to Detectron2's own train_net.py)"
         )
@@ -56,7 +61,7 @@ def _read(path: Path) -> DictConfig:
         return OmegaConf.create(content or {}, flags={"allow_objects": True})
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"config file {path}: {type(error).__name__}: {reason}") from error
+        raise LazyConfigError(f"config file {path}: {type(error).__name__}: {reason}") from error
 
 
 def _parse(overrides: Sequence[str]) -> list:
@@ -66,7 +71,9 @@ def _parse(overrides: Sequence[str]) -> list:
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
-            raise ConfigError(f"override {text!r} is not key=value in Hydra's grammar") from error
+            raise LazyConfigError(
+                f"override {text!r} is not key=value in Hydra's grammar"
+            ) from error
     return parsed
 
 
@@ -78,7 +85,7 @@ def _check_key(cfg: DictConfig, key: str, text: str) -> None:
         if part not in keys:
             close = get_close_matches(part, keys)
             here = ".".join(parts[:depth]) or "the config"
-            raise ConfigError(
+            raise LazyConfigError(
                 f"override {text!r}: {here} has no {part!r}"
                 + (f"; did you mean {close[0]!r}?" if close else "")
                 + (f" It has {', '.join(keys)}" if keys else "")

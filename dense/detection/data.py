@@ -11,12 +11,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.datasets import register_coco_instances
 from omegaconf import DictConfig, OmegaConf
 
-from dense.detection.config import ConfigError
+from dense import files
+from dense.detection.config import LazyConfigError
 
 _logger = logging.getLogger(__name__)
 
 
-class DataError(ConfigError):
+class DataError(LazyConfigError):
     """A data set that is not there or cannot be trained on, in one line."""
 
 
@@ -215,10 +216,8 @@ def _with_classes(
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     path = Path(cfg.train.output_dir, "annotations", f"{split}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".tmp")
-    written.write_text(json.dumps({**content, "categories": categories, "annotations": kept}))
-    written.replace(path)
-    return str(path)
+    kept_alone = {**content, "categories": categories, "annotations": kept}
+    return str(files.write(path, json.dumps(kept_alone)))
 
 
 def _check_registered(cfg: DictConfig, training: bool) -> list[str] | None:

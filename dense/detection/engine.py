@@ -24,10 +24,11 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from backbones import CheckpointError
-from dense.backbone import step_back_norms
+from dense import files
+from dense.backbone import revert_sync_batchnorm
 from dense.detection.backbone import PyramidBackbone
 from dense.detection.checkpoint import WholeCheckpointer
-from dense.detection.config import ConfigError
+from dense.detection.config import LazyConfigError
 from dense.detection.resuming import SeedSteps, resumable
 from dense.detection.trainer import build_trainer
 
@@ -44,16 +45,18 @@ def start(cfg: DictConfig, args: Namespace) -> None:
             ``eval_only``, ``config_file``.
 
     Raises:
-        ConfigError: more GPUs than there are, several machines without a URL to meet at, or an
+        LazyConfigError: more GPUs than there are, several machines without a URL to meet at, or an
             evaluation without a checkpoint; and what :func:`train` raises, in whichever process.
     """
     processes = _processes(args)
     if args.eval_only and not cfg.train.init_checkpoint:
-        raise ConfigError("--eval-only needs the checkpoint: train.init_checkpoint=PATH")
+        raise LazyConfigError("--eval-only needs the checkpoint: train.init_checkpoint=PATH")
     if args.eval_only and "evaluator" not in cfg.dataloader:
-        raise ConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
+        raise LazyConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
     if args.num_machines > 1 and args.dist_url == "auto":
-        raise ConfigError("several machines need --dist-url, such as tcp://<first machine>:29500")
+        raise LazyConfigError(
+            "several machines need --dist-url, such as tcp://<first machine>:29500"
+        )
     try:
         # By value, so that functions defined in a config file reach the processes too.
         launch(
@@ -67,7 +70,7 @@ def start(cfg: DictConfig, args: Namespace) -> None:
     except ProcessRaisedException as error:
         # It comes as the text of the process's traceback.
         name, _, reason = str(error).strip().splitlines()[-1].partition(": ")
-        for kind in (CheckpointError, ConfigError, FloatingPointError):
+        for kind in (CheckpointError, LazyConfigError, FloatingPointError):
             if name.rpartition(".")[2] == kind.__name__:
                 raise kind(reason) from error
         raise
@@ -81,10 +84,10 @@ def train(cfg: DictConfig, *, resume: bool) -> None:
 
     Raises:
         CheckpointError: weights to start from cannot be read or do not fit.
-        ConfigError: the checkpoint to resume from has other classes.
+        LazyConfigError: the checkpoint to resume from has other classes.
         FloatingPointError: a loss is NaN or infinite, in all processes together.
     """
-    model = step_back_norms(instantiate(cfg.model)).to(cfg.train.device)
+    model = revert_sync_batchnorm(instantiate(cfg.model)).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     classes = _classes(cfg)
@@ -142,7 +145,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
     results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
         print_csv_format(results)
-        Path(cfg.train.output_dir, "results.json").write_text(json.dumps(results, indent=1))
+        files.write(Path(cfg.train.output_dir, "results.json"), json.dumps(results, indent=1))
     return results
 
 
@@ -156,7 +159,7 @@ def _run(pickled: bytes, processes: int) -> None:
     if not args.eval_only:
         train(cfg, resume=args.resume)
         return
-    model = step_back_norms(instantiate(cfg.model)).to(cfg.train.device)
+    model = revert_sync_batchnorm(instantiate(cfg.model)).to(cfg.train.device)
     checkpointer = WholeCheckpointer(model)
     extra = checkpointer.load_weights(cfg.train.init_checkpoint, complete=True)
     _same_classes(extra, _classes(cfg), cfg.train.init_checkpoint)
@@ -168,12 +171,14 @@ def _processes(args: Namespace) -> int:
     if args.num_gpus is None:
         args.num_gpus = min(1, available)
     if args.num_gpus > available:
-        raise ConfigError(
+        raise LazyConfigError(
             f"--num-gpus {args.num_gpus}, but there are {available} here; "
             "--num-gpus 0 trains on the CPU, in --num-processes processes"
         )
     if args.num_gpus and args.num_processes > 1:
-        raise ConfigError("--num-processes is for the CPU: with GPUs there is one process for each")
+        raise LazyConfigError(
+            "--num-processes is for the CPU: with GPUs there is one process for each"
+        )
     return args.num_gpus or args.num_processes
 
 
@@ -211,7 +216,7 @@ def _classes(cfg: DictConfig) -> list[str] | None:
 def _same_classes(checkpoint: dict, classes: list[str] | None, path: str) -> None:
     trained = checkpoint.get("classes")
     if trained and classes and trained != classes:
-        raise ConfigError(
+        raise LazyConfigError(
             f"{path} knows the classes {','.join(trained)}, the data {','.join(classes)}: "
             f"--classes {','.join(trained)} puts the data's in that order"
         )

@@ -11,9 +11,10 @@ from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from backbones import fuse
-from dense.backbone import step_back_norms
+from dense.backbone import revert_sync_batchnorm
 from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import load_config
+from dense.images import check_rgb
 
 Predictor = Callable[[np.ndarray], dict]
 
@@ -36,12 +37,12 @@ def load_predictor(
         ``(N, H, W)`` bool, None without a mask head.
 
     Raises:
-        ConfigError: the config cannot be read.
+        LazyConfigError: the config cannot be read.
         CheckpointError: the checkpoint cannot be read or does not fit.
     """
     cfg = load_config(config_file or str(Path(checkpoint).parent / "config.yaml"))
     names = _class_names(cfg, checkpoint)
-    model = step_back_norms(instantiate(cfg.model)).to(device).eval()
+    model = revert_sync_batchnorm(instantiate(cfg.model)).to(device).eval()
     WholeCheckpointer(model).load_weights(checkpoint, complete=True)
     fuse(model, inplace=True)
     mapper = cfg.dataloader.test.mapper
@@ -50,10 +51,7 @@ def load_predictor(
 
     @torch.inference_mode()
     def predict(image: np.ndarray) -> dict:
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"an RGB image (H, W, 3) of uint8 is needed, not {image.shape} of {image.dtype}"
-            )
+        check_rgb(image)
         height, width = image.shape[:2]
         seen = T.AugInput(image[:, :, ::-1] if bgr else image)
         resize(seen)

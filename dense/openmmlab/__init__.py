@@ -1,1 +1,4 @@
-"""What segmentation and pretraining share on MMEngine; it needs mmengine and no other framework."""
+"""What all OpenMMLab packages share: registered backbones, the runner, checkpoints, configs.
+
+It needs mmengine and no other framework, but for :mod:`.mmdetection`, the predictor of MMDetection.
+"""

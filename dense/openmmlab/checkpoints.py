@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.registry import Registry
 from numpy.core import multiarray
 from torch import Tensor, nn
 
@@ -59,6 +60,22 @@ def refusing(source: str | Path) -> Iterator[None]:
             f"{source} is not a checkpoint of this model: {reason} "
             "(weights for the backbone alone go into its init)"
         ) from error
+
+
+def metainfo(content: dict, dataset: dict, datasets: Registry, needed: Sequence[str]) -> dict:
+    """What a checkpoint says of its data set, or the config's data set where it lacks something.
+
+    Args:
+        content: of the checkpoint; before MMEngine, OpenMMLab wrote the keys in capitals.
+        dataset: the config's.
+        datasets: where its type is registered.
+        needed: keys such as ``"classes"``.
+    """
+    meta = content.get("meta", {})
+    meta = {key.lower(): value for key, value in meta.get("dataset_meta", meta).items()}
+    if all(meta.get(key) for key in needed):
+        return meta
+    return dataset.get("metainfo") or datasets.get(dataset["type"]).METAINFO
 
 
 def load_whole(

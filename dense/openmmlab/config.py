@@ -66,7 +66,7 @@ def best_half() -> str:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """The runner of a config, ours whatever the config says.
+    """Build a :class:`.runner.DenseRunner` from a config, ignoring its ``runner_type``.
 
     Raises:
         ConfigError: the model cannot be built as the config describes it.

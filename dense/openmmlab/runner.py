@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import backbones
-from dense.backbone import DenseBackbone, step_back_norms
+from dense import files
+from dense.backbone import DenseBackbone, revert_sync_batchnorm
 from dense.openmmlab import checkpoints
 from dense.openmmlab.resuming import SeededDataset
 
@@ -80,7 +81,7 @@ class DenseRunner(Runner):
         """
         if isinstance(model, dict):
             _refuse_unknown_backbone(model.get("backbone"))
-        return step_back_norms(super().build_model(model))
+        return revert_sync_batchnorm(super().build_model(model))
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """As MMEngine's, but without GPU numbers where there is no GPU."""
@@ -146,12 +147,15 @@ class DenseRunner(Runner):
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        """As MMEngine's, under another name until it is written: a kill leaves no half file."""
-        partial = f"{filename}.partial"
-        super().save_checkpoint(out_dir, partial, *args, **kwargs)
-        written = Path(out_dir, partial)
-        if written.is_file():
-            written.replace(Path(out_dir, filename))
+        """As MMEngine's; a local file is written atomically, see :func:`dense.files.write`."""
+        save = super().save_checkpoint
+        if "://" in str(out_dir):
+            save(out_dir, filename, *args, **kwargs)
+        else:
+            files.write(
+                Path(out_dir, filename),
+                lambda partial: save(out_dir, partial.name, *args, **kwargs),
+            )
 
 
 def _refuse_unknown_backbone(backbone: dict | None) -> None:

@@ -1,6 +1,7 @@
 """Top-1, top-5 and ReaL accuracy, of all images and class by class."""
 
 import csv
+import io
 import json
 import time
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 from timm.data import RealLabelsImagenet
+
+from dense import files
 
 
 @METRICS.register_module()
@@ -130,7 +133,6 @@ def _real_labels(source: str) -> dict[str, list[int]]:
 
 
 def _write_csv(path: Path, rows: list[tuple]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    partial.replace(path)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    files.write(path, text.getvalue())

@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo, create_transform
 from backbones import CheckpointError, LoadReport, fuse
 from backbones.checkpoints import fit
 from backbones.reading import read_with_classes
+from dense.images import check_rgb
 from dense.openmmlab.config import load_config
 
 
@@ -39,10 +40,7 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """``(H, W, 3)`` uint8 RGB to ``(num_classes,)`` float32 probabilities."""
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"an image of shape {image.shape}, {image.dtype}: (H, W, 3), uint8 is needed"
-            )
+        check_rgb(image)
         pixels = self._transform(Image.fromarray(image))[None].to(self._device)
         return self._model(pixels)[0].softmax(0).cpu().numpy()
 

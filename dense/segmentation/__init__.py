@@ -19,11 +19,13 @@ from dense import require
 require("mmengine", "segmentation")
 
 from dense.openmmlab import mmcv_lite  # noqa: E402
+from dense.openmmlab.backbone import OpenMMLabBackbone, register  # noqa: E402
 from dense.openmmlab.logs import forward_logs  # noqa: E402
 from dense.openmmlab.optim import DenseOptimWrapperConstructor  # noqa: E402
-from dense.segmentation.backbone import PyramidBackbone, register  # noqa: E402
 
 __all__ = ["DenseOptimWrapperConstructor", "PyramidBackbone", "load_predictor"]
+
+PyramidBackbone = OpenMMLabBackbone
 
 register()
 forward_logs()

@@ -7,7 +7,6 @@ windows, the norms of the outputs. The long ones take whole pyramids and a whole
 import copy
 import io
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import backbones
 from dense.backbone import DenseBackbone
+from dense.recipes import RECIPES
 
 SIZES = ((64, 100), (101, 68), (112, 224))
 WHOLE_SIZES = ((256, 288), (301, 450), (448, 448))
@@ -175,7 +175,7 @@ def test_a_whole_segmentor(family):
         def forward(self, x):
             return (self.segmentor.encode_decode(x, [dict(img_shape=tuple(x.shape[2:]))]),)
 
-    configs = Path(__file__).parents[2] / "configs" / "segmentation"
+    configs = RECIPES / "segmentation"
     cfg = Config.fromfile(configs / f"{family}_nano_upernet.py")
     init_default_scope("mmseg")
     torch.manual_seed(0)

@@ -10,8 +10,8 @@ import torchvision
 from torch import nn
 
 import backbones
+from tests.support import NANO, build
 
-NANO = tuple(n for n in backbones.MODEL_NAMES if n.endswith("nano"))
 # Counted in the paper's tables to three decimals, in millions, at 1000 classes.
 PARAMETERS = {
     "swin_tiny": 28.288,
@@ -29,11 +29,6 @@ PARAMETERS = {
 
 def count(model: nn.Module) -> float:
     return round(sum(p.numel() for p in model.parameters()) / 1e6, 3)
-
-
-def build(name: str, **kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, **{"num_classes": 5, **kwargs})
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -8,12 +8,9 @@ import torch
 from backbones import ops
 from backbones.ops import native, reference
 from backbones.ops.windows import relative_position_bias, relative_position_index
+from tests.support import randn
 
 SIZES = [(1, 1), (3, 8), (9, 7), (13, 5)]
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def aggregate_by_loops(x, kernel_at):

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from backbones import ops
 from backbones.ops import native, reference
 from backbones.ops.dispatch import OPERATORS, explain
+from tests.support import OperatorCases, agrees, outputs_and_gradients, randn
 
 PATHS = [
     "torch",
@@ -20,97 +21,32 @@ PATHS = [
         marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"),
     ),
 ]
-WINDOW = (3, 2)
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def depthwise(size, groups=2, shared=3, kernel=7, batch=2):
-    channels = groups * shared
-    inputs = [randn(batch, *size, channels), randn(channels, 1, kernel, kernel), randn(channels)]
-    return "depthwise_conv", inputs, ()
-
-
-def dynamic(size, groups=2, shared=3, kernel=7, batch=2):
-    channels = groups * shared
-    kernels = randn(batch, channels, kernel, kernel)
-    return "dynamic_depthwise_conv", [randn(batch, *size, channels), kernels, randn(channels)], ()
-
-
-def inhomogeneous(size, groups=2, shared=3, kernel=7, batch=2):
-    rows = groups * kernel**2
-    inputs = [randn(batch, *size, groups * shared), randn(batch, *size, 5)]
-    inputs += [randn(rows, 5), randn(rows)]
-    return "inhomogeneous_dynamic_depthwise_conv", inputs, (kernel,)
-
-
-def aggregation(size, groups=2, shared=3, kernel=7, batch=2):
-    kernels = randn(batch, *size, groups, kernel, kernel)
-    return "inhomogeneous_aggregation", [randn(batch, *size, groups * shared), kernels], ()
-
-
-def attention(size, groups=2, shared=3, shift=(1, 1), batch=2):
-    size = [n * -(-side // n) for n, side in zip(WINDOW, size, strict=True)]
-    inputs = [randn(batch, *size, 3 * groups * shared), randn(groups, 6, 6)]
-    return "window_attention", inputs, (groups, WINDOW, shift)
-
-
-def local_mlp(size, groups=2, shared=3, shift=(1, 1), batch=2):
-    size = [n * -(-side // n) for n, side in zip(WINDOW, size, strict=True)]
-    inputs = [randn(batch, *size, groups * shared), randn(groups, 6, 6), randn(groups, 6, 6)]
-    return "local_mlp", inputs, (WINDOW, shift)
-
-
-CONVOLUTIONS = [depthwise, dynamic, inhomogeneous, aggregation]
-ALL = [*CONVOLUTIONS, attention, local_mlp]
-
-
-def outputs_and_gradients(function, inputs, options, grad):
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = function(*leaves, *options)
-    return out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))
-
-
-def agrees(case, path, dtype=torch.float64, tolerance=1e-10):
-    name, inputs, options = case
-    plain = getattr(reference, name)
-    grad = randn(*plain(*inputs, *options).shape)
-    expected = outputs_and_gradients(plain, inputs, options, grad)
-    with ops.force(path):
-        lower = [x.to(dtype) for x in inputs]
-        got = outputs_and_gradients(getattr(ops, name), lower, options, grad)
-    for ours, true in zip(got, expected, strict=True):
-        assert ours.dtype == dtype and ours.shape == true.shape
-        if true.numel():
-            error = (ours.double() - true).abs().max() / true.abs().max().clamp_min(1e-30)
-            assert error < tolerance
+cases = OperatorCases(kernel=7)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 @pytest.mark.parametrize("size", [(1, 1), (3, 20), (17, 12)])
 def test_paths_agree_with_the_reference(make, path, size):
     agrees(make(size), path)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", CONVOLUTIONS)
+@pytest.mark.parametrize("make", cases.convolutions)
 @pytest.mark.parametrize("kernel", [1, 3, 4, 5])
 def test_kernel_sizes(make, path, kernel):
     agrees(make((5, 14), kernel=kernel), path)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", CONVOLUTIONS)
+@pytest.mark.parametrize("make", cases.convolutions)
 @pytest.mark.parametrize("groups, shared", [(1, 1), (32, 1), (1, 32), (9, 6)])
 def test_groups(make, path, groups, shared):
     agrees(make((4, 9), groups=groups, shared=shared, batch=1), path)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)]
 )
@@ -146,7 +82,7 @@ def test_attention_of_any_sharpness(path, scale):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_hidden(make, path, value):
     name, inputs, options = make((6, 6))
@@ -161,17 +97,17 @@ def test_a_key_that_is_not_a_number_is_not_hidden():
     qkv = torch.randn(1, 3, 2, 3 * 8)
     qkv[0, 1, 1, 9] = float("nan")
     with ops.force("native"):
-        assert ops.window_attention(qkv, torch.zeros(2, 6, 6), 2, WINDOW, (0, 0)).isnan().any()
+        assert ops.window_attention(qkv, torch.zeros(2, 6, 6), 2, (3, 2), (0, 0)).isnan().any()
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 def test_an_empty_batch(make, path):
     agrees(make((4, 4), batch=0), path)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 def test_any_layout_gives_the_same_and_repeats_bit_for_bit(make, path):
     name, inputs, options = make((9, 12))
     grad = randn(*getattr(reference, name)(*inputs, *options).shape)
@@ -186,13 +122,13 @@ def test_any_layout_gives_the_same_and_repeats_bit_for_bit(make, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 def test_autocast(make, path):
     name, inputs, options = make((9, 12))
     inputs = [x.float().requires_grad_() for x in inputs]
     with ops.force(path), torch.autocast("cpu", torch.bfloat16):
         out = getattr(ops, name)(*inputs, *options)
-    if make in CONVOLUTIONS:
+    if make in cases.convolutions:
         assert out.dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), inputs))
     expected = getattr(reference, name)(*inputs, *options)
@@ -223,7 +159,7 @@ class Operator(nn.Module):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", CONVOLUTIONS)
+@pytest.mark.parametrize("make", cases.convolutions)
 def test_one_graph_serves_all_sizes(make, path):
     """Forward and backward, without a break; the second size compiles nothing."""
     torch._dynamo.reset()
@@ -231,7 +167,7 @@ def test_one_graph_serves_all_sizes(make, path):
     with ops.force(path):
         for size in [(9, 12), (14, 10)]:
             name, inputs, options = make(size)
-            maps = inputs[: 2 if make in (inhomogeneous, aggregation) else 1]
+            maps = inputs[: 2 if make in (cases.inhomogeneous, cases.aggregation) else 1]
             for axis in (1, 2):
                 for tensor in maps:
                     torch._dynamo.mark_dynamic(tensor, axis)
@@ -246,7 +182,7 @@ def test_one_graph_serves_all_sizes(make, path):
 
 
 @pytest.mark.usefixtures("unforced")
-@pytest.mark.parametrize("make", [inhomogeneous, aggregation])
+@pytest.mark.parametrize("make", [cases.inhomogeneous, cases.aggregation])
 def test_compiled_graphs_hold_the_operator(make):
     """And not the form that exported ones do, which keeps the kernels for the backward pass."""
     name, inputs, options = make((9, 12))
@@ -262,7 +198,7 @@ def test_compiled_graphs_hold_the_operator(make):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 def test_exports_hold_no_operator_of_ours(make, strict):
     name, inputs, options = make((9, 12))
     exported = torch.export.export(Operator(name, options), tuple(inputs), strict=strict)
@@ -310,7 +246,7 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch, tmp_path, recwarn):
     native._build.cache_clear()
     try:
         for _ in range(2):
-            agrees(depthwise((4, 5)), None)
+            agrees(cases.depthwise((4, 5)), None)
         assert explain("depthwise_conv", "cpu", torch.float32)[0] == "torch"
         said = [str(w.message) for w in recwarn if "C kernels" in str(w.message)]
         assert len(said) == 1 and "no such processor; slower paths take over" in said[0]

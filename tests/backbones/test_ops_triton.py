@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,98 +13,36 @@ from backbones import ops  # noqa: E402
 from backbones.ops import dispatch, reference  # noqa: E402
 from backbones.ops.__main__ import main  # noqa: E402
 from backbones.ops.dispatch import explain  # noqa: E402
+from tests import support  # noqa: E402
+from tests.support import OperatorCases, outputs_and_gradients  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
     reason="neither a GPU nor TRITON_INTERPRET=1",
 )
-WINDOW = (3, 2)
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def depthwise(size, groups=2, shared=3, kernel=3, batch=2):
-    channels = groups * shared
-    inputs = [randn(batch, *size, channels), randn(channels, 1, kernel, kernel), randn(channels)]
-    return "depthwise_conv", inputs, ()
-
-
-def dynamic(size, groups=2, shared=3, kernel=3, batch=2):
-    channels = groups * shared
-    kernels = randn(batch, channels, kernel, kernel)
-    return "dynamic_depthwise_conv", [randn(batch, *size, channels), kernels, randn(channels)], ()
-
-
-def inhomogeneous(size, groups=2, shared=3, kernel=3, batch=2, depth=5):
-    rows = groups * kernel**2
-    inputs = [randn(batch, *size, groups * shared), randn(batch, *size, depth)]
-    inputs += [randn(rows, depth) * depth**-0.5, randn(rows)]
-    return "inhomogeneous_dynamic_depthwise_conv", inputs, (kernel,)
-
-
-def aggregation(size, groups=2, shared=3, kernel=3, batch=2):
-    kernels = randn(batch, *size, groups, kernel, kernel)
-    return "inhomogeneous_aggregation", [randn(batch, *size, groups * shared), kernels], ()
-
-
-def attention(size, groups=2, shared=3, shift=(1, 1), window=WINDOW, batch=2):
-    size = [n * -(-side // n) for n, side in zip(window, size, strict=True)]
-    positions = window[0] * window[1]
-    inputs = [randn(batch, *size, 3 * groups * shared), randn(groups, positions, positions)]
-    return "window_attention", inputs, (groups, window, shift)
-
-
-def local_mlp(size, groups=2, shared=3, shift=(1, 1), window=WINDOW, batch=2, grid=()):
-    size = [n * -(-side // n) for n, side in zip(window, size, strict=True)]
-    weights = groups, window[0] * window[1], window[0] * window[1]
-    inputs = [randn(batch, *size, groups * shared), randn(*grid, *weights), randn(*weights)]
-    return "local_mlp", inputs, (window, shift)
-
-
-CONVOLUTIONS = [depthwise, dynamic, inhomogeneous, aggregation]
-ALL = [*CONVOLUTIONS, attention, local_mlp]
-
-
-def outputs_and_gradients(function, inputs, options, grad):
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = function(*leaves, *options)
-    return out, *torch.autograd.grad(out, leaves, grad.to(out))
+cases = OperatorCases(kernel=3)
 
 
 def agrees(case, dtype=torch.float32, tolerance=1e-5):
-    name, inputs, options = case
-    inputs = [x.to(dtype).double() for x in inputs]
-    plain = getattr(reference, name)
-    grad = randn(*plain(*inputs, *options).shape).to(dtype).double()
-    expected = outputs_and_gradients(plain, inputs, options, grad)
-    with ops.force("triton"):
-        lower = [x.to(DEVICE, dtype) for x in inputs]
-        got = outputs_and_gradients(getattr(ops, name), lower, options, grad)
-    for ours, true in zip(got, expected, strict=True):
-        assert ours.dtype == dtype and ours.shape == true.shape
-        if true.numel():
-            error = (ours.cpu().double() - true).abs().max() / true.abs().max().clamp_min(1e-30)
-            assert error < tolerance
+    support.agrees(case, "triton", dtype, tolerance, DEVICE)
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 @pytest.mark.parametrize("size, batch", [((1, 1), 2), ((2, 17), 1), ((5, 3), 2)])
 def test_sizes(make, size, batch):
     torch.manual_seed(0)
     agrees(make(size, batch=batch))
 
 
-@pytest.mark.parametrize("make", CONVOLUTIONS)
+@pytest.mark.parametrize("make", cases.convolutions)
 @pytest.mark.parametrize("kernel", [1, 4, 7])
 def test_kernel_sizes(make, kernel):
     torch.manual_seed(0)
     agrees(make((2, 3), kernel=kernel, batch=1))
 
 
-@pytest.mark.parametrize("make", CONVOLUTIONS)
+@pytest.mark.parametrize("make", cases.convolutions)
 @pytest.mark.parametrize("groups, shared", [(1, 1), (70, 1), (1, 32), (9, 6)])
 def test_groups(make, groups, shared):
     """More than a tile holds of either, and no power of two."""
@@ -117,7 +54,7 @@ def test_groups(make, groups, shared):
 def test_what_kernels_are_predicted_from(depth):
     """More than a tile holds, and less."""
     torch.manual_seed(0)
-    agrees(inhomogeneous((2, 3), depth=depth, batch=1))
+    agrees(cases.inhomogeneous((2, 3), depth=depth, batch=1))
 
 
 @pytest.mark.parametrize("window, dim", [((7, 7), 32), ((2, 5), 3), ((1, 2), 1)])
@@ -125,24 +62,24 @@ def test_windows(window, dim):
     torch.manual_seed(0)
     size = (2 * window[0], 2 * window[1])
     for shift in ((0, 0), (0, window[1] // 2), (window[0] // 2, window[1] // 2)):
-        agrees(attention(size, shared=dim, shift=shift, window=window, batch=1))
+        agrees(cases.attention(size, shared=dim, shift=shift, window=window, batch=1))
     for grid in ((), (2, 2)):
-        agrees(local_mlp(size, shared=dim, shift=shift, window=window, grid=grid))
+        agrees(cases.local_mlp(size, shared=dim, shift=shift, window=window, grid=grid))
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_half_precisions(make, dtype, tolerance):
     torch.manual_seed(0)
     agrees(make((2, 4)), dtype, tolerance)
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 def test_an_empty_batch(make):
     agrees(make((4, 4), batch=0))
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 def test_any_layout_gives_the_same_and_repeats_bit_for_bit(make):
     name, inputs, options = make((1, 4))
     inputs = [x.float().to(DEVICE) for x in inputs]
@@ -156,7 +93,7 @@ def test_any_layout_gives_the_same_and_repeats_bit_for_bit(make):
         assert a.equal(b) and a.equal(c)
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 def test_compiled(make):
     """Without a break in the graph."""
     name, inputs, options = make((1, 3), batch=1)
@@ -189,7 +126,7 @@ def test_registration_is_sound(case):
         torch.library.opcheck(operator.default, tuple(inputs))
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", cases.all)
 def test_autocast(make):
     name, inputs, options = make((2, 3))
     inputs = [x.float().to(DEVICE).requires_grad_() for x in inputs]
@@ -201,7 +138,7 @@ def test_autocast(make):
     assert (out - expected).abs().max() < 2e-2 * expected.abs().max()
 
 
-@pytest.mark.parametrize("make", [attention, local_mlp])
+@pytest.mark.parametrize("make", [cases.attention, cases.local_mlp])
 def test_windows_too_large_for_registers_take_another_path(make):
     torch.manual_seed(0)
     name, inputs, options = make((12, 12), window=(12, 12), batch=1, shift=(0, 0))
@@ -215,7 +152,7 @@ def test_double_precision_is_left_to_who_has_it():
     with ops.force("triton"):
         for name in dispatch.OPERATORS:
             assert explain(name, DEVICE, torch.float64)[0] == "torch"
-        case = depthwise((2, 3))
+        case = cases.depthwise((2, 3))
         assert getattr(ops, case[0])(*case[1]).dtype == torch.float64
 
 
@@ -432,7 +369,7 @@ def test_without_the_interpreter_a_cpu_is_told(monkeypatch, capsys):
 
 
 def test_kernels_compile_for_gpus_and_do_not_spill():
-    tool = Path(__file__).parents[2] / "tools/inspect_kernels.py"
+    tool = support.ROOT / "tools/inspect_kernels.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(tool), "--dtypes", "bf16"],

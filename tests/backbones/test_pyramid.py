@@ -1,22 +1,15 @@
 """How a pyramid behaves: any size, what is padded, half precision, checkpointing."""
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import backbones
 from backbones.mixers import LocalMLP
 from dense.backbone import DenseBackbone
+from tests.support import NANO, build
 
-NANO = tuple(n for n in backbones.MODEL_NAMES if n.endswith("nano"))
 CONVOLUTIONAL = ("dw_conv_nano", "d_dw_conv_nano", "i_d_dw_conv_nano")
-
-
-def build(name: str, **kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, **{"num_classes": 5, **kwargs})
 
 
 def maps(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

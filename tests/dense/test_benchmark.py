@@ -1,21 +1,16 @@
 """The benchmark compares like with like, counts memory, and keeps what it has measured."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from dense.benchmark import measure, models, networks, operators, report
-from dense.benchmark.measure import Contender, Contest
+from dense.analysis.benchmark import measure, models, networks, operators, report
+from dense.analysis.benchmark.measure import Contender, Contest
+from tests.support import load_tool
 
 CPU = torch.device("cpu")
-SPEC = importlib.util.spec_from_file_location(
-    "benchmark_tool", Path(__file__).parents[2] / "tools/benchmark.py"
-)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_tool("benchmark")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import backbones
-from dense.backbone import DenseBackbone, step_back_norms
+from dense.backbone import DenseBackbone, revert_sync_batchnorm
+from tests.support import NANO
 
-NANO = tuple(n for n in backbones.MODEL_NAMES if n.endswith("nano"))
 X = torch.randn(2, 3, 70, 101)
 
 
@@ -131,8 +131,8 @@ def test_sync_bn_steps_back_with_its_statistics():
     plain(X)
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
     assert isinstance(synced[1][0], nn.SyncBatchNorm)
-    back = step_back_norms(synced)
+    back = revert_sync_batchnorm(synced)
     assert type(back[1][0]) is nn.BatchNorm2d
     assert back.eval()(X).equal(plain.eval()(X))
-    assert isinstance(step_back_norms(nn.SyncBatchNorm(4)), nn.BatchNorm2d)
+    assert isinstance(revert_sync_batchnorm(nn.SyncBatchNorm(4)), nn.BatchNorm2d)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in DenseBackbone("dw_conv_nano").modules())

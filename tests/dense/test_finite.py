@@ -1,15 +1,14 @@
 """One process's loss of NaN stops all of them, at the same iteration, in a line."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dense.finite import stop_if_not_finite
+from tests.support import environment
 
 
 def optimizer(lr=0.02):
@@ -38,11 +37,10 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_all_processes_stop_together(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(tmp_path)],
-            env=environment,
+            env=environment(),
             stderr=subprocess.PIPE,
             text=True,
         )

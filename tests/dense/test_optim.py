@@ -8,11 +8,9 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-import backbones
 from dense.backbone import DenseBackbone
 from dense.optim import lr_scales, no_weight_decay, param_groups
-
-NANO = tuple(n for n in backbones.MODEL_NAMES if n.endswith("nano"))
+from tests.support import NANO
 
 
 class Segmentor(nn.Module):

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -16,12 +14,12 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.utils import logger as detectron2_logger
 
 import backbones
+from backbones import FAMILIES
 from dense.detection import PyramidBackbone, add_dense_config
-from tests.foreign import foreign_operators
+from tests.support import foreign_operators, run_without
 
 from .steps import eval_step, sample, train_step
 
-FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
@@ -212,23 +210,25 @@ def test_init_that_does_not_exist():
         PyramidBackbone("dw_conv_nano", init="nowhere.pth").init_weights()
 
 
-def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
 def test_import_needs_no_openmmlab_package():
-    result = run(
-        "import sys\n"
-        "for name in ('mmcv', 'mmengine', 'mmseg', 'mmdet'): sys.modules[name] = None\n"
+    result = run_without(
+        ("mmcv", "mmengine", "mmseg", "mmdet"),
         "import dense.detection, dense.detection.engine, dense.detection.data\n"
-        "print(dense.detection.PyramidBackbone('dw_conv_nano').channels)"
+        "print(dense.detection.PyramidBackbone('dw_conv_nano').channels)",
     )
     assert result.returncode == 0, result.stderr
     assert "(32, 64, 128, 256)" in result.stdout
 
 
+def test_public_names_of_the_adapter_and_of_the_error():
+    from dense.detection import backbone, config
+
+    assert PyramidBackbone is backbone.PyramidBackbone
+    assert config.ConfigError is config.LazyConfigError
+
+
 def test_missing_detectron2_is_named_with_the_command():
-    result = run("import sys; sys.modules['detectron2'] = None; import dense.detection")
+    result = run_without(("detectron2",), "import dense.detection")
     assert "ImportError: detectron2 is not installed: run pip install" in result.stderr
 
 

@@ -1,7 +1,6 @@
 """The recipes: every network at full size, every number of the paper's, and a step of each."""
 
 import math
-from pathlib import Path
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -11,15 +10,16 @@ from detectron2.config import instantiate
 from detectron2.solver import LRMultiplier
 from torch import nn
 
-from dense.backbone import step_back_norms
+from backbones import FAMILIES
+from dense.analysis.paper import TABLE_3_DETECTION
+from dense.backbone import revert_sync_batchnorm
 from dense.detection import PyramidBackbone
 from dense.detection.config import load_config
-from dense.paper import TABLE_3_DETECTION
+from dense.recipes import RECIPES
 
 from .steps import eval_step, sample, train_step
 
-CONFIGS = Path(__file__).parents[2] / "configs/detection"
-FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
+CONFIGS = RECIPES / "detection"
 FULL_SIZE = sorted(p.name for p in CONFIGS.glob("*_coco.py"))
 # What MMDetection's cascade, the paper's, has and Detectron2's has not.
 TWO_MORE_MASK_HEADS, CLASS_SPECIFIC_BOXES = 5.29, 0.97
@@ -167,7 +167,7 @@ def test_evaluation_is_at_800():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nano_twin_trains_and_evaluates(family):
     torch.manual_seed(0)
-    model = step_back_norms(instantiate(config(f"cascade_mask_rcnn_{family}_nano.py").model))
+    model = revert_sync_batchnorm(instantiate(config(f"cascade_mask_rcnn_{family}_nano.py").model))
     batch = sample(count=2)
     assert math.isfinite(train_step(model, batch))
     assert not [n for n, p in model.named_parameters() if p.grad is None]
@@ -182,7 +182,7 @@ def test_tiny_trains_and_evaluates(family):
     cfg.model.backbone.bottom_up.init = None
     cfg.model.roi_heads.batch_size_per_image = 16
     cfg.model.proposal_generator.post_nms_topk = (64, 32)
-    model = step_back_norms(instantiate(cfg.model))
+    model = revert_sync_batchnorm(instantiate(cfg.model))
     batch = sample()
     assert math.isfinite(train_step(model, batch))
     assert eval_step(model, batch).has("pred_boxes")

@@ -12,8 +12,9 @@ from pycocotools import mask as mask_util
 
 from dense.detection.config import ConfigError, load_config
 from dense.detection.data import DataError, resolve_data
+from dense.recipes import RECIPES
 
-NANO = str(Path(__file__).parents[2] / "configs/detection/cascade_mask_rcnn_dw_conv_nano.py")
+NANO = str(RECIPES / "detection/cascade_mask_rcnn_dw_conv_nano.py")
 
 
 @pytest.fixture

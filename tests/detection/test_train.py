@@ -1,9 +1,7 @@
 """The trainer from its command line: training, resuming, evaluating, predicting."""
 
-import importlib.util
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -17,18 +15,17 @@ from PIL import Image
 
 from backbones import CheckpointError
 from dense.detection import load_predictor
+from dense.recipes import RECIPES
+from tests.support import ROOT, environment, load_tool, run_tool
 
-ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/train_detector.py"
-NANO = str(ROOT / "configs/detection/cascade_mask_rcnn_dw_conv_nano.py")
+NANO = str(RECIPES / "detection/cascade_mask_rcnn_dw_conv_nano.py")
 SMALL = ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0", "train.log_period=1"]
 
 
 def main(monkeypatch, *arguments: str) -> None:
     """The tool, in this process."""
-    spec = importlib.util.spec_from_file_location("train_detector", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("train_detector")
     monkeypatch.setattr(sys, "argv", ["train_detector.py", *arguments])
     tool.main()
 
@@ -37,27 +34,12 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(TOOL), *arguments]
 
 
-def environment() -> dict[str, str]:
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        # Loader and trainer share two cores: more threads than that wait for each other.
-        "OMP_NUM_THREADS": "1",
-    }
-
-
 def run(*arguments: str) -> str:
     """The tool, in a process of its own; its output."""
-    result = subprocess.run(
-        command(*arguments),
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
-    return result.stdout
+    result = run_tool("train_detector", *arguments)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    return output
 
 
 def metrics(folder: Path) -> list[dict]:

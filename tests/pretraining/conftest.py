@@ -1,17 +1,18 @@
 """Small folders of images, and the tool in this process."""
 
 import itertools
-import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dense.recipes import RECIPES
+from tests.support import load_tool, plain_config_text  # noqa: F401
+
 collect_ignore_glob = [] if find_spec("mmengine") else ["test_*.py"]
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs/pretraining"
+CONFIGS = RECIPES / "pretraining"
 _RUNS = itertools.count()
 CLASSES = ("n01", "n02", "n03")
 
@@ -37,20 +38,10 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def plain_config_text(monkeypatch):
-    """MMEngine prettifies the config six times a run, which takes longer than a nano training."""
-    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
-
-
 @pytest.fixture(scope="session")
 def pretrain():
     """``tools/pretrain.py``."""
-    spec = spec_from_file_location("pretrain_tool", ROOT / "tools/pretrain.py")
-    module = module_from_spec(spec)
-    sys.modules["pretrain_tool"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("pretrain")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -10,18 +9,14 @@ from mmengine.config import Config, DictAction
 
 pytest.importorskip("fvcore")
 
-from dense.pretraining import comparison  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
+from dense.analysis import comparison  # noqa: E402
+from tests.support import ROOT, load_tool  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def tool():
     """``tools/compare_families.py``."""
-    spec = spec_from_file_location("compare_families_tool", ROOT / "tools/compare_families.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compare_families")
 
 
 def log(work_dir: Path, losses: list[float], top1: list[float]) -> Path:

@@ -1,7 +1,5 @@
 """Every recipe is the paper's, and builds."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from mmengine.config import Config
@@ -10,8 +8,9 @@ from mmengine.registry import MODELS
 import backbones
 from backbones.released import RELEASED
 from dense.pretraining.config import plan_batches
+from dense.recipes import RECIPES
 
-CONFIGS = Path(__file__).parents[2] / "configs/pretraining"
+CONFIGS = RECIPES / "pretraining"
 FULL = sorted(path.stem for path in CONFIGS.glob("*.py") if "nano" not in path.stem)
 NANO = sorted(path.stem for path in CONFIGS.glob("*nano*.py"))
 # Epochs, images a step, learning rate, its last value, warm-up epochs, weight decay, classes.

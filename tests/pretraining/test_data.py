@@ -13,18 +13,13 @@ from torch.utils.data import DataLoader
 
 from dense.openmmlab.config import ConfigError
 from dense.pretraining.data import ImageDataset, ImageStream, TooManyUnreadable
+from tests.support import assert_same
 
 PLAIN = dict(input_size=32, crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
 
 
 def everything(dataset) -> dict[str, tuple]:
     return {dataset.filename(i): (image, label) for image, label, i in dataset}
-
-
-def assert_same(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    for name, (image, label) in expected.items():
-        assert found[name][1] == label and found[name][0].equal(image), name
 
 
 def test_folder_tar_folder_of_tars_and_list_agree(photos, tmp_path):

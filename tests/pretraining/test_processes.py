@@ -1,18 +1,15 @@
 """Two processes, or accumulated gradients, train as one process with the larger batch."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/pretrain.py"
-WORKER = Path(__file__).with_name("two_processes.py")
+from dense.recipes import RECIPES
+from tests.pretraining import two_processes
+from tests.support import ROOT, run_python
+
 FAMILIES = ("swin", "i_d_dw_conv")
 WAYS = {
     "one": ["--batch-size", "8"],
@@ -25,28 +22,21 @@ WAYS = {
 def trained(photos, tmp_path_factory) -> Path:
     """A folder with ``<family>_<way>``, the work folder of every training."""
     out = tmp_path_factory.mktemp("trained")
-    spec = spec_from_file_location("two_processes", WORKER)
-    worker = module_from_spec(spec)
-    spec.loader.exec_module(worker)
 
     def rows(*ways):
         words = []
         for family in FAMILIES:
             for way in ways:
                 name = f"{family}_{way}"
-                words += ["--", str(ROOT / f"configs/pretraining/{family}_nano.py")]
+                words += ["--", str(RECIPES / f"pretraining/{family}_nano.py")]
                 words += ["--data-root", str(photos), "--num-classes", "3"]
-                words += ["--work-dir", str(out / name), *WAYS[way], *worker.options(name)]
+                words += ["--work-dir", str(out / name), *WAYS[way], *two_processes.options(name)]
         return words[1:]
 
+    tool = ROOT / "tools/pretrain.py"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for launcher, ways in (([], ("one", "accumulated")), (torchrun, ("two",))):
-        done = subprocess.run(
-            [sys.executable, *launcher, str(WORKER), str(TOOL), *rows(*ways)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
+        done = run_python(*launcher, two_processes.__file__, tool, *rows(*ways))
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return out
 

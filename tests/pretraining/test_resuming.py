@@ -1,41 +1,14 @@
 """A run that was stopped and resumed is the run that was not, bit for bit."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from dense.openmmlab.resuming import Place, ResumableSampler, SeededDataset
+from tests.support import assert_same, losses
 
 SAVE = ["default_hooks.checkpoint.by_epoch=False", "default_hooks.checkpoint.interval=1"]
 SAVE += ["default_hooks.checkpoint.max_keep_ckpts=-1", "default_hooks.checkpoint.save_best=None"]
 SAVE += ["default_hooks.logger.interval=1", "randomness.seed=3"]
-
-
-def losses(work: Path) -> dict[int, float]:
-    return {
-        entry["step"]: entry["loss"]
-        for log in sorted(work.glob("*/vis_data/scalars.json"))
-        for entry in map(json.loads, log.read_text().splitlines())
-        if "loss" in entry
-    }
-
-
-def assert_same(one, two, path: str = "") -> None:
-    """Two checkpoints' contents, whatever is in them."""
-    if isinstance(one, torch.Tensor):
-        assert one.equal(two), path
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), path
-        for key in one:
-            assert_same(one[key], two[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), path
-        for number, pair in enumerate(zip(one, two, strict=True)):
-            assert_same(*pair, f"{path}[{number}]")
-    else:
-        assert one == two, path
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -15,8 +15,6 @@ from mmengine.registry import MODELS
 
 import backbones
 
-ROOT = Path(__file__).parents[2]
-
 
 def last_metrics(work_dir: Path) -> dict:
     """The last validation in a work folder's log."""

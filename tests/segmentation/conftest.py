@@ -1,7 +1,7 @@
 """Small data and nano configs for the segmentation tests."""
 
 import itertools
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,19 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dense.recipes import RECIPES
+from tests.support import load_tool, plain_config_text  # noqa: F401
+
 # Where MMSegmentation is not installed there is nothing here to collect.
 collect_ignore_glob = [] if find_spec("mmseg") else ["test_*.py"]
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs/segmentation"
+CONFIGS = RECIPES / "segmentation"
 _RUNS = itertools.count()
 CLASSES = ("ground", "box", "bar")
-
-
-@pytest.fixture(autouse=True)
-def plain_config_text(monkeypatch):
-    """MMEngine prettifies the config six times a run, which takes longer than a nano training."""
-    monkeypatch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
 
 
 @pytest.fixture(scope="session")
@@ -106,11 +102,4 @@ def ade_slice(sample_data):
 @pytest.fixture
 def tools():
     """The command lines as modules."""
-
-    def load(name):
-        spec = spec_from_file_location(name, ROOT / f"tools/{name}.py")
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return SimpleNamespace(train=load("train_segmentor"), test=load("test_segmentor"))
+    return SimpleNamespace(train=load_tool("train_segmentor"), test=load_tool("test_segmentor"))

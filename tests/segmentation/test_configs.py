@@ -1,7 +1,5 @@
 """Every config builds at full size, and the recipe is the paper's."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
@@ -9,11 +7,12 @@ from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from mmseg.registry import MODELS
 from torch import nn
 
-from dense.paper import TABLE_3_SEGMENTATION
+from backbones import FAMILIES
+from dense.analysis.paper import TABLE_3_SEGMENTATION
+from dense.recipes import RECIPES
 from dense.segmentation.config import load_config
 
-CONFIGS = Path(__file__).parents[2] / "configs/segmentation"
-FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
+CONFIGS = RECIPES / "segmentation"
 RECIPE = "8xb2-160k_ade20k-512x512"
 FULL_SIZE = sorted(path.stem for path in CONFIGS.glob(f"*{RECIPE}.py"))
 

@@ -1,18 +1,17 @@
 """Folders of images and masks: what is paired, what the labels become, what is refused."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from PIL import Image
 
+from dense.recipes import RECIPES
 from dense.segmentation.config import check, load_config, use_own_data
 from dense.segmentation.data import ConfigError, check_masks, image_mask_pairs
 from dense.segmentation.dataset import FolderDataset
 
-NANO = Path(__file__).parents[2] / "configs/segmentation/i_d_dw_conv_nano_upernet.py"
+NANO = RECIPES / "segmentation/i_d_dw_conv_nano_upernet.py"
 CLASSES = ("ground", "box", "bar")
 
 

@@ -1,13 +1,11 @@
 """Long tests on real photos: learning through a kill, two processes, full-size networks."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +17,14 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-from dense.backbone import step_back_norms
+from backbones import FAMILIES
+from dense.backbone import revert_sync_batchnorm
+from dense.recipes import RECIPES
 from dense.segmentation import load_predictor
 from dense.segmentation.config import load_config
+from tests.support import ROOT, environment, losses
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs/segmentation"
+CONFIGS = RECIPES / "segmentation"
 ITERATIONS = 160
 pytestmark = pytest.mark.e2e
 
@@ -42,24 +42,6 @@ def command(ade_slice, work_dir, *options, launcher=()):
     ]
 
 
-def environment():
-    # One thread: two that wait for each other on a busy machine are slower by far.
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    extra = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
-    return {**os.environ, **extra}
-
-
-def losses(work_dir):
-    """Iteration to loss, over all runs of a work folder; later runs win."""
-    found = {}
-    for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            if "loss" in record:
-                found[record["iter"]] = record["loss"]
-    return found
-
-
 def test_learns_real_photos_through_a_kill(ade_slice, tmp_path):
     arguments = (
         f"train_cfg.max_iters={ITERATIONS}",
@@ -75,7 +57,7 @@ def test_learns_real_photos_through_a_kill(ade_slice, tmp_path):
             command(ade_slice, work, *arguments),
             stdout=log,
             stderr=log,
-            env=environment(),
+            env=environment(CUDA_VISIBLE_DEVICES=""),
             start_new_session=True,
         )
         while not (work / "iter_80.pth").is_file():
@@ -89,7 +71,7 @@ def test_learns_real_photos_through_a_kill(ade_slice, tmp_path):
         command(ade_slice, work, *arguments, "--resume"),
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment(CUDA_VISIBLE_DEVICES=""),
     )
     log = second.stdout + second.stderr
     assert second.returncode == 0, log[-3000:]
@@ -97,7 +79,7 @@ def test_learns_real_photos_through_a_kill(ade_slice, tmp_path):
     assert resumed in (80, 120)
     found = losses(work)
     assert sorted(found) == list(range(1, ITERATIONS + 1))
-    curve = np.array([found[i] for i in sorted(found)])
+    curve = np.array([found[i]["loss"] for i in sorted(found)])
     tenth = ITERATIONS // 10
     print(f"loss {curve[:tenth].mean():.2f} -> {curve[-tenth:].mean():.2f}")
     assert curve[-tenth:].mean() < 0.75 * curve[:tenth].mean()
@@ -123,7 +105,7 @@ def test_two_processes_train_on_a_cpu(ade_slice, tmp_path):
         ),
         capture_output=True,
         text=True,
-        env=environment(),
+        env=environment(CUDA_VISIBLE_DEVICES=""),
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-3000:]
@@ -132,9 +114,7 @@ def test_two_processes_train_on_a_cpu(ade_slice, tmp_path):
     assert (tmp_path / "iter_3.pth").is_file() and "mIoU" in log
 
 
-@pytest.mark.parametrize(
-    "family", ["swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv"]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_trains_a_step_and_evaluates_one(family, ade_slice):
     cfg = load_config(CONFIGS / f"{family}_tiny_upernet_8xb2-160k_ade20k-512x512.py")
     cfg.model.data_preprocessor.size = (128, 128)
@@ -142,7 +122,7 @@ def test_tiny_trains_a_step_and_evaluates_one(family, ade_slice):
     cfg.model.backbone.update(init=None, drop_path_rate=0.0)
     init_default_scope("mmseg")
     torch.manual_seed(0)
-    model = step_back_norms(MODELS.build(cfg.model))
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.init_weights()
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
 

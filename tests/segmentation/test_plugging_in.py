@@ -13,8 +13,9 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 import dense.segmentation  # noqa: F401
-from dense.backbone import step_back_norms
-from tests.foreign import foreign_operators
+from backbones import FAMILIES
+from dense.backbone import revert_sync_batchnorm
+from tests.support import foreign_operators
 
 STOCK = Path(mmseg.__file__).parent / ".mim/configs"
 CHANNELS = [32, 64, 128, 256]
@@ -50,14 +51,12 @@ def stock(path, backbone, **heads):
     ],
     ids=["fpn", "segformer"],
 )
-@pytest.mark.parametrize(
-    "family", ["swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv"]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_stock_heads_train_a_step(path, heads, family):
     torch.manual_seed(0)
     cfg = stock(path, dict(type=f"{family}_nano"), **heads)
     init_default_scope("mmseg")
-    model = step_back_norms(MODELS.build(cfg.model))
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.init_weights()
     model.train()
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
@@ -96,7 +95,7 @@ def test_these_heads_call_no_operators_but_pytorchs(path, heads):
     """None, then, that could misread the memory layout of our maps."""
     cfg = stock(path, dict(type="i_d_dw_conv_nano"), **heads)
     init_default_scope("mmseg")
-    model = step_back_norms(MODELS.build(cfg.model)).train()
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     with foreign_operators() as seen:
         data = model.data_preprocessor(data_batch(), training=True)
         model.parse_losses(model(**data, mode="loss"))[0].backward()

@@ -1,9 +1,5 @@
 """One name in OpenMMLab's registry, by their conventions, without anybody else's framework."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -12,18 +8,7 @@ from mmseg.registry import MODELS as MMSEG_MODELS
 
 import backbones
 import dense.segmentation  # noqa: F401
-
-ROOT = Path(__file__).parents[2]
-
-
-def run_blocking(packages, code):
-    blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in packages)
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys\n{blocked}{code}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+from tests.support import run_without
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +45,27 @@ def test_mmengine_alone_suffices():
         "from mmengine.registry import MODELS\n"
         "print(len(MODELS.build(dict(type='dw_conv_nano'))(torch.rand(1, 3, 64, 64))))"
     )
-    done = run_blocking(["detectron2", "mmseg", "mmcv", "mmdet"], code)
+    done = run_without(("detectron2", "mmseg", "mmcv", "mmdet"), code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("4")
 
 
+def test_public_names_of_the_adapter_and_of_the_errors():
+    from dense.openmmlab.backbone import OpenMMLabBackbone
+    from dense.openmmlab.config import ConfigError
+    from dense.segmentation import data
+
+    assert dense.segmentation.PyramidBackbone is OpenMMLabBackbone
+    assert isinstance(MODELS.build(dict(type="swin_nano")), dense.segmentation.PyramidBackbone)
+    assert data.ConfigError is ConfigError
+
+
 def test_missing_frameworks_are_named_with_the_command():
-    done = run_blocking(["mmengine"], "import dense.segmentation")
+    done = run_without(("mmengine",), "import dense.segmentation")
     assert "mmengine is not installed" in done.stderr
     assert "pip install 'dense-backbones[segmentation]'" in done.stderr
     code = "import dense.segmentation as s; s.load_predictor('config.py', 'weights.pth')"
-    done = run_blocking(["mmseg"], code)
+    done = run_without(("mmseg",), code)
     assert "mmseg is not installed" in done.stderr
 
 

@@ -1,7 +1,6 @@
 """The authors' whole UPerNet files, written by MMSegmentation 0.11, in our configs."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import torch
 from mmseg.registry import MODELS
 
 from backbones import CheckpointError
+from dense.recipes import RECIPES
 from dense.segmentation import load_predictor
 from dense.segmentation.config import load_config
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 WIDTHS = (96, 192, 384, 768)
 
 
@@ -58,7 +58,7 @@ def test_a_released_file_runs_in_our_config(family, tmp_path):
     name = f"{family}_tiny_upernet_8xb2-160k_ade20k-512x512.py"
     config = tmp_path / "small.py"
     config.write_text(
-        f'_base_ = "{ROOT / "configs/segmentation" / name}"\n'
+        f'_base_ = "{RECIPES / "segmentation" / name}"\n'
         "test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 48)),\n"
         "    dict(type='PackSegInputs')]\n"
     )
@@ -74,7 +74,7 @@ def test_a_released_file_runs_in_our_config(family, tmp_path):
     assert predict.classes == classes and predict.palette[2] == (2, 2, 2)
     assert predict(np.zeros((60, 80, 3), np.uint8)).shape == (60, 80)
 
-    model = MODELS.build(load_config(ROOT / "configs/segmentation" / name).model)
+    model = MODELS.build(load_config(RECIPES / "segmentation" / name).model)
     model.load_state_dict(released)
     first = "backbone.layers.1.blocks.1.attn2conv.conv0.weight"
     assert model.backbone.stages[1].blocks[1].mixer.in_proj.weight.equal(released[first].flatten(1))

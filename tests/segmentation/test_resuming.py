@@ -1,21 +1,12 @@
 """A segmentor's training that was stopped and resumed is the one that was not, bit for bit."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from dense.segmentation.config import build_runner
-
-
-def losses(work: Path) -> dict[int, dict]:
-    return {
-        entry["step"]: {key: entry[key] for key in entry if "loss" in key or "acc" in key}
-        for log in sorted(work.glob("*/vis_data/scalars.json"))
-        for entry in map(json.loads, log.read_text().splitlines())
-        if "loss" in entry
-    }
+from tests.support import assert_same, losses
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -48,7 +39,5 @@ def test_stopped_and_resumed(nano_cfg, tmp_path, workers):
     assert set(found) == {3, 4, 5}
     assert all(found[step] == expected[step] for step in found)
     one, two = (torch.load(w / "iter_5.pth", weights_only=False) for w in (whole, parts))
-    assert one["state_dict"].keys() == two["state_dict"].keys()
-    assert all(value.equal(two["state_dict"][key]) for key, value in one["state_dict"].items())
-    moments = [content["optimizer"]["state"] for content in (one, two)]
-    assert all(moments[0][i]["exp_avg"].equal(moments[1][i]["exp_avg"]) for i in moments[0])
+    assert_same(one["state_dict"], two["state_dict"])
+    assert_same(one["optimizer"], two["optimizer"])

@@ -13,13 +13,11 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from backbones import CheckpointError
+from backbones import FAMILIES, CheckpointError
 from dense.openmmlab import checkpoints
 from dense.openmmlab.hooks import StopOnNonFiniteLoss
 from dense.segmentation.config import build_runner, use_amp
 from dense.segmentation.data import ConfigError
-
-FAMILIES = ("swin", "swin_local_mlp", "dw_conv", "d_dw_conv", "i_d_dw_conv")
 
 
 def log_of(runner):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dense.recipes import RECIPES
 from dense.segmentation import load_predictor
 
-CONFIG = Path(__file__).parents[2] / "configs/segmentation/dw_conv_nano_upernet.py"
+CONFIG = RECIPES / "segmentation/dw_conv_nano_upernet.py"
 FAST = [
     "train_dataloader.num_workers=0",
     "train_dataloader.persistent_workers=False",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from backbones import ops
 from dense import require
-from dense.backbone import step_back_norms
+from dense.backbone import revert_sync_batchnorm
 
 DETECTOR_INPUT = (1, 3, 800, 1280)
 SEGMENTOR_INPUT = (1, 3, 512, 2048)
@@ -129,7 +129,7 @@ def detectron2_detector(
     from dense.detection.config import load_config
 
     with torch.device("meta"):
-        model = step_back_norms(instantiate(load_config(str(config)).model))
+        model = revert_sync_batchnorm(instantiate(load_config(str(config)).model))
     size = parameters(model)
     pyramid, heads = model.backbone, model.roi_heads
     mask_layers = nn.Sequential(*heads.mask_head.children())
@@ -197,11 +197,11 @@ def _openmmlab_model(config: str | Path) -> nn.Module:
     scope = cfg.default_scope
     with DefaultScope.overwrite_default_scope(scope), torch.device("meta"):
         import_module(f"{scope}.models")
-        return step_back_norms(MODELS.build(cfg.model))
+        return revert_sync_batchnorm(MODELS.build(cfg.model))
 
 
 def _zeros(model: nn.Module) -> nn.Module:
-    """The model on the CPU, whatever it holds zero: indices are in range, nothing overflows."""
+    """Materialise a meta model on the CPU with zeros: valid as indices, never overflowing."""
     model = model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().zero_()

@@ -8,7 +8,8 @@ from statistics import mean, stdev
 
 import timm
 
-from dense import complexity, metrics
+from dense import files, metrics
+from dense.analysis import complexity
 
 HEAD = (
     "| network | parameters | FLOPs | minutes a run | top-1, mean ± spread | seeds |",
@@ -86,8 +87,8 @@ def compare(
         losses, rates = ([getattr(log, key) for log in logs] for key in ("loss", "rate"))
         top1 = {"top1": _mean([log.metrics["top1"] for log in logs])}
         curves.append(metrics.Run(name, _mean(losses), _mean(rates), top1))
-    (out / "comparison.json").write_text(json.dumps([asdict(e) for e in entries], indent=1))
-    (out / "comparison.md").write_text(table(entries) + "\n")
+    files.write(out / "comparison.json", json.dumps([asdict(e) for e in entries], indent=1))
+    files.write(out / "comparison.md", table(entries) + "\n")
     metrics.plot(curves, out / "comparison.png")
     return entries
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones import ops
-from dense.benchmark.measure import Contender, Contest, Step
+from dense.analysis.benchmark.measure import Contender, Contest, Step
 
 # Images, rows, columns of the map: 8 images of 224x224, and one of 800x1344.
 SHAPES = ((8, 56, 56), (1, 200, 336))

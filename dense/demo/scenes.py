@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dense import files
+
 SHAPES = ("disc", "box", "triangle")
 SEGMENTATION_CLASSES = ("background", *SHAPES)
 COCO_FOLDER = "coco"
@@ -263,11 +265,11 @@ def write_scenes(
             _write_split(staging, split, scenes, options, first_id)
             first_id += count
         # From here on the folders are ours, also for a run that comes after a kill.
-        _write_json(out / MARKER, {**marker, "complete": False})
+        files.write(out / MARKER, json.dumps({**marker, "complete": False}))
         for name in folders:
             _remove(out / name)
             os.replace(staging / name, out / name)
-        _write_json(out / MARKER, {**marker, "complete": True})
+        files.write(out / MARKER, json.dumps({**marker, "complete": True}))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return True
@@ -311,29 +313,25 @@ def _write_split(
             ids = {"id": 10 * image_id + index, "image_id": image_id, "category_id": shape + 1}
             annotations.append(_annotation(mask, **ids))
 
-    _write_json(
+    files.write(
         coco / "annotations" / f"instances_{split}2017.json",
-        {
-            "info": {
-                "description": "Generated scenes",
-                "version": str(_VERSION),
-                **asdict(options),
-            },
-            "licenses": [],
-            "images": images,
-            "annotations": annotations,
-            "categories": [
-                {"id": number, "name": name, "supercategory": "shape"}
-                for number, name in enumerate(SHAPES, start=1)
-            ],
-        },
+        json.dumps(
+            {
+                "info": {
+                    "description": "Generated scenes",
+                    "version": str(_VERSION),
+                    **asdict(options),
+                },
+                "licenses": [],
+                "images": images,
+                "annotations": annotations,
+                "categories": [
+                    {"id": number, "name": name, "supercategory": "shape"}
+                    for number, name in enumerate(SHAPES, start=1)
+                ],
+            }
+        ),
     )
-
-
-def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
 
 
 def _remove(path: Path) -> None:

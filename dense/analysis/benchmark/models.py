@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import backbones
-from dense.backbone import step_back_norms
-from dense.benchmark.measure import Contender, Contest, Step
+from dense.analysis.benchmark.measure import Contender, Contest, Step
+from dense.backbone import revert_sync_batchnorm
+from dense.recipes import RECIPES
 
-_CONFIGS = Path(__file__).parents[2] / "configs"
 _SWIN_TINY = dict(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
 
 
@@ -54,7 +53,7 @@ def _builder(make, name: str | None, size: tuple[int, int], images: int, device:
     def build() -> Step:
         torch.manual_seed(0)
         model, loss_of = make(name, size, images, device)
-        model = step_back_norms(model).to(device).train()
+        model = revert_sync_batchnorm(model).to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -80,7 +79,7 @@ def _segmentor(name: str | None, size: tuple[int, int], images: int, device: tor
     from dense.segmentation.config import load_config
 
     config = "swin_tiny_upernet_8xb2-160k_ade20k-512x512.py"
-    cfg = load_config(_CONFIGS / "segmentation" / config)
+    cfg = load_config(RECIPES / "segmentation" / config)
     if name is None:
         cfg.model.backbone = dict(type="mmseg.SwinTransformer", embed_dims=96, **_SWIN_TINY)
     else:
@@ -115,7 +114,7 @@ def _detector(name: str | None, size: tuple[int, int], images: int, device: torc
 
     from dense.detection.config import load_config
 
-    cfg = load_config(str(_CONFIGS / "detection/cascade_mask_rcnn_swin_tiny_3x_coco.py"))
+    cfg = load_config(str(RECIPES / "detection/cascade_mask_rcnn_swin_tiny_3x_coco.py"))
     if name is None:
         cfg.model.backbone.bottom_up = LazyCall(SwinTransformer)(embed_dim=96, **_SWIN_TINY)
         cfg.model.backbone.in_features = ["p0", "p1", "p2", "p3"]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backbones import MODEL_NAMES
-from dense import complexity, paper
-from dense.complexity import Count
+from dense import files
+from dense.analysis import complexity, paper
+from dense.analysis.complexity import Count
 
 BEGIN = "<!-- Written by: python tools/complexity.py --write -->"
 END = "<!-- End of what tools/complexity.py writes. -->"
@@ -89,7 +90,7 @@ def write_block(readme: Path, tables: Iterable[Table]) -> bool:
     """Put fresh tables into a README; whether that changed it."""
     old, new = read_block(readme), block(tables)
     if old != new:
-        readme.write_text(readme.read_text().replace(old, new))
+        files.write(readme, readme.read_text().replace(old, new))
     return old != new
 
 

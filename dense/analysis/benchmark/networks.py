@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import backbones
-from dense.benchmark.measure import Contender, Contest, Step
+from dense.analysis.benchmark.measure import Contender, Contest, Step
 
 SIZES = ((224, 224), (512, 512), (512, 2048), (800, 1344))
 REFERENCE = "timm swin_tiny"

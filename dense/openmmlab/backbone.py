@@ -1,4 +1,4 @@
-"""The dense backbone by OpenMMLab's conventions."""
+"""The dense backbone by OpenMMLab's conventions, in MMEngine's registry."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from dense.backbone import DenseBackbone
 _INIT_CFG_KEYS = {"type", "checkpoint", "prefix", "map_location"}
 
 
-class PyramidBackbone(DenseBackbone):
+class OpenMMLabBackbone(DenseBackbone):
     """:class:`dense.backbone.DenseBackbone`, initialised as OpenMMLab's backbones are too.
 
     Args:
@@ -53,9 +53,9 @@ class PyramidBackbone(DenseBackbone):
 
 
 def register() -> None:
-    """Put all names into MMEngine's root registry, which every OpenMMLab package looks into."""
+    """Register all names in MMEngine's root registry, where every OpenMMLab package looks."""
     for name in backbones.MODEL_NAMES:
-        MODELS.register_module(name=name, module=partial(PyramidBackbone, name))
+        MODELS.register_module(name=name, module=partial(OpenMMLabBackbone, name))
 
 
 def _pretrained_checkpoint(init_cfg: dict | None) -> str | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dense.benchmark.measure import Result
+from dense import files
+from dense.analysis.benchmark.measure import Result
 
 
 def machine(device: torch.device) -> str:
@@ -76,10 +77,8 @@ def plot_scaling(results: Sequence[Result], path: str | Path) -> None:
             axes[row][column].set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
             axes[row][column].minorticks_off()
     axes[0][0].legend()
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    figure.savefig(partial, format="png", dpi=110)
+    files.write(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def _row(result: Result, reference: Result) -> str:

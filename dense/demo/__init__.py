@@ -1,0 +1,1 @@
+"""What the demo trains on, not part of the wheel."""

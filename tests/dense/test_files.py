@@ -1,0 +1,117 @@
+"""Atomic writes: the new file or the old one, whatever comes between."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dense import files
+from tests.support import environment
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("a line\r\nand ünicode\n", "a line\r\nand ünicode\n".encode()),
+        (b"\x00\xff", b"\x00\xff"),
+        (lambda partial: partial.write_bytes(b"by a function"), b"by a function"),
+    ],
+    ids=["text", "bytes", "function"],
+)
+@pytest.mark.parametrize("old", [None, b"an old and longer content of the same file"])
+def test_the_target_holds_what_was_written(tmp_path, content, expected, old):
+    path = tmp_path / "file.json"
+    if old is not None:
+        path.write_bytes(old)
+    assert files.write(str(path), content) == path
+    assert path.read_bytes() == expected
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_torch_saves_through_it(tmp_path):
+    weights = {"weight": torch.rand(3, 4)}
+    path = files.write(tmp_path / "model.pth", lambda partial: torch.save(weights, partial))
+    assert torch.load(path)["weight"].equal(weights["weight"])
+
+
+@pytest.mark.parametrize("error", [ValueError("unfit"), KeyboardInterrupt()])
+def test_a_failing_writer_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+
+    def half(partial):
+        partial.write_text("half of the n")
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        files.write(path, half)
+    assert raised.value is error
+    assert any(str(path) in note for note in error.__notes__)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_error_that_names_the_target(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+
+    def full(partial):
+        partial.write_text("half of the n")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="not written: No space left on device") as raised:
+        files.write(path, full)
+    assert raised.value.filename == str(path) and raised.value.errno == errno.ENOSPC
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("none/file", FileNotFoundError), ("folder", IsADirectoryError)]
+)
+def test_a_place_that_cannot_be_written_is_named(tmp_path, name, kind):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(kind) as raised:
+        files.write(tmp_path / name, "text")
+    assert raised.value.filename == str(tmp_path / name)
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_another_files_error_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        files.write(tmp_path / "copy", lambda partial: partial.write_bytes(open("gone").read()))
+    assert raised.value.filename == "gone"
+    assert any(str(tmp_path / "copy") in note for note in raised.value.__notes__)
+
+
+def test_a_kill_leaves_the_old_file_and_the_next_write_succeeds(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+    code = (
+        "import sys, time\n"
+        "from dense import files\n"
+        "def forever(partial):\n"
+        "    partial.write_text('half of the n')\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(600)\n"
+        "files.write(sys.argv[1], forever)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+    assert path.read_text() == "old"
+    files.write(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_log_is_read_but_for_the_line_that_a_kill_cut_off(tmp_path):
+    log = tmp_path / "metrics.json"
+    log.write_text('{"loss": 2.0}\n\n3\n{"loss": 1.0}\n{"los')
+    assert files.json_lines(log) == [{"loss": 2.0}, {"loss": 1.0}]
