@@ -4,8 +4,12 @@ import importlib.util
 import json
 
 import pytest
+import timm
+import torch
 import torch.nn.functional as F
+from fvcore.nn import FlopCountAnalysis
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("fvcore", reason="fvcore, which counts FLOPs, is not installed")
 
@@ -246,3 +250,16 @@ def test_missing_frameworks_are_named(monkeypatch):
         tables, "find_spec", lambda name: None if name in ("mmdet", "mmseg") else real(name)
     )
     assert "segmentation" not in tables.installed() and "backbones" in tables.installed()
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_pytorchs_counter_agrees(name):
+    """torch.utils.flop_counter counts two FLOPs a multiply-add, and no norms."""
+    model = timm.create_model(name).eval()
+    image = torch.zeros(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    without_norms = FlopCountAnalysis(model, image).unsupported_ops_warnings(False)
+    norms = sum(n for op, n in without_norms.by_operator().items() if "norm" in op)
+    expected = complexity.flops(model, tuple(image.shape)) - norms
+    assert abs(counter.get_total_flops() / 2 / expected - 1) < 0.01

@@ -1,8 +1,8 @@
 """Parameters and FLOPs of the backbones, and of whole detectors and segmentors around them.
 
-A FLOP is a multiply-add, as in the paper. fvcore counts PyTorch's operators; the five that mix
-pixels are counted from their definitions here, whichever of their paths a machine would run, and
-are not computed while counting.
+A FLOP is a multiply-add, as in the paper. fvcore counts PyTorch's operators; those that mix pixels
+cost what :mod:`backbones.ops.flops` says, whichever backend a machine would run, and are not
+computed while counting.
 
 A detector is counted as MMDetection's tool counted the paper's: backbone, pyramid and region
 proposals at 1280x800, 1000 boxes through each stage of the cascade and 100 through each mask head,
@@ -20,10 +20,11 @@ from typing import NamedTuple
 import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import get_shape
+from fvcore.nn.jit_handles import conv_flop_count, get_shape
 from torch import Tensor, nn
 
 from backbones import ops
+from backbones.ops.flops import MULTIPLY_ADDS
 from dense import require
 from dense.backbone import revert_sync_batchnorm
 
@@ -69,6 +70,7 @@ def flops(model: nn.Module, *shapes: tuple[int, ...]) -> int:
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.set_op_handle(_OPERATOR, _mixing_flops)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+        analysis.set_op_handle("aten::_convolution_mode", _same_convolution_flops)
         with torch.no_grad(), _operators_counted():
             _counted[key] = int(analysis.total())
     return _counted[key]
@@ -239,50 +241,30 @@ def _attention_flops(inputs: list, outputs: list) -> int:
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-# Multiply-adds a position of the map, ``(B, H, W, C)``, from the operators' own arguments.
+def _same_convolution_flops(inputs: list, outputs: list) -> int:
+    """A convolution with ``padding="same"``, which fvcore does not know."""
+    return conv_flop_count(*map(get_shape, (inputs[0], inputs[1], outputs[0])))
 
 
-def _window_attention(qkv: Tensor, bias: Tensor, *args, **kwargs) -> Tensor:
-    channels = int(qkv.shape[-1]) // 3
-    return _stand_in(qkv, [bias], channels, 2 * int(bias.shape[-1]) * channels)
+def _stand_in(name: str) -> Callable[..., Tensor]:
+    """A function that takes an operator's arguments, and costs what the operator costs."""
 
+    def stand_in(x: Tensor, *args) -> Tensor:
+        shapes = [tuple(map(int, a.shape)) if isinstance(a, Tensor) else a for a in (x, *args)]
+        # Query, key and value go in, one map comes out.
+        channels = shapes[0][-1] // 3 if name == "window_attention" else shapes[0][-1]
+        others = [a for a in args if isinstance(a, Tensor)]
+        return _mix(x, others, channels, MULTIPLY_ADDS[name](*shapes))
 
-def _local_mlp(value: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
-    return _stand_in(value, [weight], None, int(weight.shape[-1]) * int(value.shape[-1]))
-
-
-def _depthwise(x: Tensor, kernels: Tensor, *args, **kwargs) -> Tensor:
-    taps = int(kernels.shape[-1]) * int(kernels.shape[-2])
-    return _stand_in(x, [kernels], None, taps * int(x.shape[-1]))
-
-
-def _inhomogeneous(
-    x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, *args, **kwargs
-) -> Tensor:
-    predicting = int(weight.shape[0]) * int(weight.shape[1])
-    return _stand_in(x, [hidden], None, predicting + kernel_size**2 * int(x.shape[-1]))
-
-
-def _stand_in(x: Tensor, others: list[Tensor], channels: int | None, a_position: int) -> Tensor:
-    positions = prod(int(size) for size in x.shape[:-1])
-    return _mix(x, others, channels or int(x.shape[-1]), positions * a_position)
-
-
-_STAND_INS: dict[str, Callable[..., Tensor]] = {
-    "window_attention": _window_attention,
-    "local_mlp": _local_mlp,
-    "depthwise_conv": _depthwise,
-    "dynamic_depthwise_conv": _depthwise,
-    "inhomogeneous_dynamic_depthwise_conv": _inhomogeneous,
-}
+    return stand_in
 
 
 @contextmanager
 def _operators_counted() -> Iterator[None]:
     """Let the operators of :mod:`backbones.ops` name their cost to fvcore instead of computing."""
-    real = {name: getattr(ops, name) for name in _STAND_INS}
-    for name, stand_in in _STAND_INS.items():
-        setattr(ops, name, stand_in)
+    real = {name: getattr(ops, name) for name in MULTIPLY_ADDS}
+    for name in real:
+        setattr(ops, name, _stand_in(name))
     try:
         yield
     finally:
