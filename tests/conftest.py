@@ -20,7 +20,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def unforced(monkeypatch):
-    """For tests of which path is chosen: the others pass by whatever path DENSE_OPS forces."""
+    """For tests of which backend is chosen: the others pass under whatever DENSE_OPS forces."""
     monkeypatch.delenv("DENSE_OPS", raising=False)
 
 

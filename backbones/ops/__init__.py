@@ -1,7 +1,7 @@
 """The operators that mix pixels, one function each, on channels-last maps.
 
 Every function takes and returns ``(B, H, W, C)``; each is the single place where its operator is
-computed, so a faster path can be put behind the name without touching a module. The plain forms
+computed, so a faster backend can be put behind the name without touching a module. The plain forms
 that define them stand in :mod:`backbones.ops.reference`.
 """
 

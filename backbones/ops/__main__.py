@@ -1,4 +1,4 @@
-"""``python -m backbones.ops``: which path each operator takes on this machine, and why."""
+"""``python -m backbones.ops``: which backend each operator takes on this machine, and why."""
 
 import sys
 
@@ -19,8 +19,8 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    for device, operator, path, reason in lines:
-        print(f"{device:<5} {operator:<37} {path:<10} {reason}")
+    for device, operator, backend, reason in lines:
+        print(f"{device:<5} {operator:<37} {backend:<10} {reason}")
     return 0
 
 

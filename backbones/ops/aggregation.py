@@ -54,13 +54,13 @@ def _check(x: Tensor, kernels: Tensor) -> None:
 @torch.library.custom_op("dense::aggregate", mutates_args=())
 def _aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     """``(B, H, W, S, G)`` by ``(B, H, W, G, K*K)``."""
-    path = choose(_NAME, x)
-    if path == "triton":
+    backend = choose(_NAME, x)
+    if backend == "triton":
         args = x.contiguous(), kernels.contiguous(), size
         out = attempt(_NAME, lambda: _triton().aggregate(*args))
         if out is not None:
             return out
-    if path != "native":
+    if backend != "native":
         return _by_taps(summed(x), kernels, size).to(x.dtype).contiguous()
     padded = pad(summed(x), size)
     out = padded.new_empty(x.shape)
@@ -70,12 +70,12 @@ def _aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
 
 @torch.library.custom_op("dense::aggregate_backward", mutates_args=())
 def _backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    path, grads = choose(_NAME, x), None
-    if path == "triton":
+    backend, grads = choose(_NAME, x), None
+    if backend == "triton":
         args = grad.contiguous(), x.contiguous(), kernels.contiguous(), size
         grads = attempt(_NAME, lambda: _triton().aggregate_backward(*args))
     if grads is None:
-        backward = _native_backward if path == "native" else _torch_backward
+        backward = _native_backward if backend == "native" else _torch_backward
         grads = backward(summed(grad), summed(x), kernels, size)
     return grads[0].to(x.dtype), grads[1].to(kernels.dtype)
 

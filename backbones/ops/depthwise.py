@@ -23,10 +23,10 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Returns:
         ``(B, H, W, C)``.
     """
-    path = choose("depthwise_conv", x, weight, bias)
-    if path in ("native", "triton") and _suits(x, weight):
+    backend = choose("depthwise_conv", x, weight, bias)
+    if backend in ("native", "triton") and _suits(x, weight):
         return _own(x, weight[None, :, 0], bias)
-    if path == "reference":
+    if backend == "reference":
         return reference.depthwise_conv(x, weight, bias)
     return _static(x, weight, bias)
 
@@ -53,10 +53,10 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
     Returns:
         ``(B, H, W, C)``.
     """
-    path = choose("dynamic_depthwise_conv", x, kernels, bias)
-    if path in ("native", "triton") and _suits(x, kernels):
+    backend = choose("dynamic_depthwise_conv", x, kernels, bias)
+    if backend in ("native", "triton") and _suits(x, kernels):
         return _own(x, kernels, bias)
-    if path == "reference":
+    if backend == "reference":
         return reference.dynamic_depthwise_conv(x, kernels, bias)
     if exporting() or x.shape[0] == 0:
         return _by_taps(x, kernels, bias)
@@ -104,8 +104,8 @@ def _own(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op("dense::depthwise", mutates_args=())
 def _depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     """``(B, H, W, C)`` by ``(B or 1, K*K, C)``."""
-    path, before = choose(_NAME, x), same_padding(size)[0]
-    if path == "triton":
+    backend, before = choose(_NAME, x), same_padding(size)[0]
+    if backend == "triton":
         args = x.contiguous(), taps.contiguous(), bias, size, before, False
         out = attempt(_NAME, lambda: _triton().convolve(*args))
         if out is not None:

@@ -1,6 +1,6 @@
 """The one place that chooses how an operator is computed.
 
-Paths, slowest first: ``reference`` (plain and differentiated by autograd: the truth), ``torch``
+Backends, slowest first: ``reference`` (plain and differentiated by autograd: the truth), ``torch``
 (no compiler), ``native`` (C, built on first use, for a CPU), ``onednn`` (the library's products,
 which PyTorch keeps for compiled graphs), ``triton`` (for GPUs; on a CPU by Triton's interpreter).
 """
@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from backbones.ops import native
 
-PATHS = ("reference", "torch", "native", "onednn", "triton")
+BACKENDS = ("reference", "torch", "native", "onednn", "triton")
 OPERATORS = {
     "depthwise_conv": ("reference", "torch", "native", "triton"),
     "dynamic_depthwise_conv": ("reference", "torch", "native", "triton"),
@@ -45,17 +45,17 @@ _broken: dict[str, str] = {}
 
 
 @contextmanager
-def force(path: str | None) -> Iterator[None]:
-    """Compute every operator that has ``path`` by it, whatever would be faster; None chooses.
+def force(backend: str | None) -> Iterator[None]:
+    """Compute every operator that has ``backend`` by it, whatever would be faster; None chooses.
 
     The environment variable ``DENSE_OPS`` does the same for a whole process; this wins over it.
 
     Raises:
-        ValueError: there is no such path, or it cannot run on this machine.
+        ValueError: there is no such backend, or it cannot run on this machine.
     """
     global _forced
-    _check(path)
-    before, _forced = _forced, path
+    _check(backend)
+    before, _forced = _forced, backend
     try:
         yield
     finally:
@@ -89,7 +89,7 @@ def attempt(operator: str, compute: Callable[[], T]) -> T | None:
     """What Triton kernels compute; None, for good and with one warning, if they do not compile.
 
     Raises:
-        Exception: whatever it was, if the path was forced.
+        Exception: whatever it was, if the backend was forced.
     """
     from triton.errors import TritonError
 
@@ -117,10 +117,10 @@ def _is_exporting() -> bool:
 
 
 def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The path that ``operator`` takes on a kind of device, and why.
+    """The backend that ``operator`` takes on a kind of device, and why.
 
     Raises:
-        ValueError: ``DENSE_OPS`` names no path or one that cannot run on this machine.
+        ValueError: ``DENSE_OPS`` names no backend or one that cannot run on this machine.
     """
     if exporting():
         return "torch", "an exported graph holds PyTorch's own operators only"
@@ -146,7 +146,7 @@ def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
         return "onednn", "faster than PyTorch's own products"
     if device != "cpu":
         return "torch", "PyTorch's own operators"
-    return "torch", f"it has no path {wanted}" if wanted else "the fastest on a CPU"
+    return "torch", f"it has no backend {wanted}" if wanted else "the fastest on a CPU"
 
 
 def _on_gpu(operator: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -187,18 +187,18 @@ def _no_onednn(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _environment() -> tuple[str | None, str]:
-    path = os.environ.get(ENVIRONMENT) or None
-    _check(path)
-    return path, ENVIRONMENT
+    backend = os.environ.get(ENVIRONMENT) or None
+    _check(backend)
+    return backend, ENVIRONMENT
 
 
-def _check(path: str | None) -> None:
-    if path is None:
+def _check(backend: str | None) -> None:
+    if backend is None:
         return
-    if path not in PATHS:
-        raise ValueError(f"{ENVIRONMENT}={path!r}: {', '.join(PATHS)} are valid")
-    if path == "native" and (missing := native.missing()) is not None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT}={backend!r}: {', '.join(BACKENDS)} are valid")
+    if backend == "native" and (missing := native.missing()) is not None:
         raise ValueError(f"{ENVIRONMENT}=native: {missing}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if path == "triton" and (missing := _no_triton(device)) is not None:
+    if backend == "triton" and (missing := _no_triton(device)) is not None:
         raise ValueError(f"{ENVIRONMENT}=triton: {missing}")

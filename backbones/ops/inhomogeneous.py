@@ -63,7 +63,7 @@ def inhomogeneous_dynamic_depthwise_conv(
             f"groups of {x.shape[-1]} channels: it needs groups*{taps} rows, groups a divisor of "
             f"{x.shape[-1]}"
         )
-    path = choose(_NAME, x, hidden, weight, bias)
+    backend = choose(_NAME, x, hidden, weight, bias)
     dtype = autocast_dtype(x)
     x, hidden, weight, bias = (t.to(dtype) for t in (x, hidden, weight, bias))
     # (taps, G, D): each tap's prediction is one contiguous matrix.
@@ -74,7 +74,7 @@ def inhomogeneous_dynamic_depthwise_conv(
     with without_autocast(x):
         if exporting():
             out = _by_taps(shared, hidden, by_tap, bias_by_tap, kernel_size)
-        elif path == "reference":
+        elif backend == "reference":
             return reference.inhomogeneous_dynamic_depthwise_conv(
                 x, hidden, weight, bias, kernel_size
             )
@@ -92,12 +92,12 @@ def _forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int)
 
     ``(B, H, W, S, G)``, ``(B, H, W, D)``, ``(K*K, G, D)`` and ``(K*K, G)`` to ``(B, H, W, S, G)``.
     """
-    path = choose(_NAME, x)
-    if path == "triton":
+    backend = choose(_NAME, x)
+    if backend == "triton":
         out = attempt(_NAME, lambda: _triton().forward(*_contiguous(x, hidden, weight, bias), size))
         if out is not None:
             return out
-    if path == "native":
+    if backend == "native":
         return _native_forward(x, hidden, weight, bias, size)
     return _torch_forward(x, hidden, weight, bias, size)
 
@@ -106,11 +106,11 @@ def _forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int)
 def _backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    path, like, grads = choose(_NAME, x), (x, hidden, weight, bias), None
-    if path == "triton":
+    backend, like, grads = choose(_NAME, x), (x, hidden, weight, bias), None
+    if backend == "triton":
         grads = attempt(_NAME, lambda: _triton().backward(*_contiguous(grad, *like), size))
     if grads is None:
-        backward = _native_backward if path == "native" else _torch_backward
+        backward = _native_backward if backend == "native" else _torch_backward
         grads = backward(grad, *like, size)
     return tuple(g.to(t.dtype) for g, t in zip(grads, like, strict=True))
 

@@ -1,7 +1,7 @@
 """The C kernels: built by the machine's C compiler on first use, and called.
 
 They are built once for all processes, and nothing at import. A machine without a compiler, or one
-whose compiler fails, takes the other paths; a failure is said once.
+whose compiler fails, takes the other backends; a failure is said once.
 """
 
 import ctypes
@@ -83,7 +83,7 @@ def _build() -> tuple[Path, str | None]:
         lines = said.strip().splitlines()
         said = next((line for line in lines if "error" in line.lower()), lines[-1])
         reason = f"{compiler} could not build the C kernels: {said.strip()}"
-        warnings.warn(f"{reason}; slower paths take over", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{reason}; slower backends take over", RuntimeWarning, stacklevel=2)
         return Path(), reason
     return folder, None
 

@@ -1,4 +1,4 @@
-"""What the operators compute, in the plainest PyTorch: the truth that every path is held to.
+"""What the operators compute, in the plainest PyTorch: the truth that every backend is held to.
 
 Slow, memory-hungry and differentiable by autograd alone; nothing but tests and benchmarks calls
 these.

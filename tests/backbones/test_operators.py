@@ -126,8 +126,8 @@ def test_inhomogeneous_takes_autocast_and_any_layout():
     assert (got - expected).abs().max() < 3e-2 * expected.abs().max()
 
 
-@pytest.mark.parametrize("path", ["torch", "native"])
-def test_inhomogeneous_never_holds_the_kernels(path):
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_inhomogeneous_never_holds_the_kernels(backend):
     """No tensor of the forward or backward pass is as large as a third of the kernels."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -144,9 +144,9 @@ def test_inhomogeneous_never_holds_the_kernels(path):
 
     groups, shared, size = 32, 3, (16, 16)
     args = [a.requires_grad_() for a in inhomogeneous_inputs(size, groups, shared, 7, 24)[:4]]
-    if path == "native" and native.missing() is not None:
+    if backend == "native" and native.missing() is not None:
         pytest.skip(native.missing())
-    with ops.force(path), Largest():
+    with ops.force(backend), Largest():
         ops.inhomogeneous_dynamic_depthwise_conv(*args, 7).sum().backward()
     kernels = 2 * size[0] * size[1] * groups * 49 * 8
     assert 0 < largest < kernels / 3

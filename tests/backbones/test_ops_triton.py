@@ -139,7 +139,7 @@ def test_autocast(make):
 
 
 @pytest.mark.parametrize("make", [cases.attention, cases.local_mlp])
-def test_windows_too_large_for_registers_take_another_path(make):
+def test_windows_too_large_for_registers_take_another_backend(make):
     torch.manual_seed(0)
     name, inputs, options = make((12, 12), window=(12, 12), batch=1, shift=(0, 0))
     expected = getattr(reference, name)(*inputs, *options)
@@ -330,13 +330,13 @@ def test_tiles_agree_and_are_timed_once_for_maps_alike(monkeypatch):
 
 @pytest.mark.usefixtures("unforced")
 def test_which_operators_a_gpu_takes_them_for(monkeypatch):
-    paths = {name: explain(name, "cuda", torch.bfloat16)[0] for name in dispatch.OPERATORS}
-    taken = {name for name, path in paths.items() if path == "triton"}
+    backends = {name: explain(name, "cuda", torch.bfloat16)[0] for name in dispatch.OPERATORS}
+    taken = {name for name, backend in backends.items() if backend == "triton"}
     assert taken == set(dispatch.ON_GPUS)
     assert explain("dynamic_depthwise_conv", "cuda", torch.float64)[0] == "torch"
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    path, reason = explain("dynamic_depthwise_conv", "cuda", torch.float32)
-    assert path == "torch" and "no Triton" in reason
+    backend, reason = explain("dynamic_depthwise_conv", "cuda", torch.float32)
+    assert backend == "torch" and "no Triton" in reason
 
 
 @pytest.mark.usefixtures("unforced")
@@ -351,8 +351,8 @@ def test_kernels_that_do_not_compile_are_said_once(monkeypatch, recwarn):
     assert [str(w.message) for w in recwarn] == [
         "window_attention: Triton did not compile it: no such processor"
     ]
-    path, reason = explain("window_attention", "cuda", torch.float32)
-    assert path == "torch" and "no such processor" in reason
+    backend, reason = explain("window_attention", "cuda", torch.float32)
+    assert backend == "torch" and "no such processor" in reason
     with ops.force("triton"), pytest.raises(TritonError):
         dispatch.attempt("window_attention", compute)
 

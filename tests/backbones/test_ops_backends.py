@@ -1,4 +1,4 @@
-"""Every path of every operator: outputs and gradients, precisions, registration, capture."""
+"""Every backend of every operator: outputs and gradients, precisions, registration, capture."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from backbones.ops import native, reference
 from backbones.ops.dispatch import OPERATORS, explain
 from tests.support import OperatorCases, agrees, outputs_and_gradients, randn
 
-PATHS = [
+BACKENDS = [
     "torch",
     pytest.param(
         "native",
@@ -24,71 +24,71 @@ PATHS = [
 cases = OperatorCases(kernel=7)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.all)
 @pytest.mark.parametrize("size", [(1, 1), (3, 20), (17, 12)])
-def test_paths_agree_with_the_reference(make, path, size):
-    agrees(make(size), path)
+def test_backends_agree_with_the_reference(make, backend, size):
+    agrees(make(size), backend)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.convolutions)
 @pytest.mark.parametrize("kernel", [1, 3, 4, 5])
-def test_kernel_sizes(make, path, kernel):
-    agrees(make((5, 14), kernel=kernel), path)
+def test_kernel_sizes(make, backend, kernel):
+    agrees(make((5, 14), kernel=kernel), backend)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.convolutions)
 @pytest.mark.parametrize("groups, shared", [(1, 1), (32, 1), (1, 32), (9, 6)])
-def test_groups(make, path, groups, shared):
-    agrees(make((4, 9), groups=groups, shared=shared, batch=1), path)
+def test_groups(make, backend, groups, shared):
+    agrees(make((4, 9), groups=groups, shared=shared, batch=1), backend)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.all)
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)]
 )
-def test_precisions(make, path, dtype, tolerance):
+def test_precisions(make, backend, dtype, tolerance):
     torch.manual_seed(0)
-    agrees(make((9, 12)), path, dtype, tolerance)
+    agrees(make((9, 12)), backend, dtype, tolerance)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window", [(7, 7), (1, 2), (2, 5), (12, 12)])
 @pytest.mark.parametrize("dim", [1, 3, 8, 32])
-def test_windows(path, window, dim, heads=2):
+def test_windows(backend, window, dim, heads=2):
     rows, columns = window
     size = (2 * rows, 3 * columns)
     for shift in {(0, 0), (rows // 2, columns // 2), (0, columns // 2), (rows - 1, 0)}:
         bias = randn(heads, rows * columns, rows * columns)
         qkv = randn(2, *size, 3 * heads * dim)
-        agrees(("window_attention", [qkv, bias], (heads, window, shift)), path)
+        agrees(("window_attention", [qkv, bias], (heads, window, shift)), backend)
         for grid in ((), (2, 3)):
             weight = randn(*grid, *bias.shape)
             value = randn(2, *size, heads * dim)
-            agrees(("local_mlp", [value, weight, bias], (window, shift)), path)
+            agrees(("local_mlp", [value, weight, bias], (window, shift)), backend)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_attention_of_any_sharpness(path, scale):
+def test_attention_of_any_sharpness(backend, scale):
     """From even weights to a single one, whose others are below the smallest float32."""
     torch.manual_seed(0)
     case = "window_attention", [scale * randn(1, 7, 14, 192), randn(2, 49, 49)], (2, (7, 7), (3, 3))
-    agrees(case, path)
-    agrees(case, path, torch.float32, 1e-5 * max(1.0, scale**2))
+    agrees(case, backend)
+    agrees(case, backend, torch.float32, 1e-5 * max(1.0, scale**2))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.all)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden(make, path, value):
+def test_what_is_not_finite_is_not_hidden(make, backend, value):
     name, inputs, options = make((6, 6))
     inputs = [x.float() for x in inputs]
     inputs[0][0, 2, 3, 0] = value
-    with ops.force(path):
+    with ops.force(backend):
         assert not getattr(ops, name)(*inputs, *options).isfinite().all()
 
 
@@ -100,19 +100,19 @@ def test_a_key_that_is_not_a_number_is_not_hidden():
         assert ops.window_attention(qkv, torch.zeros(2, 6, 6), 2, (3, 2), (0, 0)).isnan().any()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.all)
-def test_an_empty_batch(make, path):
-    agrees(make((4, 4), batch=0), path)
+def test_an_empty_batch(make, backend):
+    agrees(make((4, 4), batch=0), backend)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.all)
-def test_any_layout_gives_the_same_and_repeats_bit_for_bit(make, path):
+def test_any_layout_gives_the_same_and_repeats_bit_for_bit(make, backend):
     name, inputs, options = make((9, 12))
     grad = randn(*getattr(reference, name)(*inputs, *options).shape)
     strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
-    with ops.force(path):
+    with ops.force(backend):
         function = getattr(ops, name)
         first, again = (outputs_and_gradients(function, inputs, options, grad) for _ in range(2))
         other = outputs_and_gradients(function, strided, options, grad.mT.contiguous().mT)
@@ -121,12 +121,12 @@ def test_any_layout_gives_the_same_and_repeats_bit_for_bit(make, path):
         torch.testing.assert_close(a, c)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.all)
-def test_autocast(make, path):
+def test_autocast(make, backend):
     name, inputs, options = make((9, 12))
     inputs = [x.float().requires_grad_() for x in inputs]
-    with ops.force(path), torch.autocast("cpu", torch.bfloat16):
+    with ops.force(backend), torch.autocast("cpu", torch.bfloat16):
         out = getattr(ops, name)(*inputs, *options)
     if make in cases.convolutions:
         assert out.dtype == torch.bfloat16
@@ -135,16 +135,16 @@ def test_autocast(make, path):
     assert (out - expected).abs().max() < 4e-2 * expected.abs().max()
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_registration_is_sound(path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registration_is_sound(backend):
     def leaf(*shape):
         return torch.randn(*shape, requires_grad=True)
 
     x = leaf(2, 4, 5, 3, 8)
     inner = (x, leaf(2, 4, 5, 6), leaf(9, 8, 6), leaf(9, 8), 3)
-    with ops.force(path):
+    with ops.force(backend):
         torch.library.opcheck(torch.ops.dense.predict_and_aggregate.default, inner)
-        if path == "native":
+        if backend == "native":
             inner = (leaf(2, 4, 5, 9), leaf(2, 49, 9), leaf(9), 7)
             torch.library.opcheck(torch.ops.dense.depthwise.default, inner)
 
@@ -158,13 +158,13 @@ class Operator(nn.Module):
         return getattr(ops, self.name)(*inputs, *self.options)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.convolutions)
-def test_one_graph_serves_all_sizes(make, path):
+def test_one_graph_serves_all_sizes(make, backend):
     """Forward and backward, without a break; the second size compiles nothing."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    with ops.force(path):
+    with ops.force(backend):
         for size in [(9, 12), (14, 10)]:
             name, inputs, options = make(size)
             maps = inputs[: 2 if make in (cases.inhomogeneous, cases.aggregation) else 1]
@@ -249,12 +249,12 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch, tmp_path, recwarn):
             agrees(cases.depthwise((4, 5)), None)
         assert explain("depthwise_conv", "cpu", torch.float32)[0] == "torch"
         said = [str(w.message) for w in recwarn if "C kernels" in str(w.message)]
-        assert len(said) == 1 and "no such processor; slower paths take over" in said[0]
+        assert len(said) == 1 and "no such processor; slower backends take over" in said[0]
     finally:
         native._build.cache_clear()
 
 
-def test_command_names_path_and_reason():
+def test_command_names_backend_and_reason():
     ran = subprocess.run(
         [sys.executable, "-m", "backbones.ops"], capture_output=True, text=True, check=True
     )
