@@ -1,6 +1,6 @@
-# `make demo` and `make test` do all the set-up themselves; `make help` lists the rest.
-# PYTHON=python3.12 picks the interpreter, MMCV=compiled mmcv with its own operators (MMCV=lite goes
-# back), WHEELHOUSE=folder offers prebuilt wheels.
+# `make demo` and `make test` include the set-up; `make help` lists all targets.
+# PYTHON=python3.12 selects the interpreter, MMCV=compiled installs mmcv with its own operators
+# (MMCV=lite goes back), WHEELHOUSE=folder is a folder of prebuilt wheels.
 
 WORK_DIR ?= work_dirs/demo
 CHAIN_DIR ?= work_dirs/chain
@@ -9,7 +9,7 @@ WORKERS ?= 2
 ifndef PYTHON
 supported = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 candidates = .venv/bin/python python3 python3.12 python3.11
-# None of them supported: python3 then says itself what is wrong with it.
+# If none is supported, python3 runs the set-up script, which prints the error.
 PYTHON := $(shell for p in $(candidates); do \
 	$$p -c '$(supported)' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 endif
@@ -40,7 +40,7 @@ demo: setup
 demo-chain: setup
 	.venv/bin/python tools/demo_chain.py --out $(CHAIN_DIR)
 
-# Many small networks: a process each is faster than threads that share one.
+# The tests run small networks: parallel processes are faster than threads.
 test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not e2e" -n $(WORKERS) --durations=15
 
@@ -57,7 +57,7 @@ lint: setup
 compile = .venv/bin/uv pip compile --quiet pyproject.toml --all-extras requirements/pins.in \
 	--python-platform linux --python .venv/bin/python --no-build-isolation $(LOCK_FLAGS)
 
-# One file for both Pythons: what is resolved for 3.11 must be what 3.12 would get beside it.
+# One lock file for both Pythons: resolving for 3.12 must give the same versions as for 3.11.
 lock: export UV_CUSTOM_COMPILE_COMMAND = make lock
 lock: .venv/bin/uv
 	$(compile) --python-version 3.11 --output-file requirements/lock.txt >/dev/null
@@ -65,7 +65,7 @@ lock: .venv/bin/uv
 	$(compile) --python-version 3.12 --output-file .venv/lock-3.12.txt >/dev/null
 	diff requirements/lock.txt .venv/lock-3.12.txt
 
-# Not `setup`, which may fail until a package new in pyproject.toml is in the lock.
+# `lock` needs uv alone: `setup` may fail while the lock file lacks a package of pyproject.toml.
 .venv/bin/uv:
 	$(MAKE) setup
 

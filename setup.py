@@ -1,4 +1,4 @@
-"""The metadata stands in pyproject.toml; this adds the recipes, which lie outside the packages."""
+"""Add the recipes of configs/ to the wheel; all metadata is in pyproject.toml."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithRecipes(build_py):
-    """Copies the recipes of ``configs/`` to ``dense/configs``, where :mod:`dense.recipes` looks."""
+    """Copy ``configs/`` to ``dense/configs``, where :mod:`dense.recipes` looks for it."""
 
     def run(self) -> None:
         super().run()

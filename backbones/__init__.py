@@ -1,9 +1,9 @@
-"""Backbones for dense prediction: five ways to mix pixels in one Swin-shaped pyramid.
+"""Backbones for dense prediction: five pixel mixers in one Swin-shaped pyramid.
 
-Importing this package registers the models with timm::
+Importing this package registers the models with timm:
 
-    import backbones, timm
-    model = timm.create_model("i_d_dw_conv_tiny", num_classes=1000, drop_path_rate=0.2)
+>>> import backbones, timm
+>>> model = timm.create_model("i_d_dw_conv_tiny", num_classes=1000, drop_path_rate=0.2)
 """
 
 import backbones.models  # noqa: F401  (registers them)

@@ -1,14 +1,13 @@
-"""Weights into the networks: found in what was saved, renamed, resized, and reported.
+"""Load a checkpoint into a network: find the backbone, rename, resize, check and report.
 
-A file may hold a bare state dict or a training checkpoint around it, of a classifier or of a whole
-detector or segmentor with the backbone inside, by the names of any of :data:`layouts.LAYOUTS`.
-Loading never leaves a network partly random in silence: beyond the classifier and the norms of the
-outputs, anything that does not fit is an error that names it.
+A file holds a bare state dict or a training checkpoint, of a backbone, a classifier, a detector or
+a segmentor, in any of :data:`backbones.layouts.LAYOUTS`. Entries that are missing, left over or of
+another shape raise an error; only the classifier and the norms after the stages are optional.
 """
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,23 +22,23 @@ from backbones.reading import CheckpointError, read_with_classes
 
 _logger = logging.getLogger(__name__)
 
-# What may be absent from a file, or left over in it, without leaving the pyramid random.
+# Entries that a file may lack, or have in excess: no stage depends on them.
 _OPTIONAL = re.compile(r"^(norm|norms\.\d+|head(\.fc)?)\.|num_batches_tracked$")
 _CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint gave to a network, by the names of the network's state dict.
+    """Which entries of a checkpoint were loaded; names are those of the network's state dict.
 
     Attributes:
         source: the file or URL.
-        matched: entries that were loaded, the resized ones among them.
-        missing: entries of the network that the file does not fill.
-        unexpected: entries of the file's backbone that the network has no place for.
-        resized: entries that were fitted to another window, kernel, grid or number of channels.
-        elsewhere: how many entries of the file belong to something else, a detector's heads say.
-        classifier: how the classifier's rows were found, empty where they are the file's.
+        matched: loaded entries, including the resized ones.
+        missing: entries of the network that the file lacks.
+        unexpected: entries of the file's backbone that the network lacks.
+        resized: entries resized to another window, kernel, window grid or number of image channels.
+        elsewhere: number of entries of the file outside its backbone, such as a detector's heads.
+        classifier: how the classifier's rows were matched by class name; empty if unchanged.
     """
 
     source: str
@@ -62,7 +61,7 @@ class LoadReport:
         if self.classifier:
             lines.append(f"  classifier: {self.classifier}")
         if self.elsewhere:
-            lines.append(f"  {self.elsewhere} entries outside of the backbone were not needed")
+            lines.append(f"  {self.elsewhere} entries outside the backbone were ignored")
         return "\n".join(lines)
 
 
@@ -74,23 +73,25 @@ def load_checkpoint(
     prefix: str | None = None,
     weights_only: bool = True,
 ) -> LoadReport:
-    """Load a checkpoint into a pyramid, or into the one pyramid of a module.
+    """Load a checkpoint into the backbone of a model, in place.
+
+    >>> report = backbones.load_checkpoint(model, "pretrained.pth")
 
     Args:
-        model: a :class:`backbones.Pyramid`, a dense-prediction backbone over one, or anything that
-            holds one of them: timm's ``features_only`` form, DDP, a whole detector.
-        source: a ``.pth`` or ``.safetensors`` file, or the URL of one.
-        classes: names of the classifier's outputs, ImageNet's wnids say, by which rows are found in
-            a file of other classes; 1000 outputs are ImageNet-1K's unless this says otherwise.
-        prefix: what stands before the backbone's names, for a file that holds several.
-        weights_only: False reads files that cannot be read safely too; only for those you trust.
+        model: a :class:`backbones.Pyramid`, or any module that contains one backbone of this
+            package: timm's ``features_only`` wrapper, DDP, a detector, a segmentor.
+        source: a ``.pth`` or ``.safetensors`` file, or a URL.
+        classes: class names of the model's classifier, to pick its rows from a file with other
+            classes; None takes ImageNet's wnids for 1000 or 21841 outputs.
+        prefix: prefix of the backbone's names in a file with several backbones; None finds it.
+        weights_only: False also unpickles unsafe files, which can run code: only for trusted files.
 
     Returns:
-        What matched, is missing, was not used and was resized; it is logged too.
+        The report, which is also logged.
 
     Raises:
-        CheckpointError: the file cannot be read, needs more than weights to be unpickled, or does
-            not fill the pyramid; the network is left as it was.
+        CheckpointError: the file cannot be read, is unsafe to unpickle, or does not fit. The model
+            is unchanged then.
     """
     given, their_classes = read_with_classes(source, weights_only=weights_only)
     model = _pyramid_in(model)
@@ -101,7 +102,7 @@ def load_checkpoint(
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """What timm calls before it loads weights: ours from anybody's names, or a CheckpointError."""
+    """timm's ``checkpoint_filter_fn``: convert a state dict of any layout to ours, or raise."""
     state_dict, report = fit(state_dict, model, "pretrained weights")
     _logger.info("%s", report)
     return state_dict
@@ -115,21 +116,21 @@ def fit(
     classes: Sequence[str] | None = None,
     prefix: str | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """Rename and resize a state dict for ``model`` and check that it fills it.
+    """Rename and resize a state dict for ``model``, and check that it is complete.
 
     Args:
-        state_dict: weights by anybody's names.
-        model: a :class:`backbones.Pyramid` or a dense-prediction backbone over one.
-        source: what the report and the error call them.
-        their_classes: names of the outputs of the file's classifier, where they are known.
-        classes: names of the outputs of the model's.
-        prefix: what stands before the backbone's names; None finds it.
+        state_dict: weights in any layout.
+        model: a :class:`backbones.Pyramid` or a ``DenseBackbone``.
+        source: the name of the weights in the report and in errors.
+        their_classes: class names of the file's classifier, if known.
+        classes: class names of the model's classifier, if known.
+        prefix: prefix of the backbone's names; None finds it.
 
     Returns:
-        The entries that fit, by the model's names, and the report of all.
+        The entries to load, by the model's names, and the report.
 
     Raises:
-        CheckpointError: a weight of the pyramid is missing, has another shape, or is not in it.
+        CheckpointError: a weight is missing, unexpected or of a shape that cannot be resized.
     """
     wanted = model.state_dict()
     own = backbone_of(state_dict, prefix, family_of(wanted))
@@ -163,13 +164,9 @@ def fit(
 def _refuse_partial(report: LoadReport, wrong: list[str], given: Mapping, wanted: Mapping) -> None:
     shapes = {entry.split()[0] for entry in wrong}
     missing = [n for n in report.missing if n not in shapes and not _OPTIONAL.search(n)]
-    # A backbone whose outputs end early has no use for the later stages.
-    kept = max(int(n.split(".")[1]) for n in wanted if n.startswith("stages."))
-    unexpected = [
-        n
-        for n in report.unexpected
-        if not _OPTIONAL.search(n) and not (_stage(n) is not None and _stage(n) > kept)
-    ]
+    # A backbone with few out_indices is built without the later stages.
+    last = max(map(_stage, wanted))
+    unexpected = [n for n in report.unexpected if not _OPTIONAL.search(n) and _stage(n) <= last]
     if not (wrong or missing or unexpected):
         return
     lines = [
@@ -185,15 +182,15 @@ def _refuse_partial(report: LoadReport, wrong: list[str], given: Mapping, wanted
 def backbone_of(
     state_dict: Mapping[str, Tensor], prefix: str | None = None, family: str | None = None
 ) -> dict[str, Tensor]:
-    """The entries of the pyramid, whatever it is called inside the module that was saved.
+    """Select the backbone's entries of a state dict and strip their prefix.
 
     Args:
-        state_dict: weights of a module with a backbone in it, or of a backbone.
-        prefix: what stands before the backbone's names; None finds it.
-        family: the family that is wanted, where a module holds backbones of several.
+        state_dict: weights of a backbone, or of a module that contains one.
+        prefix: prefix of the backbone's names; None finds it.
+        family: the preferred family if there are several backbones.
 
     Raises:
-        CheckpointError: several backbones fit, or there is none under the prefix.
+        CheckpointError: several backbones match, or none has the prefix.
     """
     found = {}
     for name in state_dict:
@@ -216,8 +213,8 @@ def backbone_of(
         return found[""]
     if len(found) > 1:
         raise CheckpointError(
-            f"it holds {len(found)} backbones, under {', '.join(map(repr, found))}: name one by "
-            "prefix=... of backbones.load_checkpoint, or write it to a file of its own by "
+            f"the checkpoint holds {len(found)} backbones, under {', '.join(map(repr, found))}: "
+            "choose one with prefix=... of backbones.load_checkpoint, or extract it with "
             "tools/convert_checkpoint.py --from-prefix"
         )
     return next(iter(found.values()), dict(state_dict))
@@ -225,7 +222,7 @@ def backbone_of(
 
 def _below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    # MMPretrain's classifier stands beside its backbone, whose last norm is the classifier's.
+    # MMPretrain's classifier is outside its backbone, and norm3 of the backbone is our final norm.
     beside = prefix.removesuffix("backbone.") + "head.fc."
     if prefix.endswith("backbone.") and f"{beside}weight" in state_dict:
         own |= {f"head.fc.{k}": state_dict[beside + k] for k in ("weight", "bias")}
@@ -234,12 +231,12 @@ def _below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _pyramid_in(model: nn.Module) -> nn.Module:
-    """The module whose names are a pyramid's: the model, or the one inside it."""
+    """The only backbone of this package in ``model``, which may be ``model`` itself."""
     anchor = ANCHORS[0]
     places = [name.removesuffix(anchor) for name in model.state_dict() if _ends(name, anchor)]
     if len(places) != 1:
         raise CheckpointError(
-            f"{type(model).__name__} holds {len(places)} backbones of this package: one is needed"
+            f"{type(model).__name__} holds {len(places)} backbones of this package, not one"
         )
     found = model.get_submodule(places[0].rstrip("."))
     if any(parameter.is_meta for parameter in found.parameters()):
@@ -257,10 +254,10 @@ def _map_classifier(
     theirs: Sequence[str] | None,
     ours: Sequence[str] | None,
 ) -> str:
-    """Pick the rows of another set of classes by name; says what was done.
+    """Pick the classifier's rows in ``given`` by class name; returns a description for the report.
 
-    Rows without a counterpart stay as the network has them. Where most have none the classifier is
-    left out of ``given``.
+    Classes that the file lacks keep the network's rows. If the file lacks more than half of them,
+    the classifier is removed from ``given``.
     """
     if not all(name in given and name in wanted for name in _CLASSIFIER):
         return ""
@@ -294,13 +291,13 @@ def _map_classifier(
 
 
 def _imagenet(count: int) -> Sequence[str] | None:
-    """The wnids of as many classes: sorted, as both ImageNets are."""
+    """The sorted wnids of ImageNet-1K or ImageNet-22K, chosen by the number of classes."""
     subset = {1000: "imagenet-1k", 21841: "imagenet-22k"}.get(count)
     return ImageNetInfo(subset).label_names() if subset else None
 
 
 def _resize(model: nn.Module, name: str, value: Tensor, target: Tensor) -> Tensor:
-    """``value`` for another window, kernel, grid or number of image channels if it can be."""
+    """``value`` in the shape of ``target``, or unchanged if it cannot be resized."""
     if name == "patch_embed.proj.weight" and value.shape[:2] == (target.shape[0], 3):
         return adapt_input_conv(target.shape[1], value)
     for place, module in model.named_modules():
@@ -310,7 +307,7 @@ def _resize(model: nn.Module, name: str, value: Tensor, target: Tensor) -> Tenso
 
 
 def _guess(names: Mapping[str, Tensor]) -> str:
-    """Which family and size a set of names looks like."""
+    """The family and size that a state dict looks like, for the error message."""
     family = family_of(names)
     if family is None:
         return "no family of this package"
@@ -322,12 +319,13 @@ def _guess(names: Mapping[str, Tensor]) -> str:
     return f"{family}_{size} (C={width}, depths {' '.join(map(str, depths))})"
 
 
-def _stage(name: str) -> int | None:
+def _stage(name: str) -> int:
+    """The stage index in an entry's name, -1 outside the stages."""
     match = re.match(r"stages\.(\d+)\.", name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
-def _some(names, count: int = 6) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
-    rest = f", and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest
+    rest = f", and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + rest

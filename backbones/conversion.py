@@ -1,4 +1,4 @@
-"""A file of one code base's weights written as a file of another's."""
+"""Convert checkpoint files between the layouts of different code bases."""
 
 import json
 import os
@@ -21,14 +21,13 @@ _OURS = ("patch_embed.", "stages.", "norm.", "norms.", "head.fc.")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert_checkpoint` did.
+    """The result of :func:`convert_checkpoint`.
 
     Attributes:
-        family: whose weights they are.
-        source: the layout they had.
+        family: the family of the weights.
+        source: the layout of the input.
         written: entries of the new file.
-        left_out: entries, by our names, that the new layout has no place for or that are no part of
-            the pyramid.
+        left_out: entries, by our names, that the new layout lacks or that are not the backbone's.
     """
 
     family: str
@@ -46,23 +45,24 @@ def convert_checkpoint(
     from_prefix: str | None = None,
     weights_only: bool = True,
 ) -> Conversion:
-    """Write a checkpoint's backbone as another code base has it, values untouched.
+    """Write the backbone of a checkpoint in another layout; converting back gives the same bits.
 
-    The patch merging's channels are reordered where the two differ, 1x1 convolutions and linear
-    layers take each other's shape; converting back gives the same bits.
+    Entries are renamed, patch merging channels reordered, and 1x1 convolutions reshaped to or from
+    linear layers.
+
+    >>> convert_checkpoint("swin_tiny.pth", "torchvision.pth", "torchvision")
 
     Args:
-        source: a file or URL of any of :data:`backbones.layouts.LAYOUTS`, a backbone, a classifier
-            or a whole detector or segmentor with it inside.
-        target: a ``.pth`` or ``.safetensors`` file, written whole or not at all.
-        layout: one of :data:`backbones.layouts.LAYOUTS`.
-        prefix: what to put before every name, ``"backbone."`` say.
-        from_prefix: what stands before the backbone's names in a source that holds several.
-        weights_only: False reads files that cannot be read safely too; only for those you trust.
+        source: a file or URL in any layout, of a backbone, classifier, detector or segmentor.
+        target: a ``.pth``, ``.pt`` or ``.safetensors`` file, written atomically.
+        layout: a key of :data:`backbones.layouts.LAYOUTS`.
+        prefix: prepended to every name, such as ``"backbone."``.
+        from_prefix: prefix of the backbone's names in a source with several; None finds it.
+        weights_only: False also unpickles unsafe files, which can run code: only for trusted files.
 
     Raises:
-        CheckpointError: the source cannot be read or holds none of our families.
-        ValueError: an unknown layout, one that cannot hold the family, or another suffix.
+        CheckpointError: the source cannot be read or holds no backbone of this package.
+        ValueError: the layout is unknown or cannot hold the family, or the suffix is wrong.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"no layout {layout!r}: {', '.join(LAYOUTS)} are valid")
@@ -90,21 +90,21 @@ def write_weights(
     classes: Sequence[str] | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write weights whole or not at all.
+    """Write a state dict to a file atomically.
 
     Args:
-        path: ``.safetensors``, or anything else for PyTorch's format.
-        state_dict: what to write.
-        wrapper: the key to put them under in PyTorch's format; None writes them bare, unless there
-            are classes to be kept beside.
-        classes: names of the classifier's outputs.
-        meta: plain values to be kept beside, under ``meta``; JSON in a safetensors header.
+        path: ``.safetensors``, or any other suffix for ``torch.save``.
+        state_dict: the weights; they are copied to the CPU.
+        wrapper: the key of the weights in a ``torch.save`` file. None writes a bare state dict, or
+            uses ``"state_dict"`` if there are classes or other metadata.
+        classes: class names of the classifier, written to ``meta``.
+        meta: plain values under the key ``meta``; JSON in a safetensors header.
     """
     meta = dict(meta or {}) | ({"classes": list(classes)} if classes else {})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    # Clones, for safetensors refuses tensors that share memory.
+    # Cloned because safetensors refuses tensors that share memory.
     weights = {
         name: value.detach().cpu().contiguous().clone() for name, value in state_dict.items()
     }

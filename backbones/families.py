@@ -1,7 +1,6 @@
-"""The one table of families: what mixes the pixels in each, and the sizes it comes in.
+"""The table of families: the mixer of each, and the sizes it comes in.
 
-Everything that depends on a family asks its mixer (:class:`backbones.mixers.Mixer`): a new family
-is a file in ``mixers/`` and a line here.
+A new family is a :class:`backbones.mixers.Mixer` subclass in ``mixers/`` and a line in ``TABLE``.
 """
 
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from backbones import mixers
 from backbones.mixers import Mixer
 
-# C of the first stage and depths as Table 8, heads as Swin; nano is for tests and small data.
+# embed_dim and depths of tiny and base are Table 8's, heads are Swin's.
 SIZES = {
     "nano": dict(embed_dim=32, depths=(1, 1, 2, 1), num_heads=(2, 4, 8, 16)),
     "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
@@ -19,10 +18,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Family:
-    """A line of the table.
+    """A line of :data:`TABLE`.
 
     Attributes:
-        mixer: what mixes the pixels; its options become those of the models.
+        mixer: the mixer class; the keyword-only arguments of its ``at`` become model arguments.
         sizes: keys of :data:`SIZES`.
     """
 

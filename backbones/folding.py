@@ -1,15 +1,15 @@
-"""The arithmetic of folding a batch norm in evaluation mode into the layer beside it."""
+"""Fold batch norms in evaluation mode into the linear layers beside them."""
 
 from torch import Tensor, nn
 
 
 def foldable(norm: nn.Module) -> bool:
-    """Whether it is a norm with statistics to fold, not one that was folded before."""
+    """Whether ``norm`` has running statistics; an already folded one is an Identity without."""
     return getattr(norm, "running_var", None) is not None
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factor and summand of a batch norm in evaluation mode, ``(C,)`` each, float64."""
+    """Scale and shift of a batch norm in evaluation mode, ``(C,)`` each, float64."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = -norm.running_mean.double() * scale
     if norm.weight is not None:
@@ -33,7 +33,7 @@ def linear_after(norm: nn.Module, linear: nn.Linear) -> nn.Linear:
 
 
 def parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    """``value`` as a parameter of the dtype and device of ``like``."""
+    """``value`` as a parameter with the dtype, device and ``requires_grad`` of ``like``."""
     return nn.Parameter(value.to(like), requires_grad=like.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""What a network becomes for inference: batch norms folded, matrix products by the fast path."""
+"""Prepare networks for inference: fold batch norms, replace linears and MLPs by faster ones."""
 
 from copy import deepcopy
 from typing import TypeVar
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import ops
-from backbones.folding import foldable, linear_after
+from backbones.folding import foldable, linear_after, parameter
 from backbones.layers import Mlp, is_plain
 from backbones.mixers import Mixer
 from backbones.pyramid import Block, PatchMerging
@@ -16,25 +16,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model, inplace: bool = False) -> Model:
-    """Prepare a trained model for inference: the same outputs, to rounding, sooner.
+    """Prepare a trained model for faster inference with the same outputs up to rounding.
 
-    The batch norms of every block are folded into the linears and convolutions beside them; what
-    cannot be folded stays, the norms of a dense backbone's outputs among it. Linears and MLPs of
-    the blocks become :class:`InferenceLinear` and :class:`InferenceMlp`, whose products a CPU
-    computes faster. A layer that somebody has hooked, parametrized, quantised or replaced stays.
+    Batch norms of the blocks are folded into adjacent linears and convolutions. Linears and MLPs
+    become :class:`InferenceLinear` and :class:`InferenceMlp`, which are faster on CPUs. Layers with
+    hooks, parametrizations, quantised weights or another type are kept, as are the output norms.
 
-    Example::
-
-        model = backbones.fuse(timm.create_model("dw_conv_tiny", pretrained=True))
+    >>> model = backbones.fuse(timm.create_model("dw_conv_tiny", pretrained=True))
 
     Args:
-        model: a pyramid, a dense backbone, or a whole model with one in it, with any kind of batch
-            norm.
-        inplace: change ``model`` instead of a copy of it; the default copies.
+        model: a backbone, or a detector, segmentor or other module that contains one.
+        inplace: modify ``model``; the default modifies a copy.
 
     Returns:
-        The model in evaluation mode. It cannot be trained, and its state dict is not a checkpoint
-        of the one it was made of.
+        The model in evaluation mode. It cannot be trained, and its state dict has other entries
+        than the original's.
     """
     model = (model if inplace else deepcopy(model)).eval()
     with torch.no_grad():
@@ -48,21 +44,21 @@ def fuse(model: Model, inplace: bool = False) -> Model:
 
 
 class InferenceLinear(nn.Module):
-    """A linear layer by :func:`backbones.ops.linear`.
+    """``nn.Linear`` for inference, computed by :func:`backbones.ops.linear`.
 
     Attributes:
-        weight_t: ``(C, D)``, the weight by columns, in which order a product of rows reads it.
+        weight_t: ``(C, D)``, the transposed weight, contiguous for the matrix product.
         bias: ``(D,)`` or None.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight_t = _parameter(linear.weight.t().contiguous(), linear.weight)
+        self.weight_t = parameter(linear.weight.t().contiguous(), linear.weight)
         self.bias = linear.bias
 
     @property
     def weight(self) -> Tensor:
-        """``(D, C)``, a view."""
+        """``(D, C)``, a view of ``weight_t``."""
         return self.weight_t.t()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,13 +66,13 @@ class InferenceLinear(nn.Module):
         return ops.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """As :class:`torch.nn.Linear`."""
+        """The sizes, in the format of :class:`torch.nn.Linear`."""
         rows, columns = self.weight_t.shape
         return f"in_features={rows}, out_features={columns}, bias={self.bias is not None}"
 
 
 class InferenceMlp(nn.Module):
-    """Linear, GELU, linear by :func:`backbones.ops.mlp`."""
+    """:class:`~backbones.layers.Mlp` for inference, computed by :func:`backbones.ops.mlp`."""
 
     def __init__(self, mlp: Mlp):
         super().__init__()
@@ -112,7 +108,3 @@ def _replace_linears(parent: nn.Module) -> None:
 def _is_of_plain_layers(mlp: Mlp) -> bool:
     linears = is_plain(mlp.fc1, nn.Linear) and is_plain(mlp.fc2, nn.Linear)
     return linears and is_plain(mlp.act, nn.GELU) and mlp.act.approximate == "none"
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=like.requires_grad)

@@ -1,4 +1,4 @@
-"""Sizes, small layers, and what may be read of a layer instead of calling it."""
+"""Small layers and helpers that the pyramid, the mixers and the fusion share."""
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,11 @@ _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear, by the names of timm's ``Mlp``.
+    """Linear, GELU, linear, with the parameter names of timm's ``Mlp``.
 
     Args:
-        dim: C.
-        hidden: channels between the two.
+        dim: input and output channels C.
+        hidden: channels between the linears.
     """
 
     def __init__(self, dim: int, hidden: int):
@@ -29,11 +29,10 @@ class Mlp(nn.Module):
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``layer`` may be computed from its weights without being called.
+    """Whether an operator may read the weights of ``layer`` instead of calling it.
 
-    True for an instance of exactly ``kind`` with ordinary parameters, of which nobody would notice
-    that it was not called: no hook, global ones included, no replaced ``forward``, no
-    parametrization, no tensor subclass (a quantised or distributed weight) as a parameter.
+    True for exactly ``kind``, without hooks (global ones included), a patched ``forward``, a
+    parametrization, or parameters of a tensor subclass (quantised or sharded weights).
     """
     if type(layer) is not kind or "forward" in vars(layer):
         return False
@@ -45,13 +44,13 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def ceil_div(length: int, step: int) -> int:
-    """``ceil(length / step)``, in the form whose nesting a compiler's symbolic sizes simplify."""
+    """``ceil(length / step)`` for positive ints; torch.compile can simplify nested calls."""
     return (length - 1) // step + 1
 
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The first ``height`` rows and ``width`` columns of ``(B, H, W, C)``."""
+    """Crop ``(B, H, W, C)`` to the first ``height`` rows and ``width`` columns."""
     if not torch.compiler.is_compiling():
         return x[:, :height, :width]
-    # A slice asks whether it is contiguous, by which a graph would be split.
+    # A slice checks whether it is contiguous, which would guard the graph on the size.
     return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))

@@ -1,11 +1,11 @@
-"""Whose names a set of weights has, and those names as ours and back.
+"""Convert state dicts between the layouts of different code bases.
 
-A layout is how one code base names and stores the same network. Reading needs no hint: the names
-tell the layout. Nothing here knows of a model; the entries alone decide.
+A layout is how one code base names and stores the entries of these networks. It is detected from
+the names alone, without a model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -23,20 +23,20 @@ def _same(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a code base names the network.
+    """How a code base names the entries of a network.
 
     Attributes:
-        name: what users call it.
-        description: whose files have it.
-        blocks: what stands for ``stages.i.blocks.``, by stage.
-        merging: what stands for ``stages.i.downsample.``, by stage from the second on.
-        around: names outside the stages, ours and theirs.
-        drops: prefixes, of ours, of what it has no place for.
-        index_buffer: what its attention keeps of ``relative_position_index`` in a state dict,
-            None where it keeps nothing.
-        to_ours: changes the patch merging's channels, ``(..., 4*C)``, from its order to ours.
+        name: its key in :data:`LAYOUTS`.
+        description: the code base.
+        blocks: its prefix for our ``stages.i.blocks.``, for each stage i.
+        merging: its prefix for our ``stages.i.downsample.``, for each stage from i = 1.
+        around: (our, its) prefixes of the other entries, where they differ.
+        drops: our prefixes of entries that it lacks.
+        index_buffer: converts ``relative_position_index`` to the buffer in its state dict; None if
+            it has no such buffer.
+        to_ours: reorders the patch merging's channels, ``(..., 4*C)``, from its order to ours.
         from_ours: the inverse.
-        wrapper: the key that its users expect the weights under, None for a bare state dict.
+        wrapper: the key that its loaders expect the weights under; None for a bare state dict.
     """
 
     name: str
@@ -46,20 +46,20 @@ class Layout:
     around: Names = ()
     drops: tuple[str, ...] = ()
     index_buffer: Callable[[Tensor], Tensor] | None = None
-    to_ours: Callable[[Tensor], Tensor] = field(default=_same)
-    from_ours: Callable[[Tensor], Tensor] = field(default=_same)
+    to_ours: Callable[[Tensor], Tensor] = _same
+    from_ours: Callable[[Tensor], Tensor] = _same
     wrapper: str | None = None
 
     @property
     def inner(self) -> dict[str, Names]:
-        """Names below a block, ours and theirs, by family: of all the families it can hold."""
+        """For each family that the layout can hold, the (our, its) prefixes within a block."""
         if self.name == "ours":
             return dict.fromkeys(TABLE, ())
         names = {name: family.mixer.names.get(self.name) for name, family in TABLE.items()}
         return {name: pairs for name, pairs in names.items() if pairs is not None}
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Prefixes outside the blocks, ours and theirs."""
+        """The (our, its) prefixes outside the blocks."""
         yield from self.around
         for i, theirs in enumerate(self.merging, start=1):
             yield f"stages.{i}.downsample.", theirs
@@ -73,8 +73,7 @@ _AT_THE_START = tuple(f"layers.{i}.downsample." for i in range(1, STAGES))
 
 
 def _to_column_by_column(value: Tensor) -> Tensor:
-    """MMCV unfolds the 2x2 positions channel by channel, row by row inside; ours go column by
-    column of the 2x2, each with all its channels."""
+    """From ``nn.Unfold``'s ``(C, row, column)`` order of the 2x2 to our ``(column, row, C)``."""
     return value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
 
 
@@ -144,14 +143,12 @@ LAYOUTS = {
         ),
     )
 }
-# The names of the patch embedding, one of which every layout has: what stands before it is the
-# place of the backbone in the module that was saved.
+# The patch embedding's weight in each layout; what precedes it in a name is the backbone's prefix.
 ANCHORS = ("patch_embed.proj.weight", "patch_embed.projection.weight", "features.0.0.weight")
 
 
 def layout_of(names: Mapping[str, Tensor]) -> Layout:
-    """Whose names these are, without what stands before them; ours where nothing speaks for
-    another."""
+    """Detect the layout of a state dict without prefixes; the default is ``"ours"``."""
     if "features.0.0.weight" in names:
         return LAYOUTS["torchvision"]
     if "patch_embed.projection.weight" in names:
@@ -159,14 +156,14 @@ def layout_of(names: Mapping[str, Tensor]) -> Layout:
     if not any(name.startswith("layers.") for name in names):
         return LAYOUTS["ours"]
     merges_at = {name.split(".")[1] for name in names if ".downsample." in name}
-    # Detectron2's are Swin's own names, so that this serves both.
+    # Detectron2's names are those of "original", so one entry reads both.
     return LAYOUTS["original" if "0" in merges_at or not merges_at else "timm"]
 
 
 def family_of(names: Mapping[str, Tensor]) -> str | None:
-    """The family whose weights these are, in any layout; None if of none of them.
+    """Detect the family of a state dict in any layout; None if no family's marks are complete.
 
-    Of the families all of whose marks are there, it is the one with the most.
+    If the marks of several families are complete, the family with the most marks is taken.
     """
     layout = layout_of(names)
     below = {_below_a_block(layout, name) for name in names}
@@ -179,7 +176,7 @@ def family_of(names: Mapping[str, Tensor]) -> str | None:
 
 
 def _below_a_block(layout: Layout, name: str) -> str | None:
-    """What follows the block's number, with its dot."""
+    """The part of a name after its block index, with the leading dot; None outside the blocks."""
     for blocks in layout.blocks:
         if name.startswith(blocks):
             _, dot, rest = name.removeprefix(blocks).partition(".")
@@ -188,7 +185,10 @@ def _below_a_block(layout: Layout, name: str) -> str | None:
 
 
 def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names and orders for anybody's; what is ours, or nobody's, passes unchanged."""
+    """Convert a state dict of any layout to ours; unknown names are kept.
+
+    Buffers that our networks compute (``relative_position_index``, ``attn_mask``) are removed.
+    """
     layout = layout_of(state_dict)
     inner = layout.inner.get(family_of(state_dict), ())
     return dict(
@@ -199,14 +199,14 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_ours(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Weights by our names as another layout has them.
+    """Convert a state dict of ours to another layout.
 
     Args:
-        state_dict: a pyramid's or a dense backbone's.
-        layout: one of :data:`LAYOUTS`.
+        state_dict: of a :class:`backbones.Pyramid` or a ``DenseBackbone``.
+        layout: a value of :data:`LAYOUTS`.
 
     Raises:
-        ValueError: the layout has no place for the family.
+        ValueError: the layout cannot hold the family, or a window is not square.
     """
     family = family_of(state_dict)
     if family not in layout.inner:
@@ -222,9 +222,7 @@ def from_ours(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Ten
         converted[theirs] = value
         if layout.index_buffer and name.endswith("relative_position_bias_table"):
             if not is_of_square_window(value):
-                raise ValueError(
-                    f"{name} is of a window that is not square: {layout.name} has none"
-                )
+                raise ValueError(f"{name}: the {layout.name} layout needs square windows")
             side = (round(value.shape[0] ** 0.5) + 1) // 2
             index = layout.index_buffer(relative_position_index((side, side)))
             converted[theirs.rsplit(".", 1)[0] + _INDEX] = index
@@ -236,7 +234,7 @@ def _entry_to_ours(layout: Layout, inner: tuple, name: str, value: Tensor) -> tu
         if name.startswith(blocks):
             number, dot, rest = name.removeprefix(blocks).partition(".")
             rest = _replaced(dot + rest, ((theirs, ours) for ours, theirs in inner))
-            # The 1x1 convolutions of the convolutional mixers are linear layers here.
+            # Our convolutional mixers have linear layers for the authors' 1x1 convolutions.
             if ".mixer." in rest and value.shape[2:] == (1, 1):
                 value = value.flatten(1)
             return f"stages.{i}.blocks.{number}{rest}", value

@@ -1,4 +1,4 @@
-"""The named models, registered with timm: every family of the table in each of its sizes."""
+"""timm entry points: every family of :data:`backbones.families.TABLE` in each of its sizes."""
 
 import inspect
 from functools import partial
@@ -19,11 +19,11 @@ from backbones.released import RELEASED, Released, names_with_weights
 
 
 def build(family: Family, **kwargs) -> Pyramid:
-    """A pyramid of a family.
+    """Build a pyramid with the mixer of a family.
 
     Args:
-        family: a line of :data:`backbones.families.TABLE`.
-        **kwargs: the options of its mixer's ``at`` and those of :class:`backbones.Pyramid`.
+        family: a value of :data:`backbones.families.TABLE`.
+        **kwargs: keyword-only arguments of the mixer's ``at``, and :class:`backbones.Pyramid`'s.
     """
     options = {name: kwargs.pop(name) for name in _options(family) if name in kwargs}
     return Pyramid(partial(family.mixer.at, **options), **kwargs)
@@ -64,30 +64,24 @@ default_cfgs = generate_default_cfgs(
 
 
 def _with_weights(name: str, kwargs: dict) -> dict:
-    """Where timm is to take weights from: a file here, read by :meth:`Pyramid.load_pretrained`.
+    """Download the weights and point timm's config at the file.
 
-    Raises:
-        CheckpointError: no weights of this name were released, or they cannot be downloaded.
+    ``custom_load`` makes timm call :meth:`Pyramid.load_pretrained`.
     """
     overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
     cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
     if not (cfg.has_weights or cfg.state_dict):
         raise CheckpointError(
-            f"no weights of {name} were released; there are {names_with_weights()}. Your own are "
-            f"loaded by pretrained_cfg_overlay=dict(file=...) or backbones.load_checkpoint"
+            f"no weights of {name} were released; available are {names_with_weights()}. Load your "
+            "own with pretrained_cfg_overlay=dict(file=...) or backbones.load_checkpoint"
         )
     if cfg.url and not (cfg.file or cfg.state_dict or cfg.hf_hub_id):
         overlay["file"] = str(fetch(cfg.url))
     return kwargs | {"pretrained_cfg_overlay": overlay | {"custom_load": True}}
 
 
-def _released(name: str, pretrained_cfg: object) -> Released | None:
-    """The released weights that a tag names, if it names some."""
-    return RELEASED.get(name, {}).get(pretrained_cfg) if isinstance(pretrained_cfg, str) else None
-
-
 def _register(family: str, size: str) -> None:
-    """Register one family in one size as a timm entry point."""
+    """Register a family in one size as a timm entry point."""
     line = TABLE[family]
     fixed = {k: v for k, v in SIZES[size].items() if k != "num_heads" or k in _options(line)}
 
@@ -95,7 +89,8 @@ def _register(family: str, size: str) -> None:
         name = entry.__name__
         if pretrained:
             kwargs = _with_weights(name, kwargs)
-        released = _released(name, kwargs.get("pretrained_cfg"))
+        tag = kwargs.get("pretrained_cfg")
+        released = RELEASED.get(name, {}).get(tag) if isinstance(tag, str) else None
         if released and released.window_size != 7:
             kwargs.setdefault("window_size", released.window_size)
         return build_model_with_cfg(

@@ -1,7 +1,7 @@
-"""The four-stage pyramid that all families share: Swin's skeleton with the mixer left open.
+"""The four-stage pyramid that all families share: Swin with an exchangeable mixer.
 
-Maps are ``(B, H, W, C)`` from the patch embedding to the last norm, so that a linear layer, a layer
-norm and a (channels-last) convolution all read the same memory.
+Maps are ``(B, H, W, C)`` from the patch embedding to the last norm, the memory layout that linears,
+layer norms and channels-last convolutions all read.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,21 +21,23 @@ from backbones.mixers.norm import normalise, paused_statistics
 
 
 class Pyramid(nn.Module):
-    """Swin's pyramid (Table 8, appendix D) around any mixer, speaking timm's protocol.
+    """Swin's pyramid (Table 8, appendix D) with any mixer, and timm's model interface.
+
+    >>> model = Pyramid(backbones.mixers.DepthwiseConv.at, num_classes=10)
 
     Args:
-        mixer: called as ``mixer(dim, stage, block, feat_size)`` for each block, with its position
-            and the rows and columns of its map at the training size; :meth:`Mixer.at` of a family.
-        img_size: rows and columns of the training image in pixels. Any size can be run; only
-            per-window weights depend on it.
+        mixer: called as ``mixer(dim, stage, block, feat_size)`` for each block; see
+            :meth:`Mixer.at`.
+        img_size: training image size in pixels, an int or (rows, columns). The model runs at any
+            size; only the per-window weights of Swin-Local-MLP depend on this one.
         in_chans: channels of the image.
-        num_classes: outputs of the classifier, 0 for none.
+        num_classes: outputs of the classifier; 0 for none.
         global_pool: pooling before the classifier, ``"avg"`` or ``""``.
-        embed_dim: C of the first stage; it doubles from stage to stage.
-        depths: blocks in each stage.
-        mlp_ratio: hidden width of the blocks' MLPs over C.
+        embed_dim: channels of the first stage; each stage has twice those of the one before.
+        depths: number of blocks in each stage.
+        mlp_ratio: hidden channels of the MLPs divided by C.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all blocks.
+        drop_path_rate: drop path of the last block; it grows linearly from 0 in the first.
     """
 
     def __init__(
@@ -79,12 +81,12 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Swin's initialisation of MLPs, merging and classifier; mixers initialise themselves."""
+        """Initialise all linears as Swin does; mixers have an ``init_weights`` of their own."""
         _init_weights(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The parameters that are never decayed beside norms and biases, as the mixers say."""
+        """Names of parameters without weight decay, in addition to norms and biases."""
         return {
             f"{place}.{name}"
             for place, module in self.named_modules()
@@ -94,7 +96,7 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """How timm groups parameters into layers, for layer-wise learning rates."""
+        """timm's patterns that group parameters into layers, for layer-wise learning rates."""
         return dict(
             stem=r"^patch_embed",
             blocks=r"^stages\.(\d+)"
@@ -102,7 +104,8 @@ class Pyramid(nn.Module):
             else [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                # With the layer before it. Not "norms", a dense backbone's: they learn like heads.
+                # The final norm joins the last layer. A DenseBackbone's "norms" match no pattern
+                # on purpose: they are trained like heads.
                 (r"^norm\.", (99999,)),
             ],
         )
@@ -115,16 +118,19 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
+        """The classifier's linear layer, an ``nn.Identity`` without classes."""
         return self.head.fc
 
     @torch.jit.ignore
     def load_pretrained(self, path: str) -> None:
-        """What timm calls for a file of weights; see :func:`backbones.load_checkpoint`."""
+        """timm's hook for custom loading: :func:`backbones.load_checkpoint`."""
         load_checkpoint(self, path)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one, or by none if ``num_classes`` is 0."""
+        """Replace the classifier by a newly initialised one; ``num_classes=0`` removes it.
+
+        ``global_pool=None`` keeps the pooling.
+        """
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
         if global_pool is not None:
@@ -133,22 +139,24 @@ class Pyramid(nn.Module):
     def set_input_size(
         self, img_size: int | Size | None = None, window_size: int | Size | None = None
     ) -> None:
-        """Adapt what was learned to another image, window or kernel size (Table 14).
+        """Resize the weights in place for another image, window or kernel size (Table 14).
+
+        >>> model.set_input_size(384, window_size=12)
 
         Args:
-            img_size: pixels; resizes the window grid of per-window weights, nothing else.
-            window_size: positions; the window of the windowed mixers, the kernel of the others.
+            img_size: pixels; resizes the window grid of per-window weights. None keeps it.
+            window_size: side of the window, or of the kernel in the convolutional families, in
+                positions; None keeps it.
 
         Raises:
-            ValueError: the mixer cannot change its window or kernel once built.
+            ValueError: the family cannot change its window or kernel size once built.
         """
         for i, stage in enumerate(self.stages):
+            size = None if img_size is None else _feat_size(img_size, i)
             for block in stage.blocks:
-                if img_size is not None or window_size is not None:
-                    size = _feat_size(img_size, i) if img_size is not None else None
-                    block.mixer.set_input_size(size, window_size)
+                block.mixer.set_input_size(size, window_size)
         if img_size is not None:
-            # Where timm's get_model_input_config and get_model_args look, from 1.0.31 on.
+            # Read by timm's get_model_input_config and get_model_args (1.0.31 and later).
             changed = {"img_size": to_2tuple(img_size)}
             self._traits = getattr(self, "_traits", {}) | changed
             if window_size is not None:
@@ -164,19 +172,26 @@ class Pyramid(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of the stages that ``indices`` names.
+        """Return the feature maps of chosen stages.
+
+        >>> maps = model.forward_intermediates(x, indices=2, intermediates_only=True)
 
         Args:
             x: ``(B, 3, H, W)``.
-            indices: stages to return; an int n for the last n, None for all.
+            indices: indices of the stages; an int n means the last n, None all.
             norm: apply the final norm to the last stage's map.
-            stop_early: do not run the stages after the last one that is returned.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: leave out the final features.
+            stop_early: skip the stages after the last chosen one.
+            output_fmt: ``"NCHW"`` (channels-last memory) or ``"NHWC"``.
+            intermediates_only: return the list without the final features.
 
         Returns:
-            A list of ``(B, C, ceil(H/stride), ceil(W/stride))`` in channels-last memory, and before
-            it the final ``(B, H/32, W/32, C)`` features unless ``intermediates_only``.
+            ``(features, maps)`` or ``maps``: features are ``(B, H/32, W/32, C)``, maps a list of
+            ``(B, C, ceil(H/stride), ceil(W/stride))``. With ``stop_early``, features are the last
+            map that was computed.
+
+        Raises:
+            ValueError: another ``output_fmt``.
+            IndexError: a stage index out of range.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r}: NCHW and NHWC are valid")
@@ -196,7 +211,7 @@ class Pyramid(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what :meth:`forward_intermediates` does not need for ``indices``."""
+        """Remove the layers that :meth:`forward_intermediates` does not need for ``indices``."""
         take = _taken(len(self.stages), indices)
         last = max(take)
         shortened = last < len(self.stages) - 1
@@ -209,7 +224,7 @@ class Pyramid(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, ceil(H/32), ceil(W/32), C)``, normalised."""
+        """``(B, 3, H, W)`` to ``(B, ceil(H/32), ceil(W/32), C)``, after the final norm."""
         x = self.patch_embed(x)
         for stage in self.stages:
             x = stage(x)
@@ -225,7 +240,7 @@ class Pyramid(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """4x4 patches projected to C channels and normalised."""
+    """4x4 convolution with stride 4, then layer norm."""
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
@@ -237,13 +252,13 @@ class PatchEmbed(nn.Module):
         height, width = x.shape[-2:]
         rows, columns = ceil_div(height, 4), ceil_div(width, 4)
         x = F.pad(x, (0, 4 * columns - width, 0, 4 * rows - height))
-        # In channels-last memory; the views, unlike a memory format, vmap has a rule for.
+        # Channels-last memory by permuting, because vmap has no rule for memory_format.
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
-    """2x2 positions side by side, normalised and projected to twice the channels."""
+    """Concatenate 2x2 positions, then layer norm and a linear from 4C to 2C channels."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -256,12 +271,12 @@ class PatchMerging(nn.Module):
         rows, columns = ceil_div(height, 2), ceil_div(width, 2)
         x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
         x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
-        # Column by column of the 2x2, the order of Swin's released weights.
+        # The channels are ordered (column, row, C), as in Swin's released weights.
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class Stage(nn.Module):
-    """Patch merging (none in the first stage) and the blocks at one resolution."""
+    """Patch merging (an identity in the first stage), then the blocks of one resolution."""
 
     def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
         super().__init__()
@@ -270,7 +285,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``, the same shape in stage 1."""
+        """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``; stage 0 keeps the shape."""
         x = self.downsample(x)
         for block in self.blocks:
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
@@ -282,15 +297,15 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """A mixer and an MLP, each with a residual: ``x + mix(norm1 x)``, then ``x + MLP(norm2 x)``.
+    """Residual mixer and residual MLP: ``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))``.
 
-    Batch-norm families normalise inside the mixer, and have no ``norm1``.
+    The convolutional families normalise inside the mixer, so their ``norm1`` is an identity.
 
     Args:
         dim: C.
-        mixer: what mixes positions; it says which norms.
-        mlp: what mixes channels, ``(..., C)`` to ``(..., C)``.
-        drop_path: probability of leaving out either branch for an image, in training.
+        mixer: mixes positions; its ``norm_layer`` and ``pre_norm`` choose the norms.
+        mlp: mixes channels, ``(..., C)`` to ``(..., C)``.
+        drop_path: drop path probability of each branch.
     """
 
     def __init__(self, dim: int, mixer: Mixer, mlp: nn.Module, drop_path: float):
@@ -312,7 +327,7 @@ def _checkpoint_contexts(block: nn.Module):
 
 
 def _feat_size(img_size: int | Size, stage: int) -> Size:
-    """Rows and columns of a stage's map, ``ceil(image / stride)``."""
+    """Rows and columns of a stage's map, ``ceil(img_size / stride)``."""
     stride = 4 * 2**stage
     height, width = to_2tuple(img_size)
     return ceil_div(height, stride), ceil_div(width, stride)
@@ -328,7 +343,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _taken(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Stages by number: all for None, the last n for an int n; negative ones from the end."""
+    """Non-negative stage indices: all for None, the last n for an int n."""
     if indices is None or isinstance(indices, int):
         indices = range(-(count if indices is None else indices), 0)
     if not indices or not all(-count <= i < count for i in indices):

@@ -1,4 +1,4 @@
-"""Weights out of a file or from behind a URL, and nothing but weights."""
+"""Read state dicts from files and URLs, by default without unpickling code."""
 
 import json
 import logging
@@ -20,11 +20,11 @@ from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
-# Where training scripts put the weights inside a checkpoint, EMA first. MMEngine writes the
-# averaged ones under "state_dict" and the others under "ema_state_dict".
+# Keys of the weights in a training checkpoint, EMA weights first. MMEngine writes averaged weights
+# under "state_dict" and the others under "ema_state_dict".
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
-# What is found beside weights in files of MMEngine, of Swin's and of the authors' code: log buffers
-# of numpy numbers, and the options that a script was run with.
+# Classes beside the weights in checkpoints of MMEngine, Swin and the authors' code: log buffers of
+# numpy numbers, and command-line options. They are unpickled as _Ignored.
 _NOT_WEIGHTS = (
     "mmengine.logging.history_buffer.HistoryBuffer",
     "builtins.getattr",
@@ -39,21 +39,21 @@ _NOT_WEIGHTS = (
     "numpy.dtypes.Int64DType",
     "argparse.Namespace",
 )
-# A dictionary, which PyTorch fills only where it is one of its own.
+# Unpickled as OrderedDict, because torch.load(weights_only=True) fills no other dict subclass.
 _DICTIONARIES = ("yacs.config.CfgNode", "mmcv.utils.config.ConfigDict", "addict.addict.Dict")
 _ATTEMPTS = 3
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or that does not fit the network."""
+    """A checkpoint cannot be read, or does not fit the network."""
 
 
 class _Damaged(CheckpointError):
-    """A file that was not written, or not downloaded, to its end."""
+    """A file is truncated or otherwise not a valid checkpoint."""
 
 
 class _Ignored:
-    """Stands in for anything in a file that is no weight: takes any arguments, does nothing."""
+    """Replaces the objects of :data:`_NOT_WEIGHTS`: takes any arguments and does nothing."""
 
     def __new__(cls, *args: object) -> "_Ignored":
         return super().__new__(cls)
@@ -66,15 +66,17 @@ class _Ignored:
 
 
 def read_checkpoint(source: str | Path, *, weights_only: bool = True) -> dict[str, Tensor]:
-    """Read the weights in a file or behind a URL, on the CPU.
+    """Read the state dict of a checkpoint onto the CPU.
+
+    >>> state_dict = backbones.read_checkpoint("pretrained.pth")
 
     Args:
-        source: a ``.pth`` or ``.safetensors`` file, or a URL of one, which is kept in timm's cache.
-        weights_only: False also unpickles files that need more, Detectron2's ``.pkl`` for one:
-            that runs code that the file names, so only for files whose origin you trust.
+        source: a ``.pth`` or ``.safetensors`` file, or a URL, cached in torch.hub's folder.
+        weights_only: False also unpickles unsafe files, such as Detectron2's ``.pkl``. This can run
+            code in the file: only for files that you trust.
 
     Raises:
-        CheckpointError: no such file, or one that is damaged, holds no state dict or is not safe to
+        CheckpointError: the file does not exist, is damaged, holds no state dict, or is unsafe to
             unpickle.
     """
     return read_with_classes(source, weights_only=weights_only)[0]
@@ -83,34 +85,34 @@ def read_checkpoint(source: str | Path, *, weights_only: bool = True) -> dict[st
 def read_with_classes(
     source: str | Path, *, weights_only: bool = True
 ) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """As :func:`read_checkpoint`, and the names of the classes where the file has them."""
+    """:func:`read_checkpoint`, and the file's class names or None."""
     content = read_content(source, weights_only=weights_only)
     return _unwrap(content, str(source)), class_names(content)
 
 
 def read_content(source: str | Path, *, weights_only: bool = True) -> Any:
-    """All that a file holds, what is neither weights nor plain values left empty.
+    """Read all of a checkpoint; objects other than tensors and plain values come back empty.
 
-    A safetensors file gives ``state_dict`` and, of its header, ``meta``.
+    A safetensors file is returned as ``{"state_dict": weights, "meta": header}``.
     """
     path = fetch(str(source)) if is_url(source) else Path(source).expanduser()
     return _load(path, str(source), weights_only)
 
 
 def is_url(source: str | Path) -> bool:
-    """Whether a source is to be downloaded."""
+    """Whether ``source`` is an http or https URL."""
     return re.match(r"https?://", str(source), re.IGNORECASE) is not None
 
 
 def fetch(url: str) -> Path:
-    """Download a file into timm's cache, if it is not there, and see that it came whole.
+    """Download a file into torch.hub's cache unless it is there, and check that it is complete.
 
-    A connection that breaks is tried again; what it left is removed.
+    A failed or incomplete download is tried again, three times in all.
 
     Raises:
-        CheckpointError: the server cannot be reached, or never sent the file to its end.
+        CheckpointError: every attempt failed.
     """
-    # Files of one name at two addresses are two files.
+    # The hash separates files of the same name at different addresses.
     name = f"{sha256(url.encode()).hexdigest()[:8]}_{PurePosixPath(urlparse(url).path).name}"
     cached = Path(torch.hub.get_dir(), "checkpoints", name)
     digest = torch.hub.HASH_REGEX.search(name)
@@ -127,37 +129,35 @@ def fetch(url: str) -> Path:
             with open(cached, "rb") as file:
                 begins = file.read(16)
             reason = (
-                f"what arrived ({cached.stat().st_size} bytes, beginning with {begins!r}) is no "
-                "whole checkpoint"
+                f"the download ({cached.stat().st_size} bytes, beginning with {begins!r}) is no "
+                "complete checkpoint"
             )
             cached.unlink()
         _logger.warning(f"{url}: {reason} (attempt {attempt} of {_ATTEMPTS})")
     raise CheckpointError(
-        f"{url} cannot be downloaded: {reason}; a copy from elsewhere works as {cached}, or by its "
-        "path instead of the URL"
+        f"{url} cannot be downloaded: {reason}; save a copy as {cached}, or pass a file's path "
+        "instead of the URL"
     )
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a download is a checkpoint to its end: archives and safetensors say where that is."""
+    """Whether a download is a complete checkpoint."""
     if _kind(path) == "archive":
         return zipfile.is_zipfile(path)
     try:
         _load(path, path.name, weights_only=True)
     except _Damaged:
         return False
-    # Whole, and not safe to read.
-    except CheckpointError:
-        return True
+    except CheckpointError:  # complete, but unsafe to unpickle
+        pass
     return True
 
 
 def _kind(path: Path) -> str | None:
-    """What a file is by how it begins, whatever it is called: PyTorch's archive or its older
-    pickle, safetensors, or None of them."""
+    """The format by the first bytes: ``"safetensors"``, ``"archive"``, ``"pickle"`` or None."""
     with open(path, "rb") as file:
         begins = file.read(9)
-    # The length of its header, which may begin like either of the others.
+    # First: the eight bytes of the header's length may look like either of the others.
     if begins[8:] == b"{" and int.from_bytes(begins[:8], "little") < 100_000_000:
         return "safetensors"
     if begins.startswith(b"PK"):
@@ -189,7 +189,7 @@ def _load(path: Path, source: str, weights_only: bool) -> Any:
 
 @contextmanager
 def _refusing(source: str) -> Iterator[None]:
-    """One line, that names the file, for whatever a reader raises."""
+    """Turn a reader's exceptions into a one-line :class:`CheckpointError` that names the file."""
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -197,19 +197,16 @@ def _refusing(source: str) -> Iterator[None]:
         named = re.search(r"GLOBAL (\S+)", text) or re.search(r"Unpickler error: (.+)", text)
         if named is None and ("pickle" not in text or "truncated" in text):
             raise _Damaged(f"{source} cannot be read: {text.splitlines()[0]}") from error
+        held = named[1] if named else text.splitlines()[0]
         raise CheckpointError(
-            f"{source} cannot be read as weights alone: it holds {_first(named, text)}. "
-            "Reading it all the same runs code that the file names: if you trust where it is from, "
-            "pass weights_only=False to backbones.load_checkpoint, or write its weights to a safe "
-            "file by tools/convert_checkpoint.py --trust"
+            f"{source} cannot be read as weights alone: it holds {held}. Unpickling it can run "
+            "code in the file: if you trust its origin, pass weights_only=False to "
+            "backbones.load_checkpoint, or write its weights to a safe file with "
+            "tools/convert_checkpoint.py --trust"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _Damaged(f"{source} cannot be read: {reason}") from error
-
-
-def _first(named: re.Match | None, text: str) -> str:
-    return named[1] if named else text.splitlines()[0]
 
 
 def _unpickle(path: Path) -> Any:
@@ -220,7 +217,7 @@ def _unpickle(path: Path) -> Any:
 
 
 def _unwrap(content: object, source: str) -> dict[str, Tensor]:
-    # Some wrap twice.
+    # Some checkpoints are nested, such as {"model": {"state_dict": ...}}.
     for _ in range(2):
         for key in _WRAPPERS:
             if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -228,7 +225,12 @@ def _unwrap(content: object, source: str) -> dict[str, Tensor]:
                 break
     found = type(content).__name__
     if isinstance(content, Mapping):
-        weights = {k: _tensor(v) for k, v in content.items() if hasattr(v, "shape")}
+        # Detectron2's pickles hold numpy arrays.
+        weights = {
+            k: v if isinstance(v, Tensor) else torch.as_tensor(v)
+            for k, v in content.items()
+            if hasattr(v, "shape")
+        }
         if weights and all(isinstance(name, str) for name in weights):
             return weights
         found = f"a mapping with {', '.join(map(repr, list(content)[:6])) or 'nothing'}"
@@ -238,13 +240,8 @@ def _unwrap(content: object, source: str) -> dict[str, Tensor]:
     )
 
 
-def _tensor(value: Any) -> Tensor:
-    # Detectron2's pickles hold arrays.
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
-
-
 def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """A safetensors header: plain strings, or JSON."""
+    """Parse the values of a safetensors header that are JSON; keep the others as strings."""
     parsed = {}
     for key, text in metadata.items():
         try:
@@ -255,7 +252,10 @@ def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def class_names(content: Any) -> tuple[str, ...] | None:
-    """Class names as the three trainings, and MMSegmentation before 1.0, write them."""
+    """The class names in a checkpoint, from ``meta`` or the top level; None if there are none.
+
+    The keys are those of this project's trainings, MMEngine and MMSegmentation before 1.0.
+    """
     if not isinstance(content, Mapping):
         return None
     meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}

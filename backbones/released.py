@@ -1,6 +1,6 @@
-"""The weights that their authors released, by model name and timm tag.
+"""The weights that the papers' authors released, by model name and timm tag.
 
-Of the other names none was ever released: no Swin-Local-MLP, no I-D-DW-Conv, no nano.
+None were released of Swin-Local-MLP, I-D-DW-Conv and the nano size.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ class Released:
     """One released file.
 
     Attributes:
-        url: where it is.
-        top1: ImageNet-1K accuracy in percent as released, which is not the tables' of the paper to
-            the last digit; None where none was given.
-        num_classes: outputs of its classifier, 21841 of ImageNet-22K.
-        window_size: positions on a window's side.
-        img_size: rows and columns of its training images in pixels.
+        url: its address.
+        top1: ImageNet-1K accuracy in percent as stated with the file, which can differ from the
+            paper's tables by 0.1; None if not stated.
+        num_classes: outputs of its classifier; 21841 for ImageNet-22K.
+        window_size: side of a window or kernel, in positions.
+        img_size: side of its training images, in pixels.
     """
 
     url: str
@@ -33,13 +33,13 @@ class Released:
 
     @property
     def description(self) -> str:
-        """What it was trained on and how well it does."""
+        """Data set, image size, window size and accuracy."""
         data = "ImageNet-22K" if self.num_classes == 21841 else "ImageNet-1K"
         accuracy = f", top-1 {self.top1}" if self.top1 else ""
         return f"{data}, {self.img_size}x{self.img_size}, window {self.window_size}{accuracy}"
 
 
-# The first of a model is what `pretrained=True` takes.
+# `pretrained=True` without a tag takes a model's first entry.
 RELEASED = {
     "swin_tiny": {
         "ms_in1k": Released(_SWIN + "v1.0.0/swin_tiny_patch4_window7_224.pth", 81.2),
@@ -73,10 +73,17 @@ RELEASED = {
 
 
 def source_of(name: str, init: str | Path) -> str:
-    """What a backbone's ``init`` means: a file or URL as it is, a tag as the URL of its weights.
+    """Resolve a backbone's ``init``: a file or URL is returned as it is, a tag as its URL.
+
+    >>> source_of("dw_conv_tiny", "atten4vis_in1k")
+    'https://github.com/Atten4Vis/DemystifyLocalViT/releases/download/prerelease/dwnet_tiny_224.pth'
+
+    Args:
+        name: one of ``backbones.MODEL_NAMES``.
+        init: a file, a URL, or a tag of the model's released weights.
 
     Raises:
-        CheckpointError: it is none of them; the message has the tags there are.
+        CheckpointError: ``init`` is none of them; the message lists the tags.
     """
     if is_url(init) or Path(init).expanduser().is_file():
         return str(init)
@@ -90,5 +97,5 @@ def source_of(name: str, init: str | Path) -> str:
 
 
 def names_with_weights() -> str:
-    """Every ``model.tag``, for messages."""
+    """Every ``model.tag``, for error messages."""
     return ", ".join(f"{name}.{tag}" for name, tags in RELEASED.items() for tag in tags)

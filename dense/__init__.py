@@ -1,8 +1,8 @@
-"""What plugs the backbones into detection and segmentation frameworks.
+"""Adapters of the backbones for Detectron2, MMSegmentation, MMDetection and mmengine.
 
-Nothing here imports a framework: :mod:`dense.detection` needs Detectron2, :mod:`dense.segmentation`
-mmengine (and MMSegmentation for its configs), :mod:`dense.mmdetection` MMDetection, each without
-the others.
+This module imports no framework. :mod:`dense.detection` needs Detectron2, :mod:`dense.segmentation`
+mmengine (its configs also MMSegmentation), :mod:`dense.pretraining` mmengine and
+:mod:`dense.mmdetection` MMDetection.
 """
 
 from importlib.util import find_spec
@@ -12,19 +12,21 @@ _INSTALL = {
     "detectron2": f"{_EXTRA}; the README's section on Detectron2 says how to install it",
     "mmcv": "run pip install mmcv-lite==2.1.0; the README's section on mmcv has the other ways",
 }
-# What a package imports without declaring it.
+# Packages that import mmcv without declaring it as a dependency.
 _UNDECLARED = {"mmseg": ("mmcv",), "mmdet": ("mmcv",)}
 
 
 def require(package: str, extra: str) -> None:
-    """Refuse early, and by name, when a framework that a part needs is not installed.
+    """Raise an ImportError with install instructions if a package is missing.
+
+    >>> require("mmengine", "segmentation")
 
     Args:
-        package: what is imported, such as ``"mmengine"``.
-        extra: the extra of this distribution that brings what goes with it.
+        package: the package to import, such as ``"mmengine"``.
+        extra: the extra of dense-backbones that installs it, such as ``"segmentation"``.
 
     Raises:
-        ImportError: ``package``, or what it needs, is missing; the message says what installs it.
+        ImportError: ``package`` or an undeclared dependency of it is not installed.
     """
     for name in (package, *_UNDECLARED.get(package, ())):
         if find_spec(name) is None:

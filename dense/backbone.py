@@ -1,4 +1,4 @@
-"""The pyramid as a backbone for dense prediction; both adapters are this and a few lines."""
+"""The pyramid as a backbone for dense prediction; the framework adapters subclass it."""
 
 import logging
 from collections.abc import Sequence
@@ -17,37 +17,39 @@ from backbones.mixers.norm import normalise
 from backbones.released import source_of
 
 _logger = logging.getLogger(__name__)
-# What stands for a backbone's stages in evaluation: no part of it, so neither saved nor moved.
+# Fused copies of stages. Kept outside the modules: state_dict() and to() must not see them.
 _FOLDED: WeakKeyDictionary["DenseBackbone", nn.ModuleList] = WeakKeyDictionary()
 NORMS = ("BN", "SyncBN", "FrozenBN")
 
 
 class DenseBackbone(nn.Module):
-    """A pyramid that hands out normalised feature maps of chosen stages.
+    """A pyramid that returns the normalised feature maps of selected stages.
 
-    Its state dict has a classifier's names (``patch_embed``, ``stages``) and ``norms``, so that
-    pretraining, detection and segmentation checkpoints initialise it alike.
+    The state dict has the classifier's keys (``patch_embed``, ``stages``) plus ``norms``; it loads
+    checkpoints of classifiers, detectors and segmentors.
+
+    >>> backbone = DenseBackbone("dw_conv_nano", out_indices=(1, 2, 3), norm="BN")
+    >>> c3, c4, c5 = backbone(torch.randn(1, 3, 512, 768))  # strides 8, 16, 32
 
     Args:
         name: one of ``backbones.MODEL_NAMES``.
         out_indices: stages to return, 0 to 3, ascending; later stages are not built.
-        init: what :meth:`init_weights` reads: a ``.pth`` or ``.safetensors`` file, a URL, or a tag
-            of released weights. None starts from random weights.
-        drop_path_rate: stochastic depth of the last block, growing linearly over all blocks.
-        frozen_stages: the patch embedding and the first so many stages neither learn nor update
-            statistics; -1 freezes nothing, 0 the embedding.
-        norm: ``"BN"``, ``"SyncBN"`` or ``"FrozenBN"`` for all batch norms; SyncBN becomes BN where
-            there is no CUDA. The norms of the outputs are LayerNorm for Swin and Swin-Local-MLP.
+        init: source of :meth:`init_weights`: a ``.pth`` or ``.safetensors`` file, a URL, or a tag
+            of released weights. None keeps random weights.
+        drop_path_rate: drop path rate of the last block; it grows linearly from 0 over all blocks.
+        frozen_stages: freezes the patch embedding and this many stages, running statistics
+            included; -1 freezes nothing, 0 only the patch embedding.
+        norm: ``"BN"``, ``"SyncBN"`` or ``"FrozenBN"``, the type of all batch norms. SyncBN becomes
+            BN without CUDA. Swin and Swin-Local-MLP have a LayerNorm at each output instead.
         grad_checkpointing: recompute blocks in the backward pass to save memory.
-        window_size: another window, or kernel of the convolutional families; None keeps 7.
-        fuse: in evaluation, without gradients, run a copy made by :func:`backbones.fuse`; names and
-            values of the state dict do not change. The copy is made at the first image after
-            ``eval()``, ``load_state_dict()`` or ``to()``, and does not see weights that are changed
-            in place between two of them; the default runs the network itself.
-        **model_kwargs: anything else of the model, ``shared=True`` of Swin-Local-MLP for one.
+        window_size: window, or kernel of the convolutional families; None keeps 7.
+        fuse: in evaluation without gradients, run a copy made by :func:`backbones.fuse`; the state
+            dict does not change. The first forward after ``eval()``, ``load_state_dict()`` or
+            ``to()`` makes the copy; it misses in-place changes of weights made after that.
+        **model_kwargs: other arguments of the model, such as Swin-Local-MLP's ``shared=True``.
 
     Raises:
-        ValueError: an unknown name, norm, index or stage; the message lists the valid ones.
+        ValueError: unknown name, norm, index or stage; the message lists the valid ones.
     """
 
     def __init__(
@@ -65,7 +67,10 @@ class DenseBackbone(nn.Module):
         **model_kwargs,
     ):
         super().__init__()
-        self.name = _checked_name(name)
+        if name not in backbones.MODEL_NAMES:
+            valid = ", ".join(backbones.MODEL_NAMES)
+            raise ValueError(f"no backbone {name!r}: {valid} are valid")
+        self.name = name
         self.out_indices = _checked_indices(out_indices)
         if frozen_stages not in range(-1, 5):
             raise ValueError(f"frozen_stages={frozen_stages!r}: -1 (none) to 4 (all) are valid")
@@ -74,7 +79,6 @@ class DenseBackbone(nn.Module):
         self.init = init
         self.frozen_stages = frozen_stages
         self.fuse = fuse
-        self._drop_folded()
 
         if window_size is not None:
             model_kwargs["window_size"] = window_size
@@ -87,18 +91,22 @@ class DenseBackbone(nn.Module):
         infos = [pyramid.feature_info[i] for i in self.out_indices]
         self.channels = tuple(info["num_chs"] for info in infos)
         self.strides = tuple(info["reduction"] for info in infos)
-        # The paper's downstream models: batch norm for the convolutional families.
+        # As the paper's detectors and segmentors: batch norm for the convolutional families.
         norm_layer = pyramid.stages[0].blocks[0].mixer.norm_layer
         self.norms = nn.ModuleDict(
             {str(i): norm_layer(c) for i, c in zip(self.out_indices, self.channels, strict=True)}
         )
-        _set_batch_norms(self, norm)
-        # A whole detector's or segmentor's file may have the backbone by its authors' names.
+        if norm == "FrozenBN":
+            freeze_batch_norm_2d(self)
+        elif norm == "SyncBN":
+            _map_batch_norms(self, nn.SyncBatchNorm)
+            revert_sync_batchnorm(self)
+        # Released detectors and segmentors have their authors' keys for the backbone.
         self.register_load_state_dict_pre_hook(_take_other_names)
         self.train()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``(B, 3, H, W)`` to one ``(B, C, ceil(H/stride), ceil(W/stride))`` a chosen stage."""
+        """``(B, 3, H, W)`` to a ``(B, C, ceil(H/stride), ceil(W/stride))`` per selected stage."""
         x = self.patch_embed(x)
         outputs = []
         for i, stage in enumerate(self._folded_stages()):
@@ -112,16 +120,16 @@ class DenseBackbone(nn.Module):
     no_weight_decay = backbones.Pyramid.no_weight_decay
 
     def init_weights(self) -> None:
-        """Load ``init`` if there is one and report what fitted.
+        """Load ``init``, if given, and log which keys matched.
 
         Raises:
-            backbones.CheckpointError: it does not exist, is unsafe to read, or does not fit.
+            backbones.CheckpointError: ``init`` does not exist, is unsafe to read or does not fit.
         """
         if self.init is not None:
             backbones.load_checkpoint(self, source_of(self.name, self.init))
 
     def train(self, mode: bool = True) -> "DenseBackbone":
-        """As ever, but frozen stages stay in evaluation mode and get no gradients."""
+        """As ``nn.Module.train``; frozen stages stay in evaluation mode without gradients."""
         super().train(mode)
         self._drop_folded()
         if self.frozen_stages >= 0:
@@ -130,7 +138,7 @@ class DenseBackbone(nn.Module):
         return self
 
     def _folded_stages(self) -> nn.ModuleList:
-        """The stages to run: folded ones where that is asked for and nothing is to be learned."""
+        """The stages, or their fused copy where ``fuse`` is set and nothing is trained."""
         if (
             not self.fuse
             or self.training
@@ -152,26 +160,22 @@ class DenseBackbone(nn.Module):
 
 
 def revert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace every SyncBN of a whole detector or segmentor by BN where there is no CUDA.
+    """Replace every SyncBN of a model by BN if there is no CUDA; with CUDA, do nothing.
+
+    >>> model = revert_sync_batchnorm(build_model(cfg))
 
     Args:
         model: any module; changed in place.
 
     Returns:
-        The model, itself replaced if it is a SyncBN.
+        ``model``, or the BN in its place if ``model`` itself is a SyncBN.
     """
     if torch.cuda.is_available():
         return model
     if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
-        _say_stepping_back()
+        _warn_of_fallback()
         model = _map_batch_norms(model, nn.BatchNorm2d)
     return model
-
-
-def _checked_name(name: str) -> str:
-    if name not in backbones.MODEL_NAMES:
-        raise ValueError(f"no backbone {name!r}: {', '.join(backbones.MODEL_NAMES)} are valid")
-    return name
 
 
 def _checked_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
@@ -194,21 +198,13 @@ def _take_other_names(module: DenseBackbone, state_dict: dict, prefix: str, *_) 
     state_dict.update({prefix + name: value for name, value in to_ours(own).items()})
 
 
-def _set_batch_norms(model: nn.Module, norm: str) -> None:
-    if norm == "FrozenBN":
-        freeze_batch_norm_2d(model)
-    elif norm == "SyncBN":
-        _map_batch_norms(model, nn.SyncBatchNorm)
-        revert_sync_batchnorm(model)
-
-
 @cache
-def _say_stepping_back() -> None:
-    _logger.warning("no CUDA here: SyncBN steps back to BN, statistics are per process")
+def _warn_of_fallback() -> None:
+    _logger.warning("no CUDA: SyncBN falls back to BN, statistics are per process")
 
 
 def _map_batch_norms(model: nn.Module, cls: type[_BatchNorm]) -> nn.Module:
-    """Replace BN by SyncBN or back, with the same parameters, statistics and options."""
+    """Convert BN to SyncBN or back; parameters, statistics and options are kept."""
     if isinstance(model, nn.BatchNorm2d | nn.SyncBatchNorm) and not isinstance(model, cls):
         options = (model.eps, model.momentum, model.affine, model.track_running_stats)
         other = cls(model.num_features, *options)

@@ -1,6 +1,7 @@
-"""Predictions drawn over images: boxes and masks, label maps, lines of text.
+"""Draw predictions over images: boxes and masks, label maps, lines of text.
 
-Images are ``(H, W, 3)`` uint8 RGB; small ones are enlarged for the text to be legible.
+Images are ``(H, W, 3)`` uint8 RGB. An image whose longer side is at most 320 pixels is enlarged by
+an integer factor, so that the text is legible.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,16 +13,16 @@ from PIL import Image, ImageDraw, ImageFont
 def draw_instances(
     image: np.ndarray, boxes: np.ndarray, masks: np.ndarray | None, texts: Sequence[str]
 ) -> np.ndarray:
-    """Boxes, masks and a text each over an image, by Detectron2's visualizer.
+    """Draw boxes, masks and labels with Detectron2's visualizer.
 
     Args:
         image: ``(H, W, 3)`` uint8, RGB.
         boxes: ``(N, 4)`` as x1, y1, x2, y2 in pixels.
         masks: ``(N, H, W)`` bool, or None.
-        texts: N of them.
+        texts: N labels, one for each box.
 
     Returns:
-        ``(sH, sW, 3)`` uint8; small images are enlarged ``s`` times for the text to be legible.
+        ``(sH, sW, 3)`` uint8, where ``s`` is the integer enlargement of a small image.
     """
     from detectron2.utils.colormap import colormap
     from detectron2.utils.visualizer import Visualizer
@@ -40,7 +41,7 @@ def draw_instances(
 def draw_instances_openmmlab(
     image: np.ndarray, boxes: np.ndarray, masks: np.ndarray | None, texts: Sequence[str]
 ) -> np.ndarray:
-    """As :func:`draw_instances`, by mmengine's visualizer."""
+    """:func:`draw_instances` with mmengine's visualizer, which needs no Detectron2."""
     from matplotlib import colormaps
     from mmengine.visualization import Visualizer
 
@@ -67,11 +68,15 @@ def draw_instances_openmmlab(
 def segmentation_drawer(
     classes: Sequence[str], palette: Sequence[Sequence[int]]
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A function of an image ``(H, W, 3)`` and its labels ``(H, W)`` that draws one over the other,
-    by mmengine's visualizer; small images are enlarged for the text to be legible."""
+    """Return ``draw(image, labels)``, which draws labels ``(H, W)`` over an image ``(H, W, 3)``.
+
+    Args:
+        classes: class names, by label.
+        palette: one RGB colour for each class.
+    """
     from mmengine.visualization import Visualizer
 
-    # MMSegmentation's own visualizer sorts a list of all pixels for each name: seconds a photo.
+    # Not MMSegmentation's SegLocalVisualizer: placing its labels takes seconds for each photo.
     visualizer = Visualizer()
 
     def draw(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -98,10 +103,10 @@ def segmentation_drawer(
 
 
 def _deepest_point(mask: np.ndarray) -> tuple[int, int]:
-    """The x and y of a mask farthest from its border, where its name hides no edge."""
+    """The x and y of the mask's pixel farthest from its border: the label covers no edge there."""
     import cv2
 
-    # A frame of zeros makes the image's own border count as one.
+    # Padding with zeros makes the image's border count as a border of the mask.
     depth = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 3)
     y, x = np.unravel_index(depth[1:-1, 1:-1].argmax(), mask.shape)
     return int(x), int(y)
@@ -112,7 +117,7 @@ def _enlargement(image: np.ndarray) -> int:
 
 
 def draw_lines(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """Lines of text in the upper left corner of an image ``(H, W, 3)``, enlarged if it is small."""
+    """Write lines of text into the upper left corner of an image ``(H, W, 3)`` uint8."""
     scale = _enlargement(image)
     picture = Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
     draw = ImageDraw.Draw(picture, "RGBA")

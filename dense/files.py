@@ -1,4 +1,4 @@
-"""Files that survive a kill: written atomically, and logs read whose last line was cut off."""
+"""Atomic writes, and reading of JSON-lines logs whose last line was cut off by a kill."""
 
 import contextlib
 import json
@@ -6,28 +6,23 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Of files being written. No search for results or checkpoints matches it.
+# Suffix of files being written; no glob for results or checkpoints matches it.
 SUFFIX = ".partial"
 
 
 def write(path: str | os.PathLike, content: str | bytes | Callable[[Path], object]) -> Path:
     """Replace a file atomically: readers see the old content or all of the new.
 
-    The content goes into a temporary file beside the target, ``name.partial``, reaches the disk,
-    and is renamed. A write that fails removes the temporary file; one that is killed leaves it, and
-    the next write of the same target overwrites it. Two processes must not write one target at the
-    same time.
+    The content is written to ``name.partial`` beside the target, synced to disk and renamed. Two
+    processes must not write the same target at the same time.
 
     Args:
         path: the target; its folder must exist.
-        content: text (written as UTF-8), bytes, or a function that writes the path it is given.
-
-    Returns:
-        The target.
+        content: text (written as UTF-8), bytes, or a function that writes to the path it is given.
 
     Raises:
-        OSError: the file cannot be written; its ``filename`` is the target. What a writing function
-            raises besides is passed on, with a note that names the target.
+        OSError: the file cannot be written; its ``filename`` is the target. Other exceptions of a
+            writing function are passed on, with a note that names the target.
 
     Example:
         >>> write("results.json", json.dumps(results))
@@ -55,7 +50,7 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[Path], objec
 
 
 def json_lines(path: str | os.PathLike) -> list[dict]:
-    """The objects in a log with one in each line; a line that a kill cut off is left out."""
+    """Read a JSON-lines log; lines that are incomplete or no JSON object are skipped."""
     found = []
     for line in Path(path).read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):

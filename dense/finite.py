@@ -1,4 +1,4 @@
-"""A loss that is NaN or infinite stops a training in all of its processes."""
+"""Stop training in all processes when a loss is NaN or infinite."""
 
 import math
 from collections.abc import Mapping
@@ -13,26 +13,26 @@ from torch.optim import Optimizer
 def stop_if_not_finite(
     losses: Mapping[str, Tensor | float], iteration: int, optimizer: Optimizer, advice: str
 ) -> None:
-    """Look at the losses of one iteration, in every process.
+    """Check the losses of one iteration; every process must call this.
 
-    Only losses count: an infinite gradient is what float16's dynamic scaling works with.
+    Gradients are not checked: float16's dynamic loss scaling produces infinite ones on purpose.
 
     Args:
-        losses: scalars by name, as this process has them, the same names in all; at least one.
-        iteration: its number, from 1.
-        optimizer: it has the learning rates.
-        advice: what may help.
+        losses: scalar losses of this process by name, at least one; the names are the same in all.
+        iteration: counted from 1.
+        optimizer: its learning rate is part of the error message.
+        advice: appended to the error message.
 
     Raises:
-        FloatingPointError: in every process, whichever of them saw it; one line with the iteration,
-            this process's losses and the learning rate.
+        FloatingPointError: in all processes, if a loss of any process is not finite; one line with
+            the iteration, this process's losses and the largest learning rate.
     """
     tensors = [torch.as_tensor(value).detach().float() for value in losses.values()]
     device = next((value.device for value in tensors if value.is_cuda), torch.device("cpu"))
     values = torch.stack([value.to(device) for value in tensors])
     anywhere = (~values.isfinite()).any().int()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        # NCCL reduces on the GPU alone, where the losses then are.
+        # NCCL reduces CUDA tensors only; with NCCL the losses are on the GPU.
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
     if not anywhere:
         return

@@ -1,4 +1,4 @@
-"""Images as they are meant to be seen, whatever mode they were saved in."""
+"""Read images of any mode as RGB, rotated by their EXIF orientation."""
 
 import os
 
@@ -7,28 +7,22 @@ from PIL import Image, ImageOps
 
 
 class UnsetRange(ValueError):
-    """Pixels of 32 bits, which say not what is black and what is white."""
+    """A 32-bit image: nothing says which values are black and white."""
 
 
 class UnreadableImage(ValueError):
-    """One image that cannot be used; the others can."""
+    """An image that cannot be read or predicted."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image turned as its EXIF data says, in RGB.
+    """Rotate an image by its EXIF orientation and convert it to mode ``RGB``.
 
-    Greyscale, palette and CMYK are converted, 16-bit greyscale keeps its upper 8 bits, an alpha
-    channel is dropped.
-
-    Args:
-        image: opened, of any mode; of an animation its current frame.
-
-    Returns:
-        The same picture, mode ``RGB``.
+    16-bit greyscale keeps its upper 8 bits, an alpha channel is dropped, and an animation gives its
+    current frame.
 
     Raises:
         UnsetRange: 32-bit pixels.
-        OSError: it cannot be decoded.
+        OSError: the image cannot be decoded.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -41,30 +35,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """An image as it is meant to be seen: turned as its EXIF data says, in RGB.
-
-    Greyscale, palette and CMYK are converted, 16-bit greyscale keeps its upper 8 bits, an alpha
-    channel is dropped, and an animation gives its first frame.
-
-    Returns:
-        ``(H, W, 3)`` uint8.
+    """Read an image file by :func:`to_rgb` as ``(H, W, 3)`` uint8.
 
     Raises:
-        UnreadableImage: not an image, or damaged.
+        UnreadableImage: the file is not an image, is damaged, or has 32-bit pixels.
+
+    Example:
+        >>> read_image("photo.jpg").shape
+        (480, 640, 3)
     """
     try:
         with Image.open(path) as opened:
             return np.array(to_rgb(opened))
     except UnsetRange as error:
         raise UnreadableImage(f"{path}: {error}") from error
-    # A damaged file raises whatever its decoder meets first.
+    # Pillow's decoders raise any of these for a damaged file.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path} cannot be read as an image: {error}") from error
 
 
 def check_rgb(image: np.ndarray) -> None:
-    """Raise a ValueError unless an image is ``(H, W, 3)`` uint8, as every predictor takes it."""
+    """Raise a ValueError unless an image is ``(H, W, 3)`` uint8, which every predictor expects."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(
-            f"an image of shape {image.shape}, {image.dtype}: (H, W, 3), uint8 is needed"
+            f"got an image of shape {image.shape}, {image.dtype}: (H, W, 3), uint8 is needed"
         )

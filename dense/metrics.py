@@ -1,4 +1,4 @@
-"""What a run has logged, whichever of the trainings wrote it, as series and as a picture."""
+"""Read and plot the training logs of MMEngine and Detectron2."""
 
 import logging
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _logger = logging.getLogger(__name__)
 
 _RATES = ("lr", "base_lr")
 _LOSSES = ("loss", "total_loss")
-# Validation's figures in percent: pretraining, MMSegmentation, MMDetection, Detectron2.
+# Validation metrics that are plotted: pretraining, MMSegmentation, MMDetection, Detectron2.
 _METRICS = (
     *("top1", "top5", "real", "mIoU", "mAcc", "aAcc"),
     *("coco/bbox_mAP", "coco/segm_mAP", "bbox/AP", "segm/AP", "bbox/AP50", "segm/AP50"),
@@ -21,15 +21,15 @@ Points = list[tuple[int, float]]
 
 @dataclass
 class Run:
-    """One run's series, each a list of iteration and value, by iteration.
+    """The curves of one run; each is a list of (iteration, value), sorted by iteration.
 
     Attributes:
-        name: the work folder's.
-        loss: the total of the losses.
-        rate: the learning rate.
+        name: name of the work folder.
+        loss: total loss.
+        rate: learning rate.
         metrics: accuracy, mIoU or AP, by the name in the log.
-        epochs: the iteration at which an epoch's validation stands, where the log counts epochs:
-            the last one logged before it, which need not be the epoch's last.
+        epochs: epoch to the iteration under which its validation is stored, where the log counts
+            epochs: the last iteration logged before the validation.
     """
 
     name: str
@@ -40,14 +40,13 @@ class Run:
 
 
 def read_run(work_dir: str | Path) -> Run:
-    """Read the logs of a work folder, those after a resume over those before it.
+    """Read the logs of a work folder; values logged after a resume replace earlier ones.
 
     Args:
-        work_dir: with MMEngine's ``<time>/vis_data/scalars.json`` or Detectron2's
-            ``metrics.json``.
+        work_dir: has MMEngine's ``<time>/vis_data/scalars.json`` or Detectron2's ``metrics.json``.
 
     Raises:
-        ValueError: it has neither, or nothing is in it yet.
+        ValueError: the folder has no log, or the log has no losses and no metrics.
     """
     work_dir = Path(work_dir)
     logs = sorted(work_dir.glob("*/vis_data/scalars.json")) or list(work_dir.glob("metrics.json"))
@@ -63,8 +62,8 @@ def read_run(work_dir: str | Path) -> Run:
     step, by_epoch = 0, False
     for log in logs:
         for entry in files.json_lines(log):
-            # In a validation's line MMEngine counts epochs, if it does so in training's: it belongs
-            # to the step before it.
+            # The "step" of MMEngine's validation lines is the epoch if training lines have one:
+            # such a validation is stored under the last training iteration.
             is_training = any(key in entry for key in _LOSSES)
             by_epoch = "epoch" in entry if is_training else by_epoch
             if is_training or not by_epoch:
@@ -90,11 +89,11 @@ def read_run(work_dir: str | Path) -> Run:
 
 
 def plot(runs: Sequence[Run], path: str | Path) -> Path:
-    """Loss, learning rate and validation of several runs in one picture.
+    """Plot loss, learning rate and validation metrics of several runs side by side.
 
     Args:
-        runs: of any of the trainings.
-        path: ``.png`` or ``.svg``, written whole or not at all.
+        runs: from :func:`read_run`.
+        path: the ``.png`` or ``.svg`` to write, atomically.
     """
     import matplotlib
 
@@ -123,12 +122,12 @@ def plot(runs: Sequence[Run], path: str | Path) -> Path:
 
 
 def plot_run(work_dir: str | Path) -> Path:
-    """``metrics.png`` in a run's work folder."""
+    """Plot one run as ``metrics.png`` in its work folder; raises what :func:`read_run` raises."""
     return plot([read_run(work_dir)], Path(work_dir, "metrics.png"))
 
 
 def plot_finished(work_dir: str | Path) -> None:
-    """:func:`plot_run` after a training: what goes wrong is said, and costs the run nothing."""
+    """:func:`plot_run` after training: failures are logged and never raised."""
     try:
         plot_run(work_dir)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Prediction with detectors trained in MMDetection, which it needs."""
+"""Prediction with detectors trained in MMDetection; importing this module needs MMDetection."""
 
 from dense.openmmlab.mmdetection import load_predictor
 

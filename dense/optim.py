@@ -1,13 +1,12 @@
-"""Which parameters decay, and how fast each layer learns: one rule for every framework.
+"""Parameter groups for every framework: exemptions from weight decay, layer-wise learning rates.
 
-- Downstream (Detectron2, MMEngine): no weight decay on norms, batch norms among them, with their
-  biases, nor on relative position bias tables and absolute position embeddings.
-- ImageNet pretraining (``no_decay_bias``): on no other bias either, as Swin's code has it. For our
-  networks this is what timm's own ``param_groups_weight_decay`` does.
-- Layer-wise decay of the learning rate: ``base_lr * layer_decay ** depth``, where depth is 0 for
-  what is not the backbone (heads, norms of outputs), 1 for the last block, and largest for the
-  patch embedding. The layers are those of :meth:`backbones.Pyramid.group_matcher`, so that timm's
-  ``create_optimizer_v2(model, layer_decay=...)`` scales alike.
+- Detection and segmentation: no weight decay on weights and biases of norms (batch norms
+  included), relative position bias tables and absolute position embeddings.
+- ImageNet pretraining (``no_decay_bias=True``): none on any other bias either, as in Swin's code
+  and timm's ``param_groups_weight_decay``.
+- Layer-wise learning rates: ``base_lr * layer_decay ** depth``. Depth is 0 outside the backbone
+  (heads, output norms), 1 for the last block, largest for the patch embedding. The layers are those
+  of :meth:`backbones.Pyramid.group_matcher`, as in timm's ``create_optimizer_v2``.
 """
 
 from collections.abc import Iterator
@@ -22,11 +21,13 @@ _POSITIONS = ("relative_position_bias_table", "absolute_pos_embed")
 
 
 def no_weight_decay(model: nn.Module, *, no_decay_bias: bool = False) -> set[str]:
-    """Names of the parameters that are not decayed.
+    """Names of the parameters without weight decay.
+
+    >>> exempt = no_weight_decay(model, no_decay_bias=True)
 
     Args:
         model: a backbone, or a whole classifier, detector or segmentor.
-        no_decay_bias: add every other bias and vector, the rule of ImageNet pretraining.
+        no_decay_bias: also exempt every other bias and 1-d parameter, as in ImageNet pretraining.
     """
     return {
         f"{prefix}.{name}" if prefix else name
@@ -39,15 +40,17 @@ def no_weight_decay(model: nn.Module, *, no_decay_bias: bool = False) -> set[str
 
 
 def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """The factor of each parameter's learning rate, by name.
+    """The learning rate factor of each parameter, by name.
+
+    >>> lr_scales(model, layer_decay=0.9)["backbone.patch_embed.proj.weight"]
 
     Args:
-        model: a backbone, or anything that holds some; what has a ``group_matcher`` (timm's
-            protocol) is a backbone.
-        layer_decay: the factor from a layer to the one before it, above 0 and at most 1.
+        model: a backbone, or a model that contains one. Every submodule with timm's
+            ``group_matcher`` is a backbone.
+        layer_decay: ratio of a layer's learning rate to the next layer's, in (0, 1].
 
     Raises:
-        ValueError: ``layer_decay`` is out of range, or below 1 and nothing in ``model`` has a
+        ValueError: ``layer_decay`` is out of range, or below 1 and no submodule has a
             ``group_matcher``.
     """
     if not 0 < layer_decay <= 1:
@@ -58,7 +61,7 @@ def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     found = False
     for prefix, backbone in _grouped(model):
         found = True
-        # A name that nothing matches stands for the heads, whether or not the backbone has one.
+        # No pattern matches the empty name, so it is grouped like heads, even if there are none.
         named = [*backbone.named_parameters(), ("", None)]
         parameters = SimpleNamespace(named_parameters=lambda named=named: named)
         layers = group_parameters(parameters, backbone.group_matcher(), reverse=True)
@@ -68,7 +71,7 @@ def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     if not found:
         raise ValueError(
             f"layer_decay={layer_decay!r}: no part of {type(model).__name__} has a group_matcher "
-            "that says what its layers are; ours and timm's backbones have"
+            "(timm's protocol), which names the layers"
         )
     return scales
 
@@ -80,9 +83,9 @@ def param_groups(
     layer_decay: float = 1.0,
     no_decay_bias: bool = False,
 ) -> list[dict]:
-    """The parameters that learn, in as few groups as the rules need, for any torch optimizer.
+    """Group the trainable parameters for any torch optimizer.
 
-    In a Detectron2 LazyConfig it takes the place of ``get_default_optimizer_params``::
+    In a Detectron2 LazyConfig it replaces ``get_default_optimizer_params``::
 
         optimizer = L(torch.optim.AdamW)(
             params=L(param_groups)(base_lr="${..lr}", layer_decay=0.9), lr=1e-4, weight_decay=0.05
@@ -90,19 +93,19 @@ def param_groups(
 
     Args:
         model: a backbone, or a whole classifier, detector or segmentor.
-        base_lr: the optimizer's learning rate; ``layer_decay`` needs it.
+        base_lr: the optimizer's learning rate; required with ``layer_decay``.
         layer_decay: see :func:`lr_scales`.
         no_decay_bias: see :func:`no_weight_decay`.
 
     Returns:
-        Groups with ``weight_decay`` 0 where nothing decays (elsewhere the optimizer's own holds),
-        and ``lr`` if ``base_lr`` is given.
+        Groups with ``weight_decay=0`` for exempt parameters (others take the optimizer's), and
+        with ``lr`` if ``base_lr`` is given.
 
     Raises:
-        ValueError: ``layer_decay`` cannot be used, or lacks ``base_lr``.
+        ValueError: ``layer_decay`` is out of range, fits no submodule, or lacks ``base_lr``.
     """
     if layer_decay != 1 and base_lr is None:
-        raise ValueError(f"layer_decay={layer_decay!r} needs base_lr, what it is a fraction of")
+        raise ValueError(f"layer_decay={layer_decay!r} needs base_lr, the rate that it scales")
     exempt = no_weight_decay(model, no_decay_bias=no_decay_bias)
     scales = lr_scales(model, layer_decay)
     singles = []
@@ -116,7 +119,7 @@ def param_groups(
 
 
 def merged(groups: list[dict]) -> list[dict]:
-    """Groups of the same settings as one group; optimizers step a group at once."""
+    """Merge groups with equal settings: optimizers step the parameters of a group together."""
     found: dict[str, dict] = {}
     for group in groups:
         settings = {k: v for k, v in group.items() if k != "params"}
@@ -126,7 +129,7 @@ def merged(groups: list[dict]) -> list[dict]:
 
 
 def _grouped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that know their layers, with their names."""
+    """The outermost modules with a ``group_matcher``, with their names."""
     outer: list[str] = []
     for name, module in model.named_modules():
         inside = any(not o or name.startswith(f"{o}.") for o in outer)

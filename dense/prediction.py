@@ -1,4 +1,8 @@
-"""A trained detector, segmentor or classifier over photos: what to read, what to write, where."""
+"""Run a detector, segmentor or classifier over images and write its results.
+
+>>> jobs = plan(["photos/"], "predictions", "segmentation")
+>>> failed = run(jobs, segmentation_writer(predictor))
+"""
 
 import json
 import os
@@ -15,7 +19,7 @@ from dense.images import UnreadableImage, read_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 OVERLAYS, DETECTIONS, LABELS, CLASSES = "overlays", "detections", "labels", "classes"
-# Where results go and what they are, by whose config it is.
+# Folder and suffix of the results, by the framework of the config.
 RESULTS = {
     "detection": (DETECTIONS, ".json"),
     "mmdetection": (DETECTIONS, ".json"),
@@ -25,7 +29,7 @@ RESULTS = {
 
 
 class PredictionError(ValueError):
-    """A request that cannot be met, in one line."""
+    """A request that cannot be met; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class Job:
 
     Attributes:
         source: the image.
-        overlay: the picture drawn.
-        result: the JSON of a detector or the label map of a segmentor; written last, so that it
-            says that the image is done.
+        overlay: the image with its predictions drawn over it, a JPEG.
+        result: JSON (detector, classifier) or PNG label map (segmentor). It is written last: an
+            image whose result exists is done.
     """
 
     source: Path
@@ -52,21 +56,19 @@ def plan(
     resume: bool = False,
     overwrite: bool = False,
 ) -> list[Job]:
-    """Find the images and decide where each one's files go, before anything is loaded.
-
-    A folder is searched to its depth for images, and its tree is kept below ``out``. A file is
-    taken whatever it is called.
+    """Find the images and choose the paths of their results, before any model is loaded.
 
     Args:
-        inputs: images and folders.
-        out: where to write; what lies in it is never an input.
-        framework: what :func:`dense.recipes.framework_of` said.
-        resume: leave out images that are done.
-        overwrite: write over the results of earlier runs.
+        inputs: images, and folders that are searched recursively; the tree of a folder is kept
+            below ``out``. A file that is named is taken whatever its suffix.
+        out: folder of the results; results of earlier runs in it are never taken as inputs.
+        framework: from :func:`dense.recipes.framework_of`.
+        resume: skip images whose result exists.
+        overwrite: predict images whose result exists again.
 
     Raises:
-        PredictionError: an input is missing or has no image, two would be written to one place, or
-            a result is there already.
+        PredictionError: an input is missing or has no image, two images have the same result path,
+            or a result exists and neither ``resume`` nor ``overwrite`` is given.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -80,12 +82,12 @@ def plan(
     jobs: dict[PurePosixPath, Job] = {}
     counts = Counter(stems)
     for (source, name), stem in zip(found.items(), stems, strict=True):
-        # a.jpg and a.png in one folder: the whole name tells them apart.
+        # a.jpg and a.png in one folder become a_jpg and a_png.
         key = stem if counts[stem] == 1 else name.with_name(name.name.replace(".", "_"))
         if key in jobs:
             raise PredictionError(
                 f"{jobs[key].source} and {source} would be written to one place; "
-                "predict them in two runs with an --out each"
+                "predict them in two runs, each with its own --out"
             )
         jobs[key] = Job(
             source,
@@ -102,19 +104,19 @@ def plan(
 
 
 def _images(entry: Path, out: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    """Images of one input, each with its name below it."""
+    """The images of one input, each with its path relative to the input."""
     if entry.is_file():
         yield entry, PurePosixPath(entry.name)
         return
     if not entry.is_dir():
         raise PredictionError(f"input {entry} does not exist")
-    own = [(out / name).resolve() for name in (OVERLAYS, DETECTIONS, LABELS, CLASSES)]
+    results = [(out / name).resolve() for name in (OVERLAYS, DETECTIONS, LABELS, CLASSES)]
     images = [
         path
         for path in sorted(entry.rglob("*"))
         if path.suffix.lower() in SUFFIXES
         and path.is_file()
-        and not any(path.resolve().is_relative_to(folder) for folder in own)
+        and not any(path.resolve().is_relative_to(folder) for folder in results)
     ]
     if not images:
         raise PredictionError(f"input {entry} holds no image ({', '.join(SUFFIXES)})")
@@ -125,7 +127,7 @@ def _images(entry: Path, out: Path) -> Iterator[tuple[Path, PurePosixPath]]:
 def run(
     jobs: Iterable[Job], predict_and_write: Callable[[np.ndarray, Job], None]
 ) -> list[UnreadableImage]:
-    """Do the jobs one after another; returns the images that could not be read or predicted."""
+    """Do the jobs one by one; return an error for each image that was not read or predicted."""
     failed = []
     for job in jobs:
         try:
@@ -137,7 +139,7 @@ def run(
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             predict_and_write(image, job)
-        # The frameworks' transforms raise all sorts of things for a picture two pixels wide.
+        # The frameworks' transforms raise many kinds of exceptions, for very thin images say.
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             height, width = image.shape[:2]
@@ -152,15 +154,16 @@ def detection_writer(
     score_threshold: float,
     draw: Callable[..., np.ndarray] | None = None,
 ) -> Callable[[np.ndarray, Job], None]:
-    """What :func:`run` calls for a detector of :func:`dense.detection.load_predictor`.
+    """The ``predict_and_write`` of :func:`run` for a detector.
 
-    ``draw`` is :func:`dense.drawing.draw_instances` unless given, as
-    :func:`dense.drawing.draw_instances_openmmlab` is for OpenMMLab.
+    The JSON has ``image`` (path), ``height``, ``width``, ``classes`` (names by index) and
+    ``instances``, best first, in COCO's results format: ``bbox`` as ``[x, y, width, height]`` in
+    pixels, ``score``, ``segmentation`` (RLE of pycocotools), ``class_id`` and ``class_name``.
 
-    The JSON has the image's ``image``, ``height``, ``width``, the ``classes`` by index, and
-    ``instances``, best first, as in COCO's results: ``bbox`` ``[x, y, width, height]`` in pixels,
-    ``score``, ``segmentation`` (RLE of pycocotools), with ``class_id``, the index, and
-    ``class_name``.
+    Args:
+        predictor: from ``load_predictor`` of :mod:`dense.detection` or :mod:`dense.mmdetection`.
+        score_threshold: instances with lower scores are left out, 0 to 1.
+        draw: None is :func:`dense.drawing.draw_instances`, which needs Detectron2.
     """
 
     def write(image: np.ndarray, job: Job) -> None:
@@ -211,10 +214,10 @@ def _instances(
 def segmentation_writer(
     predictor: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[np.ndarray, Job], None]:
-    """What :func:`run` calls for a segmentor of :func:`dense.segmentation.load_predictor`.
+    """The ``predict_and_write`` of :func:`run` for :func:`dense.segmentation.load_predictor`.
 
-    The label map is a greyscale PNG of class indices, 0 the first of the predictor's classes, with
-    16 bits where there are more than 256; ``classes.json`` beside the label maps has the names.
+    The result is a greyscale PNG of class indices: 0 is the first class; 8 bits, or 16 with more
+    than 256 classes.
     """
     drawn = drawing.segmentation_drawer(predictor.classes, predictor.palette)
     dtype = np.uint8 if len(predictor.classes) <= 256 else np.uint16
@@ -231,23 +234,18 @@ def segmentation_writer(
 def classification_writer(
     predictor: Callable[[np.ndarray], np.ndarray],
 ) -> Callable[[np.ndarray, Job], None]:
-    """What :func:`run` calls for a classifier of :mod:`dense.pretraining.predictor`.
+    """The ``predict_and_write`` of :func:`run` for :mod:`dense.pretraining.predictor`.
 
-    The JSON has the image's ``image`` and its five best ``classes``, best first: ``class_id``,
-    ``class_name`` and ``score``, the probability; they are written over the photo too.
+    The JSON has ``image`` (path) and the five best ``classes``, best first: ``class_id``,
+    ``class_name`` and ``score``, the probability.
     """
 
     def write(image: np.ndarray, job: Job) -> None:
         scores = predictor(image)
         best = scores.argsort()[::-1][:5]
         names = [predictor.classes[index] for index in best]
-        _save_image(
-            drawing.draw_lines(
-                image,
-                [f"{name} {100 * scores[i]:.0f}%" for i, name in zip(best, names, strict=True)],
-            ),
-            job.overlay,
-        )
+        lines = [f"{name} {100 * scores[i]:.0f}%" for i, name in zip(best, names, strict=True)]
+        _save_image(drawing.draw_lines(image, lines), job.overlay)
         entries = [
             {"class_id": int(i), "class_name": name, "score": round(float(scores[i]), 5)}
             for i, name in zip(best, names, strict=True)
@@ -261,8 +259,7 @@ def classification_writer(
 def write_classes(
     out: str | os.PathLike, classes: Sequence[str], palette: Sequence[Sequence[int]]
 ) -> None:
-    """``classes.json``: what the values in a segmentor's label maps mean, ``index``, ``name`` and
-    the ``colour`` (RGB) in the overlays."""
+    """Write ``out/labels/classes.json``: each label's ``index``, ``name`` and ``colour`` (RGB)."""
     path = Path(out, LABELS, "classes.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = [

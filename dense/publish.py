@@ -1,4 +1,4 @@
-"""A training's checkpoint stripped to what others need: the weights, and what they are."""
+"""Strip a training checkpoint to its weights and their metadata."""
 
 import hashlib
 import json
@@ -33,12 +33,12 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class Published:
-    """What was written.
+    """The result of :func:`publish`.
 
     Attributes:
         files: the ``.pth`` and the ``.safetensors``.
-        meta: what is kept beside the weights.
-        line: the model's line for a table.
+        meta: the metadata saved with the weights.
+        line: the model's row of a Markdown table.
     """
 
     files: tuple[Path, Path]
@@ -53,27 +53,31 @@ def publish(
     config: str | Path | None = None,
     weights: str = "averaged",
 ) -> Published:
-    """Write a checkpoint's weights with their meta, as ``.pth`` and ``.safetensors``.
+    """Write a checkpoint's weights and metadata as ``.pth`` and ``.safetensors``.
 
-    The files are called after the recipe and the first eight digits of their SHA-256, as torch.hub
-    and timm check it. A classifier is written by the network's own names and loaded into a network
-    of its name before it is called published; a detector or segmentor by its framework's names.
+    File names are ``<recipe>-<hash>``, with the first eight digits of the SHA-256, which torch.hub
+    and timm check. A classifier's state dict gets timm's names and is loaded into a new model as a
+    check; a detector or segmentor keeps its framework's names.
 
     Args:
-        checkpoint: what one of the three trainings wrote.
+        checkpoint: written by ``pretrain.py``, ``train_segmentor.py`` or ``train_detector.py``.
         out: the folder to write into.
-        config: what it was trained with; None takes the one beside the checkpoint.
-        weights: of a run with averaged weights, ``"averaged"`` or ``"model"``, those that the
-            optimizer moved.
+        config: the config of the training; None takes the one beside the checkpoint.
+        weights: ``"averaged"`` or ``"model"`` (not averaged), for a run that averaged weights.
 
     Raises:
-        CheckpointError: the file cannot be read, or does not fill a network of its name.
-        RecipeError: there is no config beside it.
-        ValueError: weights that the checkpoint does not have.
+        CheckpointError: the file cannot be read, or does not fill its model.
+        RecipeError: no config, or several, beside the checkpoint.
+        ValueError: ``weights`` is neither of the two.
+
+    Example:
+        >>> publish("work_dirs/mine/epoch_30.pth", "published").files
     """
     content = read_content(checkpoint)
     state_dict = _chosen(content, weights, str(checkpoint))
     config = Path(config or config_beside(checkpoint))
+    # Detectron2 saves every config as config.yaml: the folder's name is the recipe.
+    recipe = Path(checkpoint).absolute().parent.name if config.suffix == ".yaml" else config.stem
     classes = class_names(content)
     meta = {
         "model": None,
@@ -81,7 +85,7 @@ def publish(
         "image_size": None,
         "mean": None,
         "std": None,
-        "recipe": _recipe(config, Path(checkpoint)),
+        "recipe": recipe,
         "weights": weights if "ema_state_dict" in content else "model",
         "metrics": _metrics(Path(checkpoint), content),
         "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
@@ -93,7 +97,7 @@ def publish(
     else:
         meta |= {"model": _backbone_name(config)} | _normalisation(config)
     out = Path(out)
-    written = [out / f"{meta['recipe']}{suffix}" for suffix in (".pth", ".safetensors")]
+    written = [out / f"{recipe}{suffix}" for suffix in (".pth", ".safetensors")]
     try:
         for file in written:
             write_weights(file, state_dict, "state_dict", meta=meta)
@@ -108,9 +112,9 @@ def publish(
 
 
 def write_line(published: Published, readme: str | Path) -> None:
-    """Put a model's line into the table of a document, in the place of an older one of its recipe.
+    """Put a model's row into the table of a Markdown file; it replaces the recipe's older row.
 
-    The table stands between two comments; where they are missing they are added at the end.
+    The table stands between two marker comments, which are appended if they are missing.
     """
     path = Path(readme)
     text = path.read_text() if path.is_file() else ""
@@ -130,23 +134,18 @@ def _chosen(content: Any, weights: str, source: str) -> Mapping[str, Tensor]:
         raise ValueError(f"weights {weights!r}: {' and '.join(WEIGHTS)} are valid")
     averaged = isinstance(content, Mapping) and "ema_state_dict" in content
     if weights == "model" and averaged:
-        # MMEngine keeps the averaged weights under "state_dict" and these, wrapped, beside them.
+        # MMEngine's checkpoints swap the two: "ema_state_dict" has the weights not averaged.
         found = content["ema_state_dict"]
         return {k.removeprefix("module."): v for k, v in found.items() if k != "steps"}
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             return content[key]
-    raise CheckpointError(f"{source} is no checkpoint of a training: it has no state_dict or model")
+    raise CheckpointError(f"{source} is no training checkpoint: it has no state_dict or model")
 
 
 def _with_hash(file: Path) -> Path:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     return file.with_name(f"{file.stem}-{digest}{file.suffix}")
-
-
-def _recipe(config: Path, checkpoint: Path) -> str:
-    # Detectron2's trainings write every config as config.yaml; their folder has the name.
-    return checkpoint.absolute().parent.name if config.suffix == ".yaml" else config.stem
 
 
 def _of_the_classifier(config: Path) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def _of_the_classifier(config: Path) -> dict[str, Any]:
 
 
 def _normalisation(config: Path) -> dict[str, list[float] | None]:
-    """Mean and standard deviation of a detector's or segmentor's pixels, of 0 to 1 as timm's."""
+    """Pixel mean and std of a detector or segmentor, scaled from 0..255 to timm's 0..1."""
     if config.suffix == ".yaml":
         model = yaml.safe_load(config.read_text()).get("model") or {}
         mean, std = model.get("pixel_mean"), model.get("pixel_std")
@@ -183,13 +182,12 @@ def _normalisation(config: Path) -> dict[str, list[float] | None]:
 
 
 def _backbone_name(config: Path) -> str | None:
-    text = config.read_text()
-    found = re.search(r"\b(" + "|".join(backbones.MODEL_NAMES) + r")\b", text)
+    found = re.search(rf"\b({'|'.join(backbones.MODEL_NAMES)})\b", config.read_text())
     return found[1] if found else None
 
 
 def _metrics(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, float]:
-    """The validation's figures at the checkpoint's iteration, from the logs beside it."""
+    """The validation metrics at the checkpoint's iteration, from the logs beside it."""
     meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
     step = content.get("iteration", meta.get("iter"))
     try:
@@ -212,7 +210,7 @@ def _check(file: Path, meta: dict[str, Any]) -> None:
     network = timm.create_model(meta["model"], num_classes=len(weight), **meta["options"])
     report = backbones.load_checkpoint(network, file, classes=classes)
     if report.missing or report.unexpected or report.resized:
-        raise CheckpointError(f"what was published does not fill a {meta['model']}: {report}")
+        raise CheckpointError(f"the published file does not fill a {meta['model']}: {report}")
 
 
 def _line(meta: dict[str, Any], file: Path) -> str:
@@ -225,6 +223,5 @@ def _line(meta: dict[str, Any], file: Path) -> str:
 
 
 def as_json(meta: dict[str, Any]) -> str:
-    """The meta without the list of classes, for people."""
-    shown = dict(meta, classes=len(meta["classes"] or []))
-    return json.dumps(shown, indent=1)
+    """The metadata as JSON, with the number of classes in place of their names."""
+    return json.dumps(dict(meta, classes=len(meta["classes"] or [])), indent=1)

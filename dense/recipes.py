@@ -1,4 +1,4 @@
-"""Config files: where ours are, whose one is, and which one a checkpoint was trained with.
+"""Find config files: the recipes of this package, a config's framework, a checkpoint's config.
 
 >>> from dense.recipes import RECIPES
 >>> config = RECIPES / "segmentation/dw_conv_nano_upernet.py"
@@ -9,24 +9,24 @@ import os
 from pathlib import Path
 
 _INSTALLED = Path(__file__).with_name("configs")
-# The folder of the recipes, as the top-level configs/ of a checkout; a wheel has its copy in dense.
+# The recipes: dense/configs in an installed wheel, the top-level configs/ in a checkout.
 RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 class RecipeError(ValueError):
-    """A config that is missing, is nobody's, or is not the only one, in one line."""
+    """A config is missing, of no known framework, or not the only one; the message is one line."""
 
 
 def framework_of(config: str | os.PathLike) -> str:
-    """Whose config a file is: ``"detection"`` (LazyConfig), ``"segmentation"`` (MMSegmentation),
-    ``"mmdetection"`` or ``"classification"`` (pretraining).
+    """The framework of a config: ``"detection"`` (Detectron2's LazyConfig), ``"segmentation"``
+    (MMSegmentation), ``"mmdetection"`` or ``"classification"`` (pretraining).
 
-    The file is parsed, not run, to tell LazyConfig from mmengine. mmengine's configs inherit by
-    ``_base_`` or ``read_base()`` or import nothing; LazyConfig's import what they build. A
-    ``.yaml`` is a LazyConfig that a training saved. ``default_scope`` tells mmengine's apart.
+    A LazyConfig imports what it builds; mmengine's configs use ``_base_`` or ``read_base()``, or
+    import nothing. The file is parsed, not run, to tell the two apart. A ``.yaml`` is a LazyConfig
+    that was saved by training. The type of the model and ``default_scope`` tell mmengine's apart.
 
     Raises:
-        RecipeError: no such file, or it is neither.
+        RecipeError: the file does not exist, or is neither Python nor YAML.
     """
     path = Path(config)
     if not path.is_file():
@@ -47,12 +47,12 @@ def framework_of(config: str | os.PathLike) -> str:
 
 
 def _mmengine_kind(config: Path) -> str:
-    """The package that an mmengine config is for; MMSegmentation where that cannot be told."""
+    """The framework of an mmengine config; ``"segmentation"`` for one that cannot be loaded."""
     try:
         from mmengine.config import Config
 
         cfg = Config.fromfile(config, import_custom_modules=False)
-    # What is wrong with it is said where it is loaded.
+    # The caller loads the config next and reports the error.
     except Exception:
         return "segmentation"
     if cfg.get("model", {}).get("type") == "ImageClassifier":
@@ -61,10 +61,10 @@ def _mmengine_kind(config: Path) -> str:
 
 
 def config_beside(checkpoint: str | os.PathLike) -> Path:
-    """The config that a training wrote into the folder of its checkpoints.
+    """The config that training saved in the folder of its checkpoints.
 
     Raises:
-        RecipeError: no such checkpoint, or the folder holds no config or several.
+        RecipeError: the checkpoint does not exist, or its folder holds no config or several.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
@@ -75,6 +75,6 @@ def config_beside(checkpoint: str | os.PathLike) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise RecipeError(f"{folder} holds no config; name the one trained with by --config")
+        raise RecipeError(f"{folder} holds no config; name the training's config by --config")
     names = ", ".join(path.name for path in found)
     raise RecipeError(f"{folder} holds several configs ({names}); name one by --config")

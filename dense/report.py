@@ -1,4 +1,4 @@
-"""What trainings wrote, as one HTML page that needs nothing beside it."""
+"""Render training results as one self-contained HTML page."""
 
 import base64
 import io
@@ -16,23 +16,14 @@ from dense import files
 Curves = dict[str, list[tuple[int, float]]]
 
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "mmengine",
-    "mmcv",
-    "mmcv-lite",
-    "mmsegmentation",
-    "detectron2",
-    "sal-detectron2",
-    "pycocotools",
-    "numpy",
+    *("torch", "torchvision", "timm", "mmengine", "mmcv", "mmcv-lite", "mmsegmentation"),
+    *("detectron2", "sal-detectron2", "pycocotools", "numpy"),
 )
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number and what it has to reach, both in percent; ``least`` may be None."""
+    """A measured value and its required minimum (or None), both in percent."""
 
     name: str
     value: float
@@ -46,7 +37,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """One scene: its name and, by column, the pictures' files."""
+    """One scene: its name, and the image file of each column."""
 
     name: str
     pictures: Mapping[str, Path]
@@ -54,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line as it was run, with the seconds it took."""
+    """A command line and its run time in seconds."""
 
     title: str
     line: str
@@ -62,24 +53,25 @@ class Command:
 
 
 def detectron2_losses(metrics: str | os.PathLike) -> Curves:
-    """The losses in a ``metrics.json`` of Detectron2, by name and iteration.
-
-    A resumed run repeats iterations; the last record of each counts.
-    """
-    return _curves(files.json_lines(metrics), "iteration", lambda key: "loss" in key)
+    """The losses in Detectron2's ``metrics.json``; a resumed run's repeated iterations win."""
+    return _losses(files.json_lines(metrics), "iteration")
 
 
 def mmengine_losses(work_dir: str | os.PathLike) -> Curves:
-    """The losses in the ``scalars.json`` of all runs in a work folder of mmengine."""
+    """The losses in the ``scalars.json`` of all runs in a work folder of mmengine.
+
+    Raises:
+        FileNotFoundError: the folder has no ``scalars.json``.
+    """
     logs = sorted(Path(work_dir).glob("*/vis_data/scalars.json"))
     if not logs:
         raise FileNotFoundError(f"{work_dir} holds no vis_data/scalars.json")
     records = [record for path in logs for record in files.json_lines(path)]
-    return _curves(records, "iter", lambda key: "loss" in key)
+    return _losses(records, "iter")
 
 
 def mmengine_results(work_dir: str | os.PathLike) -> tuple[Path, dict]:
-    """The newest ``<timestamp>/<timestamp>.json`` that a test of mmengine wrote, and its path."""
+    """Path and content of the newest ``<timestamp>/<timestamp>.json`` of mmengine's test loop."""
     found = [p for p in Path(work_dir).glob("*/*.json") if p.stem == p.parent.name]
     if not found:
         raise FileNotFoundError(f"{work_dir} holds no <timestamp>/<timestamp>.json")
@@ -87,17 +79,17 @@ def mmengine_results(work_dir: str | os.PathLike) -> tuple[Path, dict]:
     return newest, files.json_lines(newest)[-1]
 
 
-def _curves(records: Iterable[dict], step_key: str, wanted) -> Curves:
+def _losses(records: Iterable[dict], step_key: str) -> Curves:
     by_name: dict[str, dict[int, float]] = {}
     for record in records:
         for key, value in record.items():
-            if step_key in record and wanted(key) and isinstance(value, int | float):
+            if step_key in record and "loss" in key and isinstance(value, int | float):
                 by_name.setdefault(key, {})[int(record[step_key])] = float(value)
     return {name: sorted(points.items()) for name, points in by_name.items()}
 
 
 def plot(curves: Curves, title: str) -> str:
-    """An SVG element of curves over iterations."""
+    """Plot losses over iterations as an SVG element; values that are not finite are skipped."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
@@ -119,7 +111,7 @@ def plot(curves: Curves, title: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of what a result depends on."""
+    """The versions of those of :data:`PACKAGES` that are installed."""
     found = {}
     for package in PACKAGES:
         try:
@@ -139,15 +131,15 @@ def render(
     commands: Sequence[Command],
     facts: Mapping[str, str],
 ) -> str:
-    """The page; pictures and plots are inside it, and all text is escaped.
+    """Render the page as HTML; images and plots are embedded, all text is escaped.
 
     Args:
-        title: also the browser's.
-        introduction: a paragraph below it.
+        title: heading and title of the page.
+        introduction: a paragraph below the heading.
         figures: the table of results.
-        plots: pairs of an SVG of :func:`plot` and what is to be said about it.
+        plots: pairs of an SVG of :func:`plot` and its caption.
         rows: pictures side by side; all rows have the columns of the first.
-        commands: what was run, in this order.
+        commands: in the order in which they were run.
         facts: versions and the like, name to value.
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

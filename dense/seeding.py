@@ -1,4 +1,4 @@
-"""Samples and iterations whose random draws follow from a run's seed and their place in it."""
+"""Seeds of single samples and iterations, so that a resumed run repeats the random draws."""
 
 import random
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-# What is seeded, so that a sample and an iteration of one number draw differently.
+# Part of a seed's hash: a sample and an iteration of equal number get different seeds.
 SAMPLE, ITERATION = 0, 1
 
 _CPU = torch.random.default_generator
@@ -19,7 +19,7 @@ def mixed(*numbers: int) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch, on the CPU and on all GPUs."""
+    """Seed Python, NumPy and PyTorch, on the CPU and on all GPUs."""
     _seed_cpu(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
@@ -27,7 +27,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within it all draws on the CPU follow from the seed; after it all is as it was before."""
+    """Seed the CPU generators of Python, NumPy and PyTorch; restore their states on exit."""
     before = random.getstate(), np.random.get_state(), _CPU.get_state()
     _seed_cpu(seed)
     try:

@@ -1,11 +1,13 @@
-"""A row of commands, run one after another, that survives being killed."""
+"""Run a sequence of commands that can be killed and resumed."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ LOGS = "logs"
 
 
 class StepError(Exception):
-    """Why a row of steps stops."""
+    """A sequence of steps cannot start or go on; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Step:
     """One command.
 
     Attributes:
-        name: a word, for files.
-        title: what it does, for people.
+        name: identifier in file names and in the state.
+        title: what the terminal shows.
         template: the command after ``python``, with ``{...}`` for paths, which may hold spaces.
-        total: how many units it counts while it runs, 0 for none.
-        position: how many of them are done, of the folder it works in.
+        total: length of the progress bar, in iterations or files; 0 is none.
+        position: returns how many of them are done, given the output folder.
     """
 
     name: str
@@ -47,20 +48,20 @@ class Step:
     position: Callable[[Path], int] = lambda out: 0
 
     def argv(self, places: Mapping[str, str]) -> list[str]:
-        """The words after ``python``."""
+        """The arguments after ``python``."""
         return [word.format(**places) for word in self.template.split()]
 
     def line(self, places: Mapping[str, str]) -> str:
-        """The command as one types it."""
+        """The command for a shell."""
         return shlex.join(["python", *self.argv(places)])
 
 
 class State:
-    """Which steps are done and what they took, kept in their folder.
+    """Which steps are done and how long they took, saved as ``steps.json``.
 
     Args:
-        out: the folder.
-        digest: stands for the code the steps run, see :func:`sources_digest`.
+        out: folder of the file.
+        digest: identifies the code that the steps run, see :func:`sources_digest`.
     """
 
     def __init__(self, out: Path, digest: str):
@@ -77,26 +78,24 @@ class State:
         return self._content["sources"] != self._digest
 
     def seconds(self, step: Step) -> float:
-        """What a step has taken so far, over all runs."""
+        """Run time of a step so far, over all runs."""
         return self._content["steps"].get(step.name, {}).get("seconds", 0.0)
 
     def done(self, step: Step) -> bool:
-        """Whether a step has come to its end."""
         return self._content["steps"].get(step.name, {}).get("done", False)
 
     def note(self, step: Step, seconds: float, done: bool) -> None:
-        """Write down how far a step is."""
+        """Save a step's run time and whether it is done."""
         with self._lock:
             self._content["steps"][step.name] = {"seconds": round(seconds, 1), "done": done}
             self.save()
 
     def save(self) -> None:
-        """Write the state, whole or not at all."""
         files.write(self._path, json.dumps(self._content, indent=1))
 
 
 def sources_digest(root: Path, folders: Iterable[str], without: Iterable[Path]) -> str:
-    """A digest of the Python files below some folders of ``root``, some of them left out."""
+    """SHA-256 of the Python files below ``folders`` of ``root``, except those in ``without``."""
     digest = hashlib.sha256()
     left_out = {path.resolve() for path in without}
     for folder in folders:
@@ -107,16 +106,16 @@ def sources_digest(root: Path, folders: Iterable[str], without: Iterable[Path]) 
 
 
 def prepare(out: Path, made: Sequence[str], digest: str, fresh: bool) -> State:
-    """The folder and what is done in it; both new if asked for or if the code has changed.
+    """Load the state of a folder; start over if ``fresh`` or if the digest has changed.
 
     Args:
-        out: the folder; made when missing.
-        made: what the steps write into it; only that is ever removed.
+        out: an existing folder.
+        made: files and folders that the steps write; only these are ever removed.
         digest: see :class:`State`.
-        fresh: start over.
+        fresh: remove what the steps made before.
 
     Raises:
-        StepError: some of it is there and was not made by these steps.
+        StepError: one of ``made`` exists in a folder without a state.
     """
     made = (*made, LOGS, STATE)
     foreign = [name for name in made if (out / name).exists()]
@@ -128,7 +127,7 @@ def prepare(out: Path, made: Sequence[str], digest: str, fresh: bool) -> State:
     if state.outdated or fresh:
         for name in made:
             path = out / name
-            # The state last: as long as it is there, what is left is known as ours.
+            # STATE is the last: after a kill in this loop, the rest still counts as made here.
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         state = State(out, digest)
     state.save()
@@ -138,40 +137,35 @@ def prepare(out: Path, made: Sequence[str], digest: str, fresh: bool) -> State:
 
 @contextlib.contextmanager
 def only_one(out: Path, patience: float = 15) -> Iterator[int]:
-    """Keep a folder to one run. Steps inherit the lock: one that outlives its run still holds it.
+    """Lock a folder for one run; yields the lock's file descriptor.
+
+    Steps inherit the descriptor, so that a step that outlives a killed run still holds the lock.
 
     Args:
-        out: the folder; made when missing.
-        patience: seconds to wait for the lock, which data loaders' workers keep until they notice
-            that their trainer was killed.
-
-    Yields:
-        The lock's file descriptor.
+        out: the folder; created if missing.
+        patience: seconds to wait for the lock: data loader workers hold it until they notice that
+            their trainer was killed.
 
     Raises:
-        StepError: the folder is a file, or another run works in it.
+        StepError: ``out`` is a file, or another run holds the lock.
     """
     if out.exists() and not out.is_dir():
         raise StepError(f"{out} is a file; a folder is needed")
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + patience
     with open(out / ".lock", "a") as lock:
-        while not _locked(lock):
-            if time.monotonic() > end:
-                raise StepError(
-                    f"another run, or a step that outlived one, works in {out}: "
-                    "wait for it or end it, then start again"
-                )
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise StepError(
+                        f"another run, or a step that outlived one, works in {out}: "
+                        "wait for it or end it, then start again"
+                    ) from None
             time.sleep(0.5)
         yield lock.fileno()
-
-
-def _locked(lock: TextIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def run_all(
@@ -183,19 +177,19 @@ def run_all(
     cwd: Path,
     jobs: int = 1,
 ) -> None:
-    """Run what is not done yet, with progress on the terminal and each step's output in a log.
+    """Run the steps that are not done, with progress on the terminal and one log file for each.
 
     Args:
-        steps: in their order.
-        out: the folder they work in.
-        places: what their templates name.
-        state: what is done; kept up to date.
+        steps: in order.
+        out: the output folder.
+        places: values of the templates' ``{...}``.
+        state: from :func:`prepare`; updated while steps run.
         lock: from :func:`only_one`.
-        cwd: where the commands run.
-        jobs: how many run side by side; with more than one, no step may need another's result.
+        cwd: working directory of the commands.
+        jobs: steps that run in parallel; above 1 no step may need another's result.
 
     Raises:
-        StepError: a step failed; with the end of its log. Those beside it are ended.
+        StepError: a step failed; the message has the end of its log. Parallel steps are terminated.
     """
     stop = threading.Event()
 
@@ -214,7 +208,7 @@ def run_all(
             stop.set()
             raise
 
-    # Threads, so that a signal reaches this one while steps run.
+    # Steps run in threads: signals are delivered to the main thread alone.
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(run, *numbered) for numbered in enumerate(steps, start=1)]
         try:
@@ -222,6 +216,27 @@ def run_all(
                 done.result()
         finally:
             stop.set()
+
+
+def run_tool(name: str, work: Callable[[], None], *expected: type[Exception]) -> int:
+    """Run the work of a command-line tool and return its exit status.
+
+    :class:`StepError` and ``expected`` exceptions are printed in one line, status 1. Ctrl-C gives
+    130, SIGTERM 143.
+    """
+    # For networks this small, and for parallel steps, one thread each is faster than threads that
+    # compete for cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        work()
+    except (StepError, *expected) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _run(
@@ -250,7 +265,7 @@ def _run(
         try:
             _watch(step, out, process, lambda: note(done=False), stop)
         finally:
-            # Still running only where this process is itself being stopped.
+            # It is still running only if this run is being stopped.
             if process.poll() is None:
                 process.terminate()
                 process.wait()

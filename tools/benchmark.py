@@ -1,12 +1,12 @@
-"""How fast operators, networks and whole models are here, beside the peers, in one run.
+"""Benchmark operators, networks and whole models beside those of timm, torchvision and frameworks.
 
     python tools/benchmark.py networks --sizes 224x224 --out work_dirs/benchmark
     python tools/benchmark.py operators networks scaling models --compiled
 
-Every contest runs its contenders in turns in one process: medians with quartiles, peak memory, and
-the ratio to the first of them. OUT gets results.json (after every contest, so that --resume goes on
-after a kill), results.md, and a plot of the cost against size. On a GPU everything runs in bfloat16
-autocast, on a CPU in float32. Close other programs: the figures are those of an idle machine.
+All contenders of a contest run in turns in one process. Results are median time with quartiles,
+peak memory, and speed relative to the first contender. OUT gets results.json (after every contest,
+so that --resume continues after a kill), results.md, and scaling.png of the suite scaling. GPUs run
+in bfloat16 autocast, CPUs in float32. Close other programs before you measure.
 """
 
 import argparse
@@ -36,15 +36,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         type=image_size,
         default=list(networks.SIZES),
-        help="rows x columns of the images, 512x2048 say",
+        help="image sizes as HEIGHTxWIDTH in pixels, such as 512x2048",
     )
-    add("--batch", type=int, help="images in a step; default: what fits the size")
+    add("--batch", type=int, help="images in a step; default: chosen by the image size")
     add("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
-    add("--scale", choices=("nano", "tiny", "base"), default="tiny", help="of our networks")
+    add("--scale", choices=("nano", "tiny", "base"), default="tiny", help="of our networks (tiny)")
     add("--compiled", action="store_true", help="networks under torch.compile too: minutes each")
-    add("--rounds", type=int, default=9, help="timed steps of each contender (9)")
-    add("--seconds", type=float, default=60, help="about how long a contest's rounds may take (60)")
-    add("--resume", action="store_true", help="keep the contests in OUT, do the rest")
+    add("--rounds", type=int, default=9, help="timed steps of each contender (%(default)s)")
+    add("--seconds", type=float, default=60, help="time limit of a contest, approximate (60)")
+    add("--resume", action="store_true", help="keep the contests in OUT and run the others")
     args = parser.parse_args(argv)
     if args.batch is not None and args.batch < 1:
         parser.error(f"--batch {args.batch}: at least 1 is needed")
@@ -53,12 +53,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.device.split(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device {args.device}: cpu, cuda or cuda:N is needed")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: there is no CUDA here")
+        parser.error(f"--device {args.device}: CUDA is not available")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         parser.error(f"--out {args.out} is a file; a folder is needed")
     for option in ("sizes", "batch", "scale", "compiled"):
         if getattr(args, option) != parser.get_default(option) and "networks" not in args.suites:
-            parser.error(f"--{option} is for the suite networks, which is not asked for")
+            parser.error(f"--{option} is for the suite networks, which is not selected")
     return args
 
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read(file: Path, where: str) -> list[measure.Result]:
-    """The contests of an earlier run, on this machine."""
+    """The results of an earlier run on this machine."""
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
@@ -120,7 +120,6 @@ def read(file: Path, where: str) -> list[measure.Result]:
 
 
 def write(results: list[measure.Result], where: str, out: Path) -> None:
-    """Results, table and plot, each whole or not at all."""
     content = {"machine": where, "results": [result.as_dict() for result in results]}
     files.write(out / "results.json", json.dumps(content, indent=1))
     files.write(out / "results.md", report.markdown(results, where))

@@ -1,16 +1,15 @@
-"""Train all five families alike on your own photos, a few seeds each, and compare what they learn.
+"""Train all five families on your own photos with several seeds each, and compare their accuracy.
 
     python tools/compare_families.py --data-root photos      # photos/train and photos/val
 
-The recipe is configs/pretraining/_base_/nano.py, the same for all: 64x64 pixels, AdamW, a cosine
-over all epochs. Accuracy is that of the last epoch. OUT/<data>_<size>_<epochs>e then has
-comparison.md (parameters, FLOPs, minutes, top-1 with its spread over seeds), .json and .png. After
-a kill the same command goes on; more --seeds add to what is there.
+All use the recipe configs/pretraining/_base_/nano.py: 64x64 pixels, AdamW, cosine schedule. The
+accuracy is that of the last epoch. OUT/<data>_<size>_<epochs>e gets comparison.md (parameters,
+FLOPs, minutes, top-1 with its standard deviation over seeds), .json and .png. After a kill the same
+command continues; a larger --seeds adds runs.
 """
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ MADE = (RUNS, "comparison.json", "comparison.md", "comparison.png")
 
 
 def plan(args: argparse.Namespace, num_classes: int) -> dict[str, list[Step]]:
-    """The trainings of each network, a step a seed."""
+    """The trainings of each network, one step for each seed."""
     from backbones import FAMILIES
 
     warmup = max(1, args.epochs // 10)
@@ -59,26 +58,21 @@ def epochs_done(work_dir: Path) -> int:
 
 
 def count_classes(data_root: Path) -> int:
-    """Folders in ``train``.
-
-    Raises:
-        StepError: there are none.
-    """
+    """The number of folders in ``train``; raises a StepError if there are less than two."""
     train = data_root / "train"
     found = [path for path in train.iterdir() if path.is_dir()] if train.is_dir() else []
     if len(found) < 2:
-        raise StepError(f"no photos in {train}: a folder for every class is needed")
+        raise StepError(f"no photos in {train}: it needs a folder for every class")
     if not (data_root / "val").is_dir():
         raise StepError(f"no photos to validate on: {data_root / 'val'} is missing")
     return len(found)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train what is not trained yet, then compare.
+    from dense import require
 
-    Raises:
-        StepError: no data, or a training failed.
-    """
+    require("mmengine", "pretraining")
+    require("fvcore", "complexity")
     from dense.analysis import comparison
 
     data = Path(args.data_root).resolve()
@@ -89,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     places = {"data": str(data), "runs": str(out / RUNS)}
     with steps.only_one(out) as lock:
         state: State = steps.prepare(out, MADE, digest, args.fresh)
-        # Seed by seed: a run that is stopped has compared all families on the first ones.
+        # Seed by seed: an interrupted comparison has the first seeds of all families.
         trainings = [step for seed in zip(*planned.values(), strict=True) for step in seed]
         steps.run_all(trainings, out, places, state, lock, ROOT, args.jobs)
         entries = comparison.compare(
@@ -100,23 +94,22 @@ def run(args: argparse.Namespace) -> None:
             out,
         )
     print(comparison.table(entries))
-    print(f"{args.jobs} runs side by side; plot and numbers: {out}/comparison.png, .md, .json")
+    print(f"{args.jobs} runs in parallel; plot and numbers: {out}/comparison.png, .md, .json")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data-root", required=True, help="folder with train and val, in each a folder a class")
-    add("--out", default="work_dirs/families", help="folder for all of it (%(default)s)")
-    add("--size", choices=("nano", "tiny"), default="nano", help="of the networks (%(default)s)")
+    add("--data-root", required=True, help="has train/ and val/, each with a folder per class")
+    add("--out", default="work_dirs/families", help="output folder (%(default)s)")
+    add("--size", choices=("nano", "tiny"), default="nano", help="network size (%(default)s)")
     add("--seeds", type=int, default=3, help="runs of each network (%(default)s)")
-    add("--epochs", type=int, default=10, help="2 or more (%(default)s)")
+    add("--epochs", type=int, default=10, help="epochs of each run, 2 or more (%(default)s)")
     cores = len(os.sched_getaffinity(0))
-    add("--jobs", type=int, default=min(4, cores), help="runs side by side (%(default)s)")
-    add("--fresh", action="store_true", help="start over, whatever is done already")
+    add("--jobs", type=int, default=min(4, cores), help="runs in parallel (%(default)s)")
+    add("--fresh", action="store_true", help="remove earlier results and start over")
     args = parser.parse_args(argv)
     for name, least in (("seeds", 1), ("epochs", 2), ("jobs", 1)):
         if getattr(args, name) < least:
@@ -125,25 +118,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare, or say in a line why not."""
     args = parse_args(argv)
-    # Runs side by side: a thread each is faster than threads that share cores.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-    from dense import require
-
-    try:
-        for package in ("mmengine", "fvcore"):
-            require(package, {"mmengine": "pretraining", "fvcore": "complexity"}[package])
-        run(args)
-    except (StepError, ImportError, ValueError) as error:
-        print(f"compare_families: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ncompare_families: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return steps.run_tool("compare_families", lambda: run(args), ImportError, ValueError)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Parameters and FLOPs of every model and config, beside the paper's tables.
+"""Count parameters and FLOPs of every model and config, beside the paper's tables.
 
-    python tools/complexity.py                       # all of it, some minutes on a CPU
+    python tools/complexity.py                       # all sections, some minutes on a CPU
     python tools/complexity.py backbones --json counts.json
     python tools/complexity.py --parameters-only     # seconds
-    python tools/complexity.py --write               # the tables of the READMEs
+    python tools/complexity.py --write               # updates the tables of the READMEs
 
-FLOPs are multiply-adds at the paper's sizes: 224x224 and 384x384, 1280x800 with 1000 boxes and 100
-masks, 512x2048.
+FLOPs are multiply-adds at the paper's sizes: classifiers 224x224 and 384x384, detectors 1280x800
+with 1000 boxes and 100 masks, segmentors 512x2048.
 """
 
 import argparse
@@ -22,22 +22,21 @@ SECTIONS = ("backbones", "detection", "mmdetection", "segmentation")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     names = ", ".join(SECTIONS)
-    add("sections", nargs="*", metavar="SECTION", help=f"{names}; all that can be built here")
+    add("sections", nargs="*", metavar="SECTION", help=f"{names}; default: all that are installed")
     add("--parameters-only", action="store_true", help="count no FLOPs")
-    add("--json", type=Path, metavar="FILE", help="unrounded numbers")
-    add("--markdown", type=Path, metavar="FILE", help="the tables in Markdown")
-    add("--write", action="store_true", help="put the tables into the README of each section")
+    add("--json", type=Path, metavar="FILE", help="write unrounded numbers")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
+    add("--write", action="store_true", help="update the tables in the README of each section")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.sections if name not in SECTIONS]:
         parser.error(f"no section {unknown[0]!r}: {names} are valid")
     if args.write and args.parameters_only:
-        parser.error("--write: the READMEs have FLOPs too, leave --parameters-only out")
+        parser.error("--write: the READMEs have FLOPs: leave --parameters-only out")
     for file in filter(None, (args.json, args.markdown)):
         if not file.absolute().parent.is_dir():
             parser.error(f"{file}: there is no folder {file.absolute().parent}")
@@ -47,7 +46,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Count, show, write."""
     args = parse_args()
 
     from dense import require
@@ -111,7 +109,7 @@ def _show(table) -> None:
     for i, column in enumerate(table.columns):
         shown.add_column(column.title, justify="left" if i == 0 else "right")
     for cells in table.cells():
-        # A link shows its text.
+        # Show the text of a Markdown link or code span.
         name = cells[0].partition("]")[0].strip("[`")
         shown.add_row(name, *cells[1:])
     console = Console()

@@ -1,12 +1,11 @@
-"""Write a checkpoint's backbone by the names of another code base.
+"""Convert the backbone in a checkpoint to the state dict names of another code base.
 
     python tools/convert_checkpoint.py work_dirs/pretrain/best.pth swin_t.pth --to torchvision
     python tools/convert_checkpoint.py model_final.pkl safe.safetensors --to ours --trust
 
-Reads weights of this package, the authors' DW-Conv files, Swin's own, timm's, torchvision's,
-MMSegmentation's, MMDetection's and Detectron2's Swin, from a .pth, a .safetensors or a URL, alone
-or inside a classifier, detector or segmentor. Values are not changed: converting back gives the
-same bits.
+The source is a .pth, a .safetensors or a URL of a backbone, classifier, detector or segmentor: of
+this package, of the paper's authors, or a Swin of its authors, timm, torchvision, MMSegmentation,
+MMDetection or Detectron2. Converting back gives the same bits.
 """
 
 import argparse
@@ -28,14 +27,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", help="file or URL")
     add("target", help=".pth or .safetensors to write")
-    add("--to", required=True, choices=list(LAYOUTS), help="whose names to write")
-    add("--prefix", default="", help='put before every name, "backbone." say')
-    add("--from-prefix", help="what stands before the backbone's names, if there are several")
+    add("--to", required=True, choices=list(LAYOUTS), help="layout to write, see below")
+    add("--prefix", default="", help='prefix of every written name, such as "backbone."')
+    add("--from-prefix", help="prefix of the backbone in the source, if it has several backbones")
     add(
         "--trust",
         action="store_true",
-        help="unpickle a file that holds more than weights, Detectron2's .pkl say: that runs code "
-        "which the file names",
+        help="load with weights_only=False, for files that hold more than weights, such as "
+        "Detectron2's .pkl: the file can run any code",
     )
     add("--overwrite", action="store_true", help="replace a target that exists")
     return parser.parse_args(argv)

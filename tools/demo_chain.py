@@ -1,21 +1,19 @@
-"""Pretrain, publish, initialise a detector and a segmentor, and train them on: the whole chain.
+"""Pretrain backbones, then train detectors and segmentors from them and from random weights.
 
     python tools/demo_chain.py --photos tiny_imagenet_10 --ade ADEChallengeData2016
 
 Pretrains d_dw_conv_nano and i_d_dw_conv_nano on folders of photos, publishes them, and trains
 Cascade Mask R-CNN (on the scenes of tools/make_scenes.py) and UPerNet (on photos) from each, and
-from random weights with the same seed beside it. The published weights must fill the whole
-backbone, and the loss must start and stay below the one from random weights, or the demo fails. Of
-a detector that is the loss of its region proposals: the other losses are of what was proposed, and
-harder the better that is. Every step is a command that you could type. After a kill the same
-command goes on; --fresh starts over.
+from random weights with the same seed. The demo fails unless the published weights fill the whole
+backbone and the loss stays below that from random weights. The loss of a detector is that of its
+RPN: the losses of the RoI heads grow when proposals improve. After a kill the same command
+continues; --fresh starts over.
 """
 
 import argparse
 import json
 import os
 import re
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +27,9 @@ BACKBONES = ("d_dw_conv_nano", "i_d_dw_conv_nano")
 HEADS = {"detector": "Cascade Mask R-CNN", "segmentor": "UPerNet"}
 STARTS = ("pretrained", "random")
 EPOCHS, LOGGED = 30, 5
-# Scenes are easy: more would compare what both starts end at.
+# Few: the scenes are easy, and after more iterations both starts reach the same loss.
 ITERATIONS = {"detector": 50, "segmentor": 80}
-# Each is longer than what single batches differ by.
+# The losses are compared in so many equal parts of the training, to average over batches.
 PARTS = 2
 MADE = ("scenes", "pretrained", "published", "detector", "segmentor", "chain.json", "chain.png")
 
@@ -46,7 +44,7 @@ PUBLISH = (
     f"epoch_{EPOCHS}.pth --out {{{{out}}}}/published"
 )
 SCENES = Step("scenes", "generate scenes", "tools/make_scenes.py {out}/scenes --overwrite")
-# Rates below those of the configs, which are for random weights: what was learned is to be kept.
+# Learning rates below those of the configs, which are tuned for random weights.
 TRAIN = {
     "detector": (
         "tools/train_detector.py --config-file configs/detection/cascade_mask_rcnn_{name}.py"
@@ -78,10 +76,10 @@ class Contest:
 
     Attributes:
         head: ``"detector"`` or ``"segmentor"``.
-        backbone: its name.
-        matched: entries of the backbone that the published weights filled, all of them.
-        pretrained: mean losses of each part of the training.
-        random: those from random weights.
+        backbone: model name.
+        matched: number of backbone entries that the published weights filled.
+        pretrained: mean loss in each part of the training, from pretrained weights.
+        random: the same from random weights.
     """
 
     head: str
@@ -92,12 +90,12 @@ class Contest:
 
     @property
     def won(self) -> bool:
-        """Whether pretraining's losses are the lower ones from the first part to the last."""
+        """Whether the pretrained weights' loss is lower in all parts."""
         return all(a < b for a, b in zip(self.pretrained, self.random, strict=True))
 
 
 def pretraining(classes: int) -> tuple[list[Step], list[Step]]:
-    """The steps that train the classifiers, and those that publish them."""
+    """The steps that train the classifiers, and the steps that publish them."""
     trainings, publications = [], []
     for name in BACKBONES:
         command = PRETRAIN.format(name=name, classes=classes)
@@ -110,7 +108,6 @@ def pretraining(classes: int) -> tuple[list[Step], list[Step]]:
 
 
 def downstream() -> list[Step]:
-    """The trainings of all heads on all backbones, from both starts."""
     found = []
     for head, title in HEADS.items():
         for name in BACKBONES:
@@ -148,7 +145,7 @@ def _iterations(head: str, run: str):
 
 
 def places(out: Path, args: argparse.Namespace) -> dict[str, str]:
-    """The paths in the commands; the published files once they are there."""
+    """The paths in the commands; a published file that does not exist yet is empty."""
     found = {key: str(Path(getattr(args, key)).resolve()) for key in ("photos", "ade")}
     found["out"] = str(out.relative_to(ROOT) if out.is_relative_to(ROOT) else out)
     for name in BACKBONES:
@@ -158,28 +155,20 @@ def places(out: Path, args: argparse.Namespace) -> dict[str, str]:
 
 
 def check_data(args: argparse.Namespace) -> int:
-    """How many classes the photos have.
-
-    Raises:
-        StepError: a folder is not what it has to be.
-    """
-    needed = (
-        ("photos", "train"),
-        ("photos", "val"),
-        ("ade", "images/training"),
-        ("ade", "annotations/training"),
-    )
-    for key, part in needed:
-        if not (Path(getattr(args, key)) / part).exists():
-            raise StepError(f"--{key} {getattr(args, key)}: it has no {part}")
+    """Check the data's folders (StepError) and return the number of classes."""
+    needed = {"photos": ("train", "val"), "ade": ("images/training", "annotations/training")}
+    for key, parts in needed.items():
+        for part in parts:
+            if not Path(getattr(args, key), part).exists():
+                raise StepError(f"--{key} {getattr(args, key)}: it has no {part}")
     return sum(path.is_dir() for path in Path(args.photos, "train").iterdir())
 
 
 def full_match(name: str, checkpoint: str) -> int:
-    """How many entries of a backbone the published weights fill.
+    """The number of backbone entries that the published weights fill.
 
     Raises:
-        StepError: they leave some out beyond the norms of the outputs, which classifiers lack.
+        StepError: an entry is not filled, except output norms, which classifiers do not have.
     """
     import backbones
     from dense.backbone import DenseBackbone
@@ -196,11 +185,7 @@ def full_match(name: str, checkpoint: str) -> int:
 
 
 def contests(out: Path, published: dict[str, str]) -> list[Contest]:
-    """What the trainings have logged, by parts of their time.
-
-    Raises:
-        StepError: a training did not report the full match.
-    """
+    """The losses of all trainings; a StepError if one did not log that all entries matched."""
     found = []
     for head in HEADS:
         for name in BACKBONES:
@@ -214,7 +199,7 @@ def contests(out: Path, published: dict[str, str]) -> list[Contest]:
 
 
 def losses(head: str, folder: Path) -> metrics.Points:
-    """Of a segmentor the whole loss; of a detector the one whose targets no proposal changes."""
+    """A segmentor's total loss, or a detector's RPN loss, whose targets no proposal changes."""
     if head == "segmentor":
         return metrics.read_run(folder).loss
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
@@ -226,7 +211,7 @@ def losses(head: str, folder: Path) -> metrics.Points:
 
 
 def in_parts(points: metrics.Points) -> tuple[float, ...]:
-    """Means of equal parts of the training."""
+    """The mean loss in each of PARTS equal parts of the training."""
     last = max(step for step, _ in points)
     parts: list[list[float]] = [[] for _ in range(PARTS)]
     for step, value in points:
@@ -235,7 +220,6 @@ def in_parts(points: metrics.Points) -> tuple[float, ...]:
 
 
 def draw(out: Path) -> None:
-    """All losses in one picture."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(BACKBONES), 3.4 * len(HEADS)), layout="constrained")
@@ -253,18 +237,15 @@ def draw(out: Path) -> None:
 
 
 def chain(args: argparse.Namespace) -> None:
-    """Do what is left to do, then compare.
-
-    Raises:
-        StepError: missing data, a step that failed, or a loss that did not stay below.
-    """
+    """Run the steps and compare; a StepError if a loss from pretrained weights is not lower."""
     out = Path(args.out).resolve()
     trainings, publications = pretraining(check_data(args))
     digest = steps.sources_digest(ROOT, ("backbones", "dense", "configs", "tools"), ())
     digest += f" {args.photos} {args.ade}"
+    rows = ([SCENES, *trainings], publications, downstream())
     with steps.only_one(out) as lock:
         state: State = steps.prepare(out, MADE, digest, args.fresh)
-        for row in ([SCENES, *trainings], publications, downstream()):
+        for row in rows:
             steps.run_all(row, out, places(out, args), state, lock, ROOT, args.jobs)
         found = contests(out, places(out, args))
         files.write(out / "chain.json", json.dumps([asdict(c) for c in found], indent=1))
@@ -275,30 +256,25 @@ def chain(args: argparse.Namespace) -> None:
         )
         title = f"{HEADS[contest.head]} on {contest.backbone}"
         print(f"{title}: {contest.matched} entries matched; loss pretrained/random {line}")
-    total = sum(
-        state.seconds(step)
-        for row in ([SCENES, *trainings], publications, downstream())
-        for step in row
-    )
-    print(f"{total / 60:.1f} minutes of steps, {args.jobs} side by side; {out / 'chain.png'}")
+    total = sum(state.seconds(step) for row in rows for step in row)
+    print(f"{total / 60:.1f} minutes of steps, {args.jobs} in parallel; {out / 'chain.png'}")
     lost = [f"{c.head} on {c.backbone}" for c in found if not c.won]
     if lost:
         raise StepError(f"pretrained weights did not stay ahead: {', '.join(lost)}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     sample = os.environ.get("DENSE_SAMPLE_DATA", "data")
-    add("--photos", default=f"{sample}/tiny_imagenet_10", help="train/ and val/, a folder a class")
+    add("--photos", default=f"{sample}/tiny_imagenet_10", help="train/, val/, a folder per class")
     add("--ade", default=f"{sample}/ADEChallengeData2016", help="images/, annotations/ as ADE20K's")
-    add("--out", default="work_dirs/chain", help="folder for all of it (%(default)s)")
+    add("--out", default="work_dirs/chain", help="output folder (%(default)s)")
     cores = len(os.sched_getaffinity(0))
-    add("--jobs", type=int, default=min(4, cores), help="steps side by side (%(default)s)")
-    add("--fresh", action="store_true", help="start over, whatever is done already")
+    add("--jobs", type=int, default=min(4, cores), help="steps in parallel (%(default)s)")
+    add("--fresh", action="store_true", help="remove earlier results and start over")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: 1 or more is needed")
@@ -306,20 +282,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The chain, or a line that says why not."""
     args = parse_args(argv)
-    # Steps side by side: a thread each is faster than threads that share cores.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        chain(args)
-    except StepError as error:
-        print(f"demo_chain: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ndemo_chain: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return steps.run_tool("demo_chain", lambda: chain(args))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What Triton makes of the GPU kernels, without a GPU: registers, spills, shared memory, widths.
+"""Compile the Triton kernels, without a GPU, and print their registers, spills and shared memory.
 
     python tools/inspect_kernels.py                     # for sm_90, float32 and bfloat16
     python tools/inspect_kernels.py --arch 80 --dtypes fp16
 
-Compiles every kernel at the sizes of a tiny network's first and last stage and prints a table of
-what ptxas says. It is a proof that they compile and what they hold in registers, and says nothing
-of their speed. Exits with 1 when one spills in a half precision, which is what GPUs train in.
+Compiles every kernel at the sizes of a tiny network's first and last stage and prints what ptxas
+reports; nothing is timed. Exits with 1 if a kernel spills registers in bfloat16 or float16.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import tempfile
 from inspect import signature as signature_of
 from pathlib import Path
 
-# The interpreter would take the kernels' sources.
+# With it, triton.jit makes interpreted functions, which cannot be compiled.
 os.environ.pop("TRITON_INTERPRET", None)
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -26,7 +25,7 @@ ACCESSES = re.compile(r"(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)")
 
 
 def kernels(dtype: str, every: bool = False) -> list[tuple[str, object, dict, dict]]:
-    """Name, kernel, signature and constants of each at each size, by its first or every tile."""
+    """Name, kernel, signature and constants at each size, with the first or with every tile."""
     import triton.language as tl
 
     from backbones.ops.triton_kernels import aggregation, depthwise, inhomogeneous, power, window
@@ -82,7 +81,7 @@ def kernels(dtype: str, every: bool = False) -> list[tuple[str, object, dict, di
 
 
 def _signature(kernel: object, dtype: str) -> dict[str, str]:
-    """Types of the arguments: sums over positions in float32, maps and weights in ``dtype``."""
+    """Argument types: sums over positions are float32, maps and weights ``dtype``."""
     maps = {"x", "out", "grad", "taps", "kernels", "bias", "hidden", "weight", "qkv", "grad_qkv"}
     maps |= {"value", "grad_value", "mixing"}
     sums = {"out_bias", "grad_bias", "grad_mixing"}
@@ -101,13 +100,13 @@ def _signature(kernel: object, dtype: str) -> dict[str, str]:
 
 
 def inspect(kernel: object, signature: dict, constants: dict, arch: int) -> dict[str, int | str]:
-    """Compile one kernel and read what ptxas and its PTX say."""
+    """Compile one kernel and parse its PTX and the output of ptxas."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    # Pointers and sizes that are multiples of 16, as those of maps of 32 channels and more are.
+    # Pointers and sizes that are multiples of 16, as they are with 32 channels and more.
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
@@ -121,7 +120,7 @@ def inspect(kernel: object, signature: dict, constants: dict, arch: int) -> dict
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        # One ptxas for all architectures before Triton 3.6.
+        # get_ptxas takes no architecture before Triton 3.6.
         which = (arch,) if signature_of(get_ptxas).parameters else ()
         ptxas = get_ptxas(*which).path
         target = re.search(r"\.target (\w+)", ptx)[1]
@@ -144,23 +143,22 @@ def inspect(kernel: object, signature: dict, constants: dict, arch: int) -> dict
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", type=int, default=90, help="80, 89, 90, ... (%(default)s)")
+    parser.add_argument("--arch", type=int, default=90, help="sm_80, 89, 90, ... (%(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--tiles", action="store_true", help="all tiles that a GPU times")
+    parser.add_argument("--tiles", action="store_true", help="all tiles that autotuning tries")
     args = parser.parse_args(argv)
     try:
         import triton
     except ImportError:
-        print("inspect_kernels: there is no Triton here: pip install triton", file=sys.stderr)
+        print("inspect_kernels: Triton is not installed: pip install triton", file=sys.stderr)
         return 2
     print(
-        f"Triton {triton.__version__}, sm_{args.arch}; bytes spilled, of shared memory, and of the"
+        f"Triton {triton.__version__}, sm_{args.arch}; spilled, shared memory and a thread's widest"
     )
-    print("widest access to global memory a thread makes.\n")
+    print("access to global memory in bytes.\n")
     print("| kernel | dtype | registers | spilled | shared | widest | tensor cores |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     spilled = 0

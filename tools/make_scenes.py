@@ -1,4 +1,4 @@
-"""Generate scenes of three kinds of shapes, with their truth, in COCO's and ADE20K's layouts.
+"""Generate images of three kinds of shapes with ground truth, in COCO's and ADE20K's layouts.
 
     python tools/make_scenes.py data/scenes --train 400 --val 80 --size 160 --seed 0
 
@@ -18,16 +18,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = SceneOptions()
-    parser.add_argument("out", help=f"folder; gets {COCO_FOLDER}/ and {ADE_FOLDER}/")
-    parser.add_argument("--train", type=int, default=default.train, help="training scenes")
-    parser.add_argument("--val", type=int, default=default.val, help="held-out scenes")
-    parser.add_argument("--size", type=int, default=default.size, help="side in pixels")
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help=f"replace {COCO_FOLDER}/ and {ADE_FOLDER}/ even if this tool did not make them",
-    )
+    add = parser.add_argument
+    add("out", help=f"output folder of {COCO_FOLDER}/ and {ADE_FOLDER}/")
+    add("--train", type=int, default=default.train, help="training scenes (%(default)s)")
+    add("--val", type=int, default=default.val, help="validation scenes (%(default)s)")
+    add("--size", type=int, default=default.size, help="side in pixels (%(default)s)")
+    add("--seed", type=int, default=default.seed, help="random seed (%(default)s)")
+    add("--overwrite", action="store_true", help="replace folders that this tool did not make")
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
-"""Loss, learning rate and validation of one or more trainings in one picture.
+"""Plot loss, learning rate and validation metrics of one or more runs.
 
     python tools/plot_metrics.py work_dirs/detector work_dirs/segmentor --out runs.png
 
-Takes the work folders of pretrain.py, train_segmentor.py and train_detector.py alike, finished,
-under way or resumed.
+Reads the work folders of pretrain.py, train_segmentor.py and train_detector.py, whether the run is
+finished, running or resumed.
 """
 
 import argparse
@@ -14,13 +14,12 @@ from dense import metrics
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="WORK_DIR", help="work folders")
-    add("--out", default="metrics.png", help=".png or .svg to write (metrics.png)")
+    add("runs", nargs="+", metavar="WORK_DIR", help="work folders of runs")
+    add("--out", default="metrics.png", help=".png or .svg to write (%(default)s)")
     args = parser.parse_args(argv)
     if Path(args.out).suffix not in (".png", ".svg"):
         parser.error(f"--out {args.out}: a .png or .svg is needed")
@@ -28,7 +27,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read all, then draw."""
     args = parse_args(argv)
     try:
         runs = [metrics.read_run(run) for run in args.runs]

@@ -1,14 +1,14 @@
-"""Run a trained detector, segmentor or classifier over photos.
+"""Run a trained detector, segmentor or classifier over images.
 
     python tools/predict.py --checkpoint work_dirs/detector/model_final.pth \\
         photos/ portrait.jpg --out predictions
 
-Takes what train_detector.py, train_segmentor.py and pretrain.py wrote, checkpoints of MMDetection,
-and the whole files that the paper's authors released. Draws every photo into OUT/overlays. A
-detector's boxes, masks and classes go to OUT/detections, a JSON for each photo; a segmentor's label
-maps to OUT/labels, a PNG for each; a classifier's best classes to OUT/classes. The config decides
-which of them it is; it is taken from beside the checkpoint unless it is named. An unreadable photo
-is named and left out, and the exit status is then 1.
+CHECKPOINT was written by train_detector.py, train_segmentor.py, pretrain.py or MMDetection, or is a
+whole model that the paper's authors released. The config decides on the framework; the default is
+the config beside the checkpoint. OUT/overlays gets each image with its predictions drawn over it,
+OUT/detections a detector's boxes, masks and classes as JSON, OUT/labels a segmentor's label maps as
+PNG, OUT/classes a classifier's five best classes as JSON. Unreadable images are skipped and listed,
+and the exit status is then 1.
 """
 
 import argparse
@@ -26,12 +26,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="images and folders of images")
     add("--checkpoint", required=True, help=".pth of a whole detector, segmentor, classifier")
-    add("--config", help="what it was trained with; default: the one beside the checkpoint")
-    add("--out", required=True, help="folder for the results")
-    add("--score-thr", type=float, default=0.5, help="detections below are left out (0.5)")
-    add("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
-    add("--resume", action="store_true", help="keep the results that are there, do the rest")
-    add("--overwrite", action="store_true", help="do photos that have results again")
+    add("--config", help="the training's config; default: the one beside the checkpoint")
+    add("--out", required=True, help="output folder")
+    add("--score-thr", type=float, default=0.5, help="minimum score of detections (%(default)s)")
+    add("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
+    add("--resume", action="store_true", help="skip images that have results")
+    add("--overwrite", action="store_true", help="predict images that have results again")
     args = parser.parse_args(argv)
     if not 0 <= args.score_thr <= 1:
         parser.error(f"--score-thr {args.score_thr}: a score between 0 and 1 is needed")
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace, framework: str, config: str):
-    """The function that predicts one photo and writes its results."""
+    """The function that predicts one image and writes its results."""
     device = pick_device(args.device)
     if framework == "detection":
         from dense.detection import load_predictor
@@ -54,7 +54,6 @@ def load(args: argparse.Namespace, framework: str, config: str):
         predictor = load_predictor(config, args.checkpoint, device)
         draw = drawing.draw_instances_openmmlab
         return prediction.detection_writer(predictor, args.score_thr, draw)
-
     if framework == "classification":
         from dense.pretraining.predictor import load_predictor
 
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"all results are in {args.out} already")
             return 0
         write = load(args, framework, config)
-    # The frameworks' loaders report a config or checkpoint that does not fit in these.
+    # The frameworks raise these for a config or checkpoint that does not fit.
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if not isinstance(error, recipes.RecipeError | prediction.PredictionError | ImportError):

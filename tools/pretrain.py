@@ -1,6 +1,6 @@
-"""Train a network on ImageNet-1K, ImageNet-22K or your own folders of images.
+"""Train a classifier on ImageNet-1K, ImageNet-22K or your own folders of images.
 
-ImageNet-1K, with 8 GPUs; its folder has train/ and val/, and in them a folder for every class:
+ImageNet-1K with 8 GPUs; the data root has train/ and val/, each with a folder for every class:
     torchrun --nproc_per_node 8 tools/pretrain.py --launcher pytorch --amp \\
         configs/pretraining/d_dw_conv_tiny_8xb128-300e_in1k-224x224.py --data-root data/imagenet
 
@@ -8,9 +8,9 @@ Your own folders, on a CPU or one GPU:
     python tools/pretrain.py configs/pretraining/i_d_dw_conv_nano.py \\
         --data-root photos --num-classes 10
 
-On fewer GPUs gradients are accumulated, so that the recipe's total batch is kept. The same command
-with --resume goes on after a kill. --eval-only CHECKPOINT measures a checkpoint, of whoever's
-names: top-1, top-5, images per second, and per class in WORK_DIR/evaluation.
+On fewer GPUs gradients are accumulated to keep the recipe's total batch size. --resume continues
+after a kill. --eval-only CHECKPOINT evaluates a checkpoint of any supported layout: top-1, top-5,
+images per second, and accuracy per class in WORK_DIR/evaluation.
 """
 
 import argparse
@@ -21,50 +21,46 @@ from mmengine.config import DictAction
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("config", help="one of configs/pretraining")
-    add(
-        "--work-dir", help="log, TensorBoard, checkpoints (default: work_dirs/<name of the config>)"
-    )
-    add("--data-root", help="folder with train and val in it (config: data/imagenet)")
-    add("--train", help="training images, if elsewhere: a folder, a .tar, a folder of .tar")
-    add("--val", help="validation images, if elsewhere")
-    add("--num-classes", type=int, help="classes of the data, if not the config's")
-    add("--batch-size", type=int, help="images a process takes at a time, if not the config's")
-    add("--accumulate", type=int, help="batches to a step; default: what the recipe's total needs")
-    add("--init", help="start from these weights: a file, a URL, a tag")
-    add("--resume", action="store_true", help="go on from the work folder's last whole checkpoint")
+    add("config", help="a config of configs/pretraining")
+    add("--work-dir", help="logs and checkpoints (default: work_dirs/<name of the config>)")
+    add("--data-root", help="folder of train/ and val/ (default: the config's)")
+    add("--train", help="training images: a folder, a .tar, or a folder of .tar (DATA_ROOT/train)")
+    add("--val", help="validation images, in the same forms (DATA_ROOT/val)")
+    add("--num-classes", type=int, help="number of classes (default: the config's)")
+    add("--batch-size", type=int, help="batch size per process (default: the config's)")
+    add("--accumulate", type=int, help="batches per optimizer step; default keeps the total batch")
+    add("--init", help="initial weights: a file, a URL or a tag")
+    add("--resume", action="store_true", help="continue from the last complete checkpoint")
     add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--sync-bn", action="store_true", help="batch statistics of all GPUs")
+    add("--sync-bn", action="store_true", help="SyncBN: batch statistics over all GPUs")
     add("--ema", type=float, nargs="?", const=0.9999, metavar="DECAY", help="average the weights")
-    add("--eval-only", metavar="CHECKPOINT", help="train nothing, measure this")
+    add("--eval-only", metavar="CHECKPOINT", help="evaluate a checkpoint, do not train")
     add(
         "--real-labels",
         nargs="?",
         const="timm",
         metavar="FILE",
-        help="adds the accuracy by ReaL's labels, of FILE (real.json) or of timm's copy",
+        help="also report accuracy on ImageNet-ReaL labels: FILE (real.json), or timm's copy",
     )
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="config changes")
-    # What torch.distributed.launch still passes.
+    # torch.distributed.launch still passes it.
     add("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name in ("num_classes", "batch_size", "accumulate"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: 1 or more is needed")
     if args.eval_only and args.resume:
-        parser.error("--eval-only trains nothing that --resume could go on with")
+        parser.error("--resume continues training, but --eval-only does not train")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check everything that can be checked, then train or measure."""
     args = parse_args(argv)
 
     from dense import require

@@ -1,12 +1,15 @@
-"""Builds .venv, from PyPI alone, with the versions of requirements/: what `make setup` runs.
+"""Build .venv from PyPI with the versions pinned in requirements/; `make setup` runs this.
 
-Run again it goes on where it stopped, and does nothing when nothing changed. It needs the standard
-library alone, and no syntax newer than Python 3.6: an older Python is told so in one line.
+Running it again continues where it stopped, and does nothing if nothing has changed. It uses the
+standard library only, and syntax of Python 3.6, so that an old Python gets as far as the error that
+names the supported versions.
 
-Environment: MMCV=lite, the default of a new .venv, takes mmcv-lite, and torchvision's operators
-stand in for what mmcv compiles; MMCV=compiled compiles mmcv or takes its wheel from WHEELHOUSE;
-without MMCV the one that is installed stays. WHEELHOUSE, a folder of prebuilt wheels. When mmcv is
-compiled: FORCE_CUDA=1, for CUDA too; MAX_JOBS, how many compilers run at once.
+Environment variables:
+  MMCV=lite      mmcv-lite with torchvision's operators; the default of a new .venv
+  MMCV=compiled  mmcv, compiled or from a wheel in WHEELHOUSE; without MMCV the installed one stays
+  WHEELHOUSE     a folder of prebuilt wheels
+  FORCE_CUDA=1   compile mmcv for CUDA too
+  MAX_JOBS       number of parallel compilers
 """
 
 import ast
@@ -33,7 +36,7 @@ VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 UV = VENV / "bin" / "uv"
 STAMP = VENV / ".setup-done"
-BUILT = ROOT / ".whl"  # wheels made here: they outlive .venv
+BUILT = ROOT / ".whl"  # wheels built here, kept when .venv is rebuilt
 LOCK = ROOT / "requirements" / "lock.txt"
 DETECTRON2 = ROOT / "requirements" / "detectron2.txt"
 STAND_IN = ROOT / "dense" / "openmmlab" / "mmcv_ext.py"
@@ -44,7 +47,7 @@ SUPPORTED = ((3, 11), (3, 12))
 THIS = "{}.{}".format(*sys.version_info)
 DISK = 12e9  # bytes
 MEMORY_PER_COMPILER = 1.3e9  # bytes
-# uv downloads in parallel; the others build what is on PyPI as source alone.
+# uv downloads in parallel; the others build packages that PyPI has as source only.
 BUILD_TOOLS = ("pip", "setuptools", "wheel", "uv")
 VARIANTS = {"lite": "mmcv-lite", "compiled": "mmcv"}  # the package of each MMCV
 MMCV_IS = {
@@ -58,7 +61,7 @@ REPORTED = (
 
 
 class SetupError(Exception):
-    """What went wrong and what to do about it, in one line."""
+    """A step failed; the message says why and what to do, in one line."""
 
 
 def main():
@@ -90,7 +93,7 @@ def set_up(wheelhouse, variant):
     make_venv()
     temporary = VENV / "tmp"
     temporary.mkdir(exist_ok=True)
-    # /tmp is often another and smaller disk than the one that was measured.
+    # The system's folder may be on a smaller disk than the one that was checked for space.
     os.environ.setdefault("TMPDIR", str(temporary))
     forget_half_installed()
     variant = variant or installed_variant() or "lite"
@@ -103,11 +106,11 @@ def set_up(wheelhouse, variant):
     quiet = dict(os.environ, PYTHONWARNINGS="ignore")  # setuptools, on editable installations
     uv("install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT, env=quiet)
     if variant == "lite":
-        # Programs that import MMDetection before us must find it too.
+        # Programs that import MMDetection before this package need it on disk.
         run("the stand-in for mmcv._ext", VENV_PYTHON, "-m", "dense.openmmlab.mmcv_lite")
     shutil.rmtree(str(temporary))
 
-    say("importing all of it, for the first time")
+    say("importing all packages for the first time")
     run("pip check", VENV_PYTHON, "-m", "pip", "check")
     run("importing what was installed", VENV_PYTHON, Path(__file__).resolve(), "versions")
     STAMP.write_text(fingerprint(variant))
@@ -115,7 +118,7 @@ def set_up(wheelhouse, variant):
 
 
 def is_done(variant=None):
-    """Whether .venv is what this checkout asks for, with either mmcv where none is named."""
+    """Whether .venv is complete and current, with either mmcv if none is named."""
     if not (VENV_PYTHON.exists() and STAMP.exists()):
         return False
     return STAMP.read_text() in map(fingerprint, [variant] if variant else VARIANTS)
@@ -132,7 +135,7 @@ def fingerprint(variant):
 
 
 def problems(wheelhouse=None, variant=None):
-    """Everything that would stop the set-up later on, a line each."""
+    """Yield one line for everything that would make the set-up fail later."""
     have = f"{sys.executable} is Python {THIS}"
     if sys.version_info[:2] not in SUPPORTED:
         yield (
@@ -189,12 +192,12 @@ def size_of(folder):
 
 
 def locked():
-    """The version of every package in the lock."""
+    """Package name to version in the lock file."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)", LOCK.read_text(), re.MULTILINE))
 
 
 def installed():
-    """The version of every package in .venv."""
+    """Package name to version in .venv."""
     found = metadata.distributions(path=[str(VENV / f"lib/python{THIS}/site-packages")])
     return {
         re.sub("[-_.]+", "-", each.metadata["Name"]).lower(): each.version
@@ -204,7 +207,7 @@ def installed():
 
 
 def is_whole(dist_info):
-    """Whether pip got to the end of an installation: it writes INSTALLER after everything else."""
+    """Whether an installation was completed: pip and uv write INSTALLER after the files."""
     return (dist_info / "INSTALLER").exists()
 
 
@@ -215,12 +218,12 @@ def installed_variant():
 
 
 def mmcv_wheels(folder):
-    """The wheels for this Python of the mmcv we want."""
+    """The wheels in a folder of the required mmcv for this Python."""
     name = f"mmcv-{locked()['mmcv-lite']}-cp{THIS.replace('.', '')}-*.whl"
     return list(folder.glob(name)) if folder else []
 
 
-# The steps, each of which finds out by itself what is left to do
+# The steps; each checks itself what is left to do
 
 
 def make_venv():
@@ -231,13 +234,13 @@ def make_venv():
             return
     if VENV.exists():
         say(f".venv is broken or not of Python {THIS}: building it anew")
-    # The Python that made .venv, should this be the one inside.
+    # If this is .venv's own Python, the Python that it was made with.
     python = getattr(sys, "_base_executable", sys.executable)
     run("creating .venv", python, "-m", "venv", "--clear", VENV)
 
 
 def forget_half_installed():
-    """Lets pip install again what it was killed in the middle of."""
+    """Remove the metadata of incomplete installations, so that they are installed again."""
     for dist_info in VENV.glob("lib/python3.*/site-packages/*.dist-info"):
         if not is_whole(dist_info):
             shutil.rmtree(str(dist_info))
@@ -259,7 +262,7 @@ def install_build_tools():
 
 
 def install_locked(wheelhouse):
-    """Everything but mmcv, of which there are two, and the headless cv2, which goes over one."""
+    """Install the lock file without mmcv and the headless OpenCV, which have steps of their own."""
     have = installed()
     later = {"mmcv-lite", "opencv-python-headless"}
     left = [(name, pin) for name, pin in locked().items() if name not in later]
@@ -270,7 +273,7 @@ def install_locked(wheelhouse):
 
 
 def install_headless_opencv():
-    """Lays the build without windows over the one that mmcv asks for, whose cv2 needs libGL."""
+    """Install OpenCV without GUI over opencv-python, which mmcv requires and which needs libGL."""
     version = VENV / f"lib/python{THIS}/site-packages/cv2/version.py"
     if not version.exists() or "headless = True" not in version.read_text():
         say("the headless cv2")
@@ -279,7 +282,7 @@ def install_headless_opencv():
 
 
 def install_mmcv(variant, wheelhouse):
-    """One of the two: both write the same folder, so the other goes first."""
+    """Install mmcv or mmcv-lite; both write the same folder, so the other is removed first."""
     have, version = installed(), locked()["mmcv-lite"]
     name = VARIANTS[variant]
     if have.get(name) == version:
@@ -295,7 +298,7 @@ def install_mmcv(variant, wheelhouse):
 
 
 def with_compiled_wheel(version, wheelhouse):
-    """The folder that holds a wheel of mmcv: the one that was named, or one that is filled here."""
+    """The folder with a wheel of mmcv: WHEELHOUSE, or one below .whl after compiling into it."""
     if mmcv_wheels(wheelhouse):
         return wheelhouse
     cuda = os.environ.get("FORCE_CUDA") == "1"
@@ -306,7 +309,7 @@ def with_compiled_wheel(version, wheelhouse):
 
 
 def compile_mmcv(version, out, cuda):
-    """Compiles in a folder that stays until all is done, so that ninja goes on after a kill."""
+    """Compile in a folder that is kept until the wheel is complete: ninja resumes after a kill."""
     jobs = int(os.environ.get("MAX_JOBS") or compilers_at_once())
     say(
         f"compiling mmcv {version}, {jobs} files at once: with 2 cores it takes 12 to 14 minutes, "
@@ -316,7 +319,7 @@ def compile_mmcv(version, out, cuda):
     source = work / f"mmcv-{version}"
     env = dict(os.environ, MMCV_WITH_OPS="1", FORCE_CUDA=str(int(cuda)), MAX_JOBS=str(jobs))
     if not cuda:
-        env["CUDA_VISIBLE_DEVICES"] = ""  # else mmcv wants the CUDA toolkit wherever a GPU is
+        env["CUDA_VISIBLE_DEVICES"] = ""  # with a visible GPU mmcv requires the CUDA toolkit
     if not source.exists():
         shutil.rmtree(str(work), ignore_errors=True)
         flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-binary=mmcv"]
@@ -336,9 +339,9 @@ def compilers_at_once():
 
 
 def install_detectron2():
-    """Keeps an installed Detectron2; else installs a release on PyPI without its compiled part.
+    """Keep an installed Detectron2, or install sal-detectron2 without its compiled operators.
 
-    That part fits one old Python, torch and CUDA. What the models here need, torchvision has.
+    Those are compiled for one old Python, torch and CUDA, and nothing here uses them.
     """
     if {"detectron2", "sal-detectron2"} & set(installed()):
         return
@@ -354,7 +357,7 @@ def repack_detectron2(wheel):
     work = BUILT / "detectron2"
     shutil.rmtree(str(work), ignore_errors=True)
     work.mkdir(parents=True)
-    # Its file name says Python 3.10, so that is what pip is asked for.
+    # The wheel is tagged for Python 3.10 only.
     target = "--only-binary=:all: --python-version=3.10 --implementation=cp --abi=none".split()
     hashed = ["--require-hashes", "--requirement", DETECTRON2]
     pip("download", "--quiet", "--no-deps", *target, "--platform=any", *hashed, "--dest", work)
@@ -373,13 +376,13 @@ def repack_detectron2(wheel):
 
 
 def report_versions():
-    """Imports everything that matters and prints its version; 1 if something does not import."""
+    """Import all packages and print their versions; returns 1 if an import fails."""
     owners = metadata.packages_distributions()
     failed = 0
     for name in REPORTED:
         try:
             importlib.import_module(name)
-        except Exception as error:  # an extension that was built for another torch raises anything
+        except Exception as error:  # an extension built for another torch may raise anything
             print(f"  {name:<12} does not import: {type(error).__name__}: {error}")
             failed = 1
             continue
@@ -411,18 +414,18 @@ def uv(verb, *arguments, env=None):
 
 
 def pips_index():
-    """Where pip is configured to look for packages, by the names that uv reads."""
+    """pip's configured package indexes, as uv's environment variables."""
     listed = [str(VENV_PYTHON), "-m", "pip", "config", "list"]
     out = subprocess.run(listed, stdout=subprocess.PIPE, text=True, check=False)
     found = re.findall(r"^(global|install|:env:)\.([\w-]+)=(.*)$", out.stdout, re.MULTILINE)
-    found.sort(key=lambda entry: entry[0] == ":env:")  # which wins over what files say
+    found.sort(key=lambda entry: entry[0] == ":env:")  # the environment overrides pip's files
     pips = {name: ast.literal_eval(value) for _, name, value in found}
     uvs = {
         "UV_DEFAULT_INDEX": pips.get("index-url"),
         "UV_INDEX": pips.get("extra-index-url"),
         "UV_FIND_LINKS": ",".join(pips.get("find-links", "").split()),
         "SSL_CERT_FILE": pips.get("cert"),
-        # As pip does, which takes a version wherever it is.
+        # pip takes a version from any index.
         "UV_INDEX_STRATEGY": "unsafe-best-match",
     }
     return {name: " ".join(value.split()) for name, value in uvs.items() if value}
@@ -444,7 +447,7 @@ def succeeds(*command):
 
 
 def run_ninja(what, command, log, env):
-    """Runs a build into a log and shows the progress that ninja puts there as [3/85]."""
+    """Run a build, write its output to a log, and print ninja's progress (``[3/85]``)."""
     start, first = time.monotonic(), None
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -470,7 +473,7 @@ def run_ninja(what, command, log, env):
 
 
 def move(path, folder):
-    """Into place at once, whole or not at all."""
+    """Move a file into a folder atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     os.replace(str(path), str(folder / path.name))
 

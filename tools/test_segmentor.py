@@ -1,9 +1,9 @@
-"""Evaluate a trained segmentor: IoU of every class and their mean.
+"""Evaluate a trained segmentor: IoU of each class, mIoU and accuracy.
 
     python tools/test_segmentor.py work_dirs/mine/i_d_dw_conv_nano_upernet.py \\
         work_dirs/mine/iter_600.pth
 
-The config in a work folder holds everything that a run was given, your own data too.
+The config that training saved in the work folder includes the paths of your own data.
 """
 
 import argparse
@@ -14,25 +14,23 @@ from mmengine.config import DictAction
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("config", help="the config that the segmentor was trained with")
-    add("checkpoint", help="the file that training wrote")
-    add("--work-dir", help="log and figures (default: test/ beside the checkpoint)")
-    add("--out", help="a folder for the predicted label maps, as PNG")
-    add("--show-dir", help="a folder for pictures of prediction and truth")
+    add("config", help="the config of the training")
+    add("checkpoint", help="a checkpoint of the training")
+    add("--work-dir", help="logs and results (default: test/ beside the checkpoint)")
+    add("--out", help="output folder of the predicted label maps, as PNG")
+    add("--show-dir", help="output folder of pictures of predictions and ground truth")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
-    add("--data-root", help="the data set's folder, if not the config's data_root")
+    add("--data-root", help="folder of the data set (default: the config's data_root)")
     add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="config changes")
     add("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main() -> None:
-    """Check everything that can be checked, then evaluate."""
     args = parse_args()
 
     from dense import require
@@ -48,7 +46,7 @@ def main() -> None:
     try:
         cfg = config.load_config(args.config, args.cfg_options)
         cfg.launcher = args.launcher
-        # Not the training's own folder: its config would be overwritten by this one.
+        # Not the training's folder, whose config would be overwritten.
         cfg.work_dir = args.work_dir or str(Path(args.checkpoint).parent / "test")
         cfg.load_from, cfg.resume = args.checkpoint, False
         if args.data_root:

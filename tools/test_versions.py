@@ -1,11 +1,11 @@
-"""Run tests/backbones with the oldest and the newest torch and timm.
+"""Run tests/backbones with the oldest and the newest supported torch and timm.
 
     python tools/test_versions.py           # both
-    python tools/test_versions.py floor     # exactly the floors of pyproject.toml: .venv-floor
-    python tools/test_versions.py newest    # what PyPI serves today: .venv-newest
+    python tools/test_versions.py floor     # the minimum versions of pyproject.toml: .venv-floor
+    python tools/test_versions.py newest    # the newest versions on PyPI: .venv-newest
 
-Builds the environments with uv, prints their versions and exits with 1 if a test fails. Each
-takes about 6 GB of disk.
+Builds the environments with uv, about 6 GB of disk each, prints their versions, and exits with 1 if
+a test fails.
 """
 
 import re
@@ -15,19 +15,19 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# What tests/backbones import beside torch and timm, which bring the rest.
+# Imported by tests/backbones and not a dependency of torch or timm.
 TOOLS = ["pytest", "numpy", "onnx", "onnxruntime", "onnxscript", "yacs"]
 
 
 def floors() -> dict[str, str]:
-    """The lowest versions that pyproject.toml allows, by package."""
+    """The minimum version of each dependency in pyproject.toml."""
     with open(ROOT / "pyproject.toml", "rb") as file:
         listed = tomllib.load(file)["project"]["dependencies"]
     return dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in listed)
 
 
 def check(kind: str) -> bool:
-    """Whether the tests pass in ``.venv-floor`` or ``.venv-newest``, which this builds."""
+    """Build ``.venv-floor`` or ``.venv-newest`` and return whether the tests pass in it."""
     pins = [f"{name}=={v}" if kind == "floor" else name for name, v in floors().items()]
     folder = ROOT / f".venv-{kind}"
     python = str(folder / "bin/python")

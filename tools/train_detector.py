@@ -5,11 +5,11 @@ On your own data, on a CPU or one GPU:
         --config-file configs/detection/cascade_mask_rcnn_dw_conv_nano.py \\
         --train-json train.json --train-images train/ --val-json val.json --val-images val/
 
-On COCO, which lies in $DETECTRON2_DATASETS/coco, with 8 GPUs:
+On COCO in $DETECTRON2_DATASETS/coco, with 8 GPUs:
     python tools/train_detector.py --num-gpus 8 --output-dir work/dw_tiny \\
         --config-file configs/detection/cascade_mask_rcnn_dw_conv_tiny_3x_coco.py
 
-The same command with --resume goes on after a kill; key=value at the end changes the config.
+--resume continues after a kill; key=value arguments change the config.
 """
 
 import argparse
@@ -18,34 +18,32 @@ import sys
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--config-file", required=True, help="a LazyConfig .py, or an earlier run's config.yaml")
-    add("--output-dir", help="log, metrics.json, TensorBoard, checkpoints (train.output_dir)")
-    add("--train-json", help="COCO-style annotations to train on")
-    add("--train-images", help="the folder of their images")
-    add("--val-json", help="COCO-style annotations to evaluate on")
-    add("--val-images", help="the folder of their images")
-    add("--classes", help="comma-separated category names; default: all of the JSON's")
-    add("--resume", action="store_true", help="go on from the last whole checkpoint")
+    add("--output-dir", help="logs and checkpoints (default: the config's train.output_dir)")
+    add("--train-json", help="COCO-style annotations for training")
+    add("--train-images", help="folder of the training images")
+    add("--val-json", help="COCO-style annotations for evaluation")
+    add("--val-images", help="folder of the evaluation images")
+    add("--classes", help="comma-separated category names (default: all in the JSON)")
+    add("--resume", action="store_true", help="continue from the last complete checkpoint")
     add("--eval-only", action="store_true", help="evaluate train.init_checkpoint=PATH and stop")
-    add("--num-gpus", type=int, help="GPUs of this machine; 0 is the CPU; default: 1 if it has one")
-    add("--num-processes", type=int, default=1, help="processes of this machine on the CPU")
+    add("--num-gpus", type=int, help="GPUs per machine; 0 is the CPU (default: 1 if there is one)")
+    add("--num-processes", type=int, default=1, help="processes per machine on CPUs")
     add("--num-machines", type=int, default=1)
     add("--machine-rank", type=int, default=0, help="0 on the first machine")
-    add("--dist-url", default="auto", help="where several machines meet: tcp://<first>:<port>")
+    add("--dist-url", default="auto", help="tcp://<first machine>:<port>, with several machines")
     add("overrides", nargs="*", metavar="key=value", help="changes to the config")
     return parser.parse_intermixed_args(argv)
 
 
 def main() -> None:
-    """Check everything that can be checked, then train or evaluate."""
     args = parse_args()
     if args.num_gpus == 0:
-        # Before anything asks CUDA: the run then is what it would be on a machine without one.
+        # Hide the GPUs, before CUDA is initialised.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     from backbones import CheckpointError

@@ -5,11 +5,11 @@ On your own data, on a CPU or one GPU:
         --train-images images/train --train-masks masks/train \\
         --val-images images/val --val-masks masks/val --classes background,road,tree
 
-On ADE20K, which lies in data/ade/ADEChallengeData2016, with 8 GPUs:
+On ADE20K in data/ade/ADEChallengeData2016, with 8 GPUs:
     torchrun --nproc_per_node 8 tools/train_segmentor.py --launcher pytorch --amp \\
         configs/segmentation/i_d_dw_conv_tiny_upernet_8xb2-160k_ade20k-512x512.py
 
-The same command with --resume goes on after a kill; --cfg-options key=value changes the config.
+--resume continues after a kill; --cfg-options key=value changes the config.
 """
 
 import argparse
@@ -20,34 +20,30 @@ from mmengine.config import DictAction
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("config", help="a config of MMSegmentation")
-    add(
-        "--work-dir", help="log, TensorBoard, checkpoints (default: work_dirs/<name of the config>)"
-    )
-    add("--resume", action="store_true", help="go on from the work folder's last whole checkpoint")
-    add("--amp", action="store_true", help="mixed precision; float32 where there is no CUDA")
+    add("--work-dir", help="logs and checkpoints (default: work_dirs/<name of the config>)")
+    add("--resume", action="store_true", help="continue from the last complete checkpoint")
+    add("--amp", action="store_true", help="mixed precision on CUDA; a CPU stays in float32")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
-    add("--data-root", help="the data set's folder, if not the config's data_root")
-    add("--train-images", help="a folder of images to train on")
-    add("--train-masks", help="the folder of their masks: PNG of the same name, class indices")
-    add("--val-images", help="a folder of images to evaluate on")
-    add("--val-masks", help="the folder of their masks")
-    add("--classes", help="comma-separated names, in the order of the indices in the masks")
-    add("--ignore-index", type=int, help="a value in the masks that counts nowhere; 255 never does")
-    add("--reduce-zero-label", action="store_true", help="0 counts nowhere, classes begin at 1")
+    add("--data-root", help="folder of the data set (default: the config's data_root)")
+    add("--train-images", help="folder of the training images")
+    add("--train-masks", help="folder of their masks: PNGs of the same names, of class indices")
+    add("--val-images", help="folder of the validation images")
+    add("--val-masks", help="folder of their masks")
+    add("--classes", help="comma-separated class names, in the order of the indices in the masks")
+    add("--ignore-index", type=int, help="value of masks that is ignored, in addition to 255")
+    add("--reduce-zero-label", action="store_true", help="ignore 0 in masks; classes begin at 1")
     add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="config changes")
-    # What torch.distributed.launch still passes.
+    # torch.distributed.launch still passes it.
     add("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main() -> None:
-    """Check everything that can be checked, then train."""
     args = parse_args()
 
     from dense import require

@@ -1,4 +1,4 @@
-"""The ways to mix pixels, a file each, all on ``(B, H, W, C)`` maps."""
+"""The pixel mixers, one file each, all on ``(B, H, W, C)`` maps."""
 
 from backbones.mixers.base import Mixer
 from backbones.mixers.d_dw_conv import DynamicDepthwiseConv

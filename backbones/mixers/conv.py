@@ -1,4 +1,4 @@
-"""What the convolutional mixers share: the bottleneck around the depth-wise operator."""
+"""The base class of the convolutional mixers."""
 
 import torch.nn.functional as F
 from timm.layers import to_2tuple
@@ -9,8 +9,7 @@ from backbones.layers import Size, is_plain
 from backbones.mixers.base import Mixer
 from backbones.mixers.norm import batch_norm
 
-# The authors' names around their operator. Their batch norm before the MLP is ``bn``, the mixer's
-# three are ``bn0``, ``bn`` and ``bn2``.
+# The authors' names of the layers around the operator, and of the block's norm before the MLP.
 AROUND = (
     (".norm2.", ".bn."),
     (".mixer.in_proj.", ".attn2conv.conv0."),
@@ -22,14 +21,13 @@ AROUND = (
 
 
 class ConvMixer(Mixer):
-    """The bottleneck of the convolutional families: linear, BN, ReLU, mix, BN, ReLU, linear, BN.
+    """Linear, BN, ReLU, depth-wise operator, BN, ReLU, linear, BN (appendix D).
 
-    The linears have no bias and keep PyTorch's initialisation, that of a 1x1 convolution. Nothing
-    is padded to windows (appendix D).
+    The linears have no bias and keep PyTorch's initialisation, that of a 1x1 convolution.
 
     Args:
         dim: C.
-        kernel_size: rows and columns of the kernel, both the same.
+        kernel_size: side of the square kernel.
     """
 
     norm_layer = nn.BatchNorm2d
@@ -46,7 +44,7 @@ class ConvMixer(Mixer):
 
     @classmethod
     def at(cls, dim: int, stage: int, block: int, feat_size: Size, *, window_size: int | Size = 7):
-        """The mixer of one block; ``window_size`` is its kernel size."""
+        """Build the mixer of one block; ``window_size`` is the kernel size."""
         return cls(dim, window_size)
 
     def init_weights(self) -> None:
@@ -59,41 +57,37 @@ class ConvMixer(Mixer):
         return batch_norm(self.out_norm, self.out_proj(x))
 
     def mix(self, x: Tensor) -> Tensor:
-        """The spatial operator, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it mixes positions")
+        """Apply the depth-wise operator, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement mix()")
 
     def fold(self) -> None:
-        """Fold the norms behind the linears; the one behind the operator is the subclass's."""
+        """Fold ``in_norm`` and ``out_norm``; subclasses fold ``mid_norm`` if they can."""
         self.fold_linear("in_proj", "in_norm")
         self.fold_linear("out_proj", "out_norm")
 
     def fold_linear(self, linear: str, norm: str) -> None:
-        """Fold the batch norm named ``norm`` into the linear before it, if both are ordinary."""
+        """Fold the batch norm named ``norm`` into the linear before it if that is plain."""
         layer, after = getattr(self, linear), getattr(self, norm)
         if foldable(after) and is_plain(layer, nn.Linear):
             setattr(self, linear, linear_before(layer, after))
             setattr(self, norm, nn.Identity().eval())
 
     def set_kernel_size(self, kernel_size: int) -> None:
-        """Change the kernel, learned weights upsampled to it (Table 14)."""
+        """Resize the kernels; raises ValueError here because predicted kernels cannot be."""
         raise ValueError(
             f"{type(self).__name__} predicts its kernels and cannot be resized from "
             f"{self.kernel_size} to {kernel_size}: build it with window_size={kernel_size}"
         )
 
     def set_input_size(self, feat_size: Size | None, window_size: int | Size | None = None) -> None:
-        """Nothing depends on the size of the map; ``window_size`` is the kernel size."""
+        """Set the kernel size to ``window_size``; ``feat_size`` has no effect."""
         if window_size is not None and square(window_size) != self.kernel_size:
             self.set_kernel_size(square(window_size))
 
 
 def square(kernel_size: int | Size) -> int:
-    """The side of a kernel of equally many rows and columns.
-
-    Raises:
-        ValueError: it has not.
-    """
+    """The side of a square kernel; raises ValueError for another shape."""
     rows, columns = to_2tuple(kernel_size)
     if rows != columns:
-        raise ValueError(f"kernel of {rows}x{columns}: rows and columns must be the same")
+        raise ValueError(f"kernels must be square, not {rows}x{columns}")
     return rows

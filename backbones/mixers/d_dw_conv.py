@@ -1,4 +1,4 @@
-"""D-DW-Conv: depth-wise convolution whose kernels are predicted once an image."""
+"""D-DW-Conv: depth-wise convolution with kernels predicted per image."""
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from backbones.ops.common import without_autocast
 class DynamicDepthwiseConv(ConvMixer):
     """D-DW-Conv: homogeneous dynamic depth-wise convolution (equation 7).
 
-    Global average pool, linear C to C/4, BN, ReLU, linear to one KxK kernel a channel, used at
-    every position of that image; plus a learned output bias. With one image on a device the
-    predictor's BN uses its running statistics in training too, since one value has no variance.
+    Global average pooling, linear C to C/4, BN, ReLU and a linear predict one KxK kernel per
+    channel and image; the output has a learned bias. If a device trains on one image, the
+    predictor's BN uses its running statistics (see :func:`.norm.pooled_batch_norm`).
     """
 
     marks = ("reduce.weight", "expand.weight", "bias")
@@ -44,9 +44,9 @@ class DynamicDepthwiseConv(ConvMixer):
         return ops.dynamic_depthwise_conv(x, self.kernels(x), self.bias)
 
     def kernels(self, x: Tensor) -> Tensor:
-        """The kernels for each image, ``(B, H, W, C)`` to ``(B, C, K, K)``."""
-        # Outside of autocast: pooled maps differ little from image to image, and the norm blows up
-        # those differences, with whatever rounding there is in them.
+        """Predict the kernels of each image, ``(B, H, W, C)`` to ``(B, C, K, K)``."""
+        # Without autocast: pooled values differ little between images, so the batch norm would
+        # amplify the rounding of low precision.
         with without_autocast(x):
             pooled = x.mean((1, 2), dtype=self.bias.dtype)
             hidden = F.relu(pooled_batch_norm(self.reduce_norm, self.reduce(pooled)))
@@ -59,7 +59,7 @@ class DynamicDepthwiseConv(ConvMixer):
         self.fold_linear("reduce", "reduce_norm")
         if foldable(self.mid_norm) and is_plain(self.expand, nn.Linear):
             scale, shift = affine(self.mid_norm)
-            # The rows of a channel's predicted kernel take the factor of that channel.
+            # K*K consecutive rows of the weight predict one channel's kernel.
             rows = scale.repeat_interleave(self.kernel_size**2)
             expand = self.expand
             expand.weight = parameter(expand.weight * rows[:, None], expand.weight)

@@ -1,4 +1,4 @@
-"""DW-Conv: a depth-wise 7x7 convolution in the place of window attention."""
+"""DW-Conv: depth-wise 7x7 convolution instead of window attention."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,13 +36,13 @@ class DepthwiseConv(ConvMixer):
             self.mid_norm = nn.Identity().eval()
 
     def fit(self, name: str, value: Tensor) -> Tensor:
-        """Kernels of another size are resized (Table 14)."""
+        """Resize kernels of another size, bicubic (Table 14)."""
         if name == "conv.weight" and value.shape[:2] == self.conv.weight.shape[:2]:
             return _resized(value, self.kernel_size)
         return value
 
     def set_kernel_size(self, kernel_size: int) -> None:
-        """Change the kernel, its weights resized (Table 14)."""
+        """Resize the kernels in place, bicubic (Table 14)."""
         weight = self.conv.weight
         self.conv.weight = parameter(_resized(weight.detach(), kernel_size), weight)
         self.conv.kernel_size = (kernel_size, kernel_size)

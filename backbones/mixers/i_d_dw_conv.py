@@ -1,4 +1,4 @@
-"""I-D-DW-Conv: depth-wise convolution whose kernels are predicted at every position."""
+"""I-D-DW-Conv: depth-wise convolution with kernels predicted per position."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,14 +12,14 @@ from backbones.mixers.norm import batch_norm
 class InhomogeneousDynamicDepthwiseConv(ConvMixer):
     """I-D-DW-Conv: inhomogeneous dynamic depth-wise convolution (equation 8).
 
-    Linear C to C/4, BN, ReLU, linear to one KxK kernel for each group of channels, at every
-    position by itself; no output bias. The paper's "3 and 4 channels in each group" are those of
-    stage 1: 32 groups in every stage give its parameter counts.
+    Linear C to C/4, BN, ReLU and a linear predict one KxK kernel per position and group of
+    channels; no output bias. The paper's "3 and 4 channels in each group" hold for the first stage
+    only: its parameter counts need 32 groups in every stage.
 
     Args:
         dim: C.
-        kernel_size: rows and columns of the kernel, both the same.
-        num_groups: kernels predicted at a position; C/num_groups channels share one.
+        kernel_size: side of the square kernel.
+        num_groups: kernels per position; C/num_groups channels share one.
     """
 
     marks = ("reduce.weight", "expand.weight")
@@ -52,14 +52,14 @@ class InhomogeneousDynamicDepthwiseConv(ConvMixer):
         window_size: int | Size = 7,
         num_groups: int = 32,
     ):
-        """The mixer of one block; ``window_size`` is its kernel size."""
+        """Build the mixer of one block; ``window_size`` is the kernel size."""
         return cls(dim, window_size, num_groups)
 
     def mix(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""
         hidden = F.relu(batch_norm(self.reduce_norm, self.reduce(x)))
         if is_plain(self.expand, nn.Linear):
-            # The kernels are 49/4 times as large as the map: this never stores them.
+            # Fused, so that the kernels, num_groups*K*K numbers per position, are never stored.
             return ops.inhomogeneous_dynamic_depthwise_conv(
                 x, hidden, self.expand.weight, self.expand.bias, self.kernel_size
             )
@@ -67,10 +67,6 @@ class InhomogeneousDynamicDepthwiseConv(ConvMixer):
         return ops.inhomogeneous_aggregation(x, kernels)
 
     def fold(self) -> None:
-        """Fold the norms behind the linears.
-
-        The one behind the operator stays: the channels that share a kernel have factors of their
-        own in it.
-        """
+        """Fold all norms but ``mid_norm``: channels that share a kernel have different scales."""
         super().fold()
         self.fold_linear("reduce", "reduce_norm")

@@ -1,4 +1,4 @@
-"""Swin-Local-MLP: Swin's windows, the attention weights learned parameters."""
+"""Swin-Local-MLP: Swin's windows with learned weights instead of attention."""
 
 import torch
 from timm.layers import to_2tuple
@@ -13,14 +13,17 @@ from backbones.ops.windows import resize_window_grid
 class LocalMLP(WindowedMixer):
     """Swin-Local-MLP: Swin's windows with learned weights instead of attention (appendix E).
 
-    The mixing is static: there is no query, no key and no softmax.
-    Table 2's form has a weight matrix of its own for each window of the training image and each
-    head; on an image of another size the grid of windows is resized bilinearly. Table 4's shared
-    form has one matrix a head, used in every window.
+    There is no query, key or softmax. In Table 2's form each window of the training image has its
+    own matrix per head, and another image size resizes the window grid bilinearly. In Table 4's
+    shared form all windows use the same matrix per head.
 
     Args:
-        feat_size: rows and columns of the map at the training size, which fix the window grid.
-        shared: one matrix a head for all windows instead of one a window.
+        dim: C.
+        num_heads: matrices per window; C/num_heads channels share one.
+        window_size: side, or rows and columns, of a window.
+        shifted: whether the windows are shifted by half their size.
+        feat_size: rows and columns of the map at the training image size.
+        shared: use Table 4's form.
     """
 
     marks = ("value.weight",)
@@ -36,14 +39,14 @@ class LocalMLP(WindowedMixer):
     ):
         super().__init__(dim, num_heads, window_size, shifted)
         positions = self.window_size[0] * self.window_size[1]
-        # Per window (nH, nW, heads, N, rows, columns), shared (heads, N, N): neither has a rank of
-        # 4 or 5, which model.to(memory_format=...) takes for images.
+        # (heads, N, N) or (nH, nW, heads, N, rows, columns): model.to(memory_format=...) would
+        # reorder a parameter of rank 4 or 5.
         if shared:
             shape = (num_heads, positions, positions)
         else:
             shape = (*self._grid(*feat_size), num_heads, positions, *self.window_size)
         self.weight = nn.Parameter(torch.empty(shape))
-        # The bound of a linear layer over the positions of a window.
+        # nn.Linear's default bound for N inputs.
         nn.init.uniform_(self.weight, -(positions**-0.5), positions**-0.5)
         self.value = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
@@ -60,25 +63,24 @@ class LocalMLP(WindowedMixer):
         window_size: int | Size = 7,
         shared: bool = False,
     ):
-        """The mixer of one block.
+        """Build the mixer of one block; every second block of a stage is shifted.
 
         Args:
             dim: C.
-            stage: the index of the stage.
-            block: the index of the block in its stage; every second one is shifted.
-            feat_size: rows and columns of the map at the training size.
-            num_heads: weight matrices in each stage; the channels of a head share one.
-                ``embed_dim`` times the stage's width gives every channel its own (Table 4).
-            window_size: rows and columns of a window, in positions.
-            shared: one matrix a head for all windows (Table 4, 24.3M in tiny) instead of one a
-                window of the training image (Table 2, 26.15M in tiny).
+            stage: index of the stage.
+            block: index of the block in its stage.
+            feat_size: rows and columns of the map at the training image size.
+            num_heads: heads of each stage; as many as channels give each its own matrix (Table 4).
+            window_size: side, or rows and columns, of a window, in positions.
+            shared: one matrix per head for all windows (Table 4, 24.3M parameters in tiny) instead
+                of one per head and window (Table 2, 26.15M).
         """
         shifted = block % 2 == 1
         return cls(dim, num_heads[stage], window_size, shifted, feat_size, shared)
 
     @property
     def shared(self) -> bool:
-        """Whether all windows use the same weights."""
+        """Whether all windows use the same matrices."""
         return self.weight.ndim == 3
 
     def mix(self, x: Tensor, shift: Size) -> Tensor:
@@ -90,31 +92,28 @@ class LocalMLP(WindowedMixer):
         return self.proj(x)
 
     def fit(self, name: str, value: Tensor) -> Tensor:
-        """Weights of another grid of windows are resized; per-window and shared ones converted."""
+        """Resize the window grid; convert between the per-window and the shared form."""
         if name != "weight":
             return super().fit(name, value)
-        weight, per_window = self.weight, 6
-        if self.shared and value.ndim == per_window:
-            return value.mean((0, 1)).flatten(-2)
+        weight, per_window = self.weight, value.ndim == 6
         if self.shared:
-            return value
-        if value.ndim == per_window and value.shape[2:] == weight.shape[2:]:
+            return value.mean((0, 1)).flatten(-2) if per_window else value
+        if per_window and value.shape[2:] == weight.shape[2:]:
             return resize_window_grid(value, tuple(weight.shape[:2]))
         if value.ndim == 3 and value.shape[:2] == weight.shape[2:4]:
             return value.unflatten(-1, self.window_size).expand_as(weight).clone()
         return value
 
     def set_input_size(self, feat_size: Size | None, window_size: int | Size | None = None) -> None:
-        """Prepare for maps of ``feat_size``: resize the window grid, once and for good.
+        """Resize the window grid in place for maps of ``feat_size``.
 
         Raises:
-            ValueError: ``window_size`` differs; the learned weights of a window have no
-                counterpart in a window of another size.
+            ValueError: ``window_size`` differs from the current one.
         """
         if window_size is not None and self.window_size != to_2tuple(window_size):
             raise ValueError(
                 f"Swin-Local-MLP's window cannot change from {self.window_size} to {window_size}: "
-                "its weights are learned for each pair of positions; build it with window_size"
+                "its weights belong to pairs of positions; build it with window_size"
             )
         if not self.shared and feat_size is not None:
             weight = resize_window_grid(self.weight.detach(), self._grid(*feat_size))

@@ -1,4 +1,4 @@
-"""Window attention (Swin): dynamic weights from query and key, inside shifted windows."""
+"""Swin: multi-head self-attention in shifted windows."""
 
 from torch import Tensor, nn
 
@@ -10,8 +10,8 @@ from backbones.mixers.windowed import WindowedMixer
 class WindowAttention(WindowedMixer):
     """Swin: window attention, shifted in every second block (equations 1 to 3).
 
-    Multi-head self-attention with relative position bias inside 7x7 windows. Padded positions take
-    part with the projection's bias as query, key and value, as in Swin.
+    Multi-head self-attention with relative position bias inside 7x7 windows. Padded positions are
+    not masked: their query, key and value are the bias of ``qkv``, as in Swin.
     """
 
     marks = ("qkv.weight",)
@@ -47,7 +47,7 @@ class WindowAttention(WindowedMixer):
         num_heads: tuple[int, ...] = (3, 6, 12, 24),
         window_size: int | Size = 7,
     ):
-        """The mixer of one block; ``num_heads`` are the attention heads of each stage."""
+        """Build the mixer of one block; ``num_heads`` are the attention heads of each stage."""
         return cls(dim, num_heads[stage], window_size, shifted=block % 2 == 1)
 
     def mix(self, x: Tensor, shift: Size) -> Tensor:

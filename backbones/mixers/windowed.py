@@ -1,4 +1,4 @@
-"""What the two windowed mixers share: padding, shifting and the relative position bias."""
+"""The base class of the windowed mixers: padding, shift and relative position bias."""
 
 from collections.abc import Callable
 from typing import Self
@@ -20,14 +20,14 @@ TABLE = "relative_position_bias_table"
 
 
 class WindowedMixer(Mixer):
-    """Pads to whole windows, shifts, mixes inside the windows, shifts back and crops.
+    """Pads the map to whole windows, mixes inside (shifted) windows, and crops the padding.
 
     Args:
-        dim: C.
-        num_heads: heads that share the channels.
-        window_size: rows and columns of a window, an int for both.
-        shifted: whether the windows are shifted by half their size. An axis that one window covers
-            is not shifted, whatever this says.
+        dim: C, a multiple of ``num_heads``.
+        num_heads: number of heads.
+        window_size: side, or rows and columns, of a window.
+        shifted: whether the windows are shifted by half their size; an axis that a single window
+            covers is never shifted.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int | Size, shifted: bool):
@@ -48,17 +48,18 @@ class WindowedMixer(Mixer):
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
         height, width = x.shape[1:3]
         rows, columns = self.window_size
-        right, bottom = (
-            columns * ceil_div(width, columns) - width,
-            rows * ceil_div(height, rows) - height,
-        )
+        right = columns * ceil_div(width, columns) - width
+        bottom = rows * ceil_div(height, rows) - height
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
         x = self.mix(x, self._shift(*x.shape[1:3]))
         return crop(x, height, width)
 
     def mix(self, x: Tensor, shift: Size) -> Tensor:
-        """Mix a map of whole windows, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it mixes a window")
+        """Mix a map of whole windows, ``(B, H, W, C)`` to ``(B, H, W, C)``.
+
+        ``shift`` is in rows and columns, 0 for none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement mix()")
 
     def bias(self) -> Tensor:
         """``(heads, N, N)`` relative position bias."""
@@ -67,13 +68,13 @@ class WindowedMixer(Mixer):
         )
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute what no checkpoint holds, by timm's convention: the index into the bias table."""
+        """Compute the index into the bias table (timm's hook for non-persistent buffers)."""
         device = self.relative_position_bias_table.device
         index = relative_position_index(self.window_size).to(device)
         self.register_buffer("relative_position_index", index, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # to_empty() gives memory to what is on the meta device, and no values.
+        # to_empty() allocates a meta tensor's memory without values.
         was_meta = self.relative_position_index.is_meta
         super()._apply(fn, recurse)
         if was_meta and not self.relative_position_index.is_meta:
@@ -81,19 +82,19 @@ class WindowedMixer(Mixer):
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """The bias table, as Swin has it."""
+        """The bias table, as in Swin."""
         return {TABLE}
 
     def fit(self, name: str, value: Tensor) -> Tensor:
-        """A bias table of another square window is interpolated (Table 14)."""
+        """Interpolate the bias table of another square window (Table 14)."""
         table = self.relative_position_bias_table
         if name == TABLE and value.shape[1:] == table.shape[1:] and is_of_square_window(value):
             return resize_rel_pos_bias_table(value, self.window_size, tuple(table.shape))
         return value
 
-    def set_window_size(self, window_size: int | Size) -> None:
-        """Change the window, the bias table upsampled to it (Table 14)."""
-        window_size = to_2tuple(window_size)
+    def set_input_size(self, feat_size: Size | None, window_size: int | Size | None = None) -> None:
+        """Interpolate the bias table for another window (Table 14); ``feat_size`` has no effect."""
+        window_size = self.window_size if window_size is None else to_2tuple(window_size)
         if window_size == self.window_size:
             return
         rows, columns = window_size
@@ -107,11 +108,6 @@ class WindowedMixer(Mixer):
         self.relative_position_bias_table = nn.Parameter(table, requires_grad=learned)
         self.window_size = window_size
         self.init_non_persistent_buffers()
-
-    def set_input_size(self, feat_size: Size, window_size: int | Size | None = None) -> None:
-        """Prepare for maps of ``feat_size``, which only per-window weights need."""
-        if window_size is not None:
-            self.set_window_size(window_size)
 
     def _shift(self, height: int, width: int) -> Size:
         if not self.shifted:

@@ -1,11 +1,11 @@
-"""The operators that mix pixels, one function each, on channels-last maps.
+"""Operators on channels-last maps: spatial mixing, and linear layers for inference.
 
-Every function takes and returns ``(B, H, W, C)``; each is the single place where its operator is
-computed, so a faster backend can be put behind the name without touching a module. The plain forms
-that define them stand in :mod:`backbones.ops.reference`.
+The spatial operators take and return maps ``(B, H, W, C)``; ``linear`` and ``mlp`` work on the last
+axis of any tensor. Each call picks a backend (:mod:`backbones.ops.dispatch`); the README beside
+this file lists them. :mod:`backbones.ops.reference` defines the results in plain PyTorch.
 """
 
-from backbones.ops import flops as flops  # registers their costs
+from backbones.ops import flops as flops  # registers the FLOP formulas
 from backbones.ops.aggregation import inhomogeneous_aggregation
 from backbones.ops.depthwise import depthwise_conv, dynamic_depthwise_conv
 from backbones.ops.dispatch import force as force

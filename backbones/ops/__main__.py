@@ -1,4 +1,4 @@
-"""``python -m backbones.ops``: which backend each operator takes on this machine, and why."""
+"""``python -m backbones.ops``: the backend of each operator on this machine, and the reason."""
 
 import sys
 
@@ -8,7 +8,7 @@ from backbones.ops.dispatch import OPERATORS, explain
 
 
 def main() -> int:
-    """Print a line for each kind of device and operator; 2 where ``DENSE_OPS`` is wrong."""
+    """Print a line for each device type and operator, in float32; 2 if ``DENSE_OPS`` is invalid."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     try:
         lines = [

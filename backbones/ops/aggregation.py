@@ -1,33 +1,45 @@
-"""Depth-wise convolution by kernels given for every position, as involution and CARAFE have it."""
+"""Depth-wise convolution with a given kernel at every position, as in involution and CARAFE."""
 
 import torch
 from torch import Tensor
 
 from backbones.ops import native, reference
-from backbones.ops.common import autocast_dtype, inside, pad, summed
+from backbones.ops.common import (
+    autocast_dtype,
+    inside,
+    pad,
+    promoted,
+    register_backward,
+    triton_kernels,
+    windows,
+)
 from backbones.ops.dispatch import attempt, choose, exporting
 
 _NAME = "inhomogeneous_aggregation"
 
 
 def inhomogeneous_aggregation(x: Tensor, kernels: Tensor) -> Tensor:
-    """Apply a kernel of its own at every position (equation 6 with the weights of 8).
+    """Depth-wise convolution with one kernel for each position and group of channels (equation 6).
 
-    Kernels are K*K times as large as a map of G channels; where a matrix product predicts them,
-    :func:`backbones.ops.inhomogeneous_dynamic_depthwise_conv` never stores them. Zero padding,
-    stride 1.
+    Zero padding, stride 1. ``kernels`` has K*K times the size of a map of G channels; if a linear
+    layer predicts them, use :func:`backbones.ops.inhomogeneous_dynamic_depthwise_conv`, which never
+    stores them.
+
+    >>> inhomogeneous_aggregation(torch.ones(1, 5, 5, 4), torch.ones(1, 5, 5, 2, 3, 3)).shape
+    torch.Size([1, 5, 5, 4])
 
     Args:
         x: ``(B, H, W, C)``.
         kernels: ``(B, H, W, G, K, K)``; channel ``c`` uses the kernel of group ``c // (C/G)``.
 
     Returns:
-        ``(B, H, W, C)`` in the dtype of ``x``, or autocast's where it is on. Half precisions
+        ``(B, H, W, C)`` in the dtype of ``x``, or of autocast if it is on. Half precisions
         accumulate in float32.
 
     Raises:
-        ValueError: kernels of another map, not square, or of groups that do not divide C.
+        ValueError: the kernels are for another B, H or W, are not square, or G does not divide C.
     """
+    # In a compiled graph the check would specialise on the sizes.
     if not torch.compiler.is_compiling():
         _check(x, kernels)
     groups, size = kernels.shape[3:5]
@@ -42,29 +54,28 @@ def inhomogeneous_aggregation(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, kernels: Tensor) -> None:
-    # Not in a graph, which would tie the sizes of both for good.
     groups, rows, columns = kernels.shape[3:] if kernels.dim() == 6 else (0, 0, 0)
     if not groups or kernels.shape[:3] != x.shape[:3] or rows != columns or x.shape[3] % groups:
         raise ValueError(
-            f"kernels of {tuple(kernels.shape)} for a map of {tuple(x.shape)}: (B, H, W, G, K, K) "
-            "of the same B, H and W is needed, G a divisor of C"
+            f"kernels of {tuple(kernels.shape)} for a map of {tuple(x.shape)}: expected "
+            "(B, H, W, G, K, K) with the B, H and W of the map and G a divisor of C"
         )
 
 
 @torch.library.custom_op("dense::aggregate", mutates_args=())
 def _aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
-    """``(B, H, W, S, G)`` by ``(B, H, W, G, K*K)``."""
+    """``x`` is ``(B, H, W, S, G)`` with C = G*S, ``kernels`` ``(B, H, W, G, K*K)``."""
     backend = choose(_NAME, x)
     if backend == "triton":
         args = x.contiguous(), kernels.contiguous(), size
-        out = attempt(_NAME, lambda: _triton().aggregate(*args))
+        out = attempt(_NAME, lambda: triton_kernels("aggregation").aggregate(*args))
         if out is not None:
             return out
     if backend != "native":
-        return _by_taps(summed(x), kernels, size).to(x.dtype).contiguous()
-    padded = pad(summed(x), size)
+        return _by_taps(promoted(x), kernels, size).to(x.dtype).contiguous()
+    padded = pad(promoted(x), size)
     out = padded.new_empty(x.shape)
-    native.call("aggregate", padded, summed(kernels), out, *x.shape, size)
+    native.call("aggregate", padded, promoted(kernels), out, *x.shape, size)
     return out.to(x.dtype)
 
 
@@ -73,17 +84,17 @@ def _backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tens
     backend, grads = choose(_NAME, x), None
     if backend == "triton":
         args = grad.contiguous(), x.contiguous(), kernels.contiguous(), size
-        grads = attempt(_NAME, lambda: _triton().aggregate_backward(*args))
+        grads = attempt(_NAME, lambda: triton_kernels("aggregation").aggregate_backward(*args))
     if grads is None:
         backward = _native_backward if backend == "native" else _torch_backward
-        grads = backward(summed(grad), summed(x), kernels, size)
+        grads = backward(promoted(grad), promoted(x), kernels, size)
     return grads[0].to(x.dtype), grads[1].to(kernels.dtype)
 
 
 def _native_backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    padded, kernels = pad(x, size), summed(kernels)
+    padded, kernels = pad(x, size), promoted(kernels)
     grad_padded, grad_kernels = torch.zeros_like(padded), torch.empty_like(kernels)
-    # At least K - 1 rows each.
+    # Threads take strips of rows; each needs at least K - 1, the rows that it shares with the next.
     strips = max(1, min(64, x.shape[1] // max(1, size - 1)))
     native.call(
         "aggregate_backward",
@@ -96,8 +107,8 @@ def _torch_backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tupl
     padded = pad(x, size)
     grad_padded = torch.zeros_like(padded)
     grad_kernels = torch.empty_like(kernels, dtype=padded.dtype)
-    windows = zip(_windows(padded, x, size), _windows(grad_padded, x, size), strict=True)
-    for k, (window, grad_window) in enumerate(windows):
+    views = zip(windows(padded, x.shape, size), windows(grad_padded, x.shape, size), strict=True)
+    for k, (window, grad_window) in enumerate(views):
         grad_window.addcmul_(grad, kernels[..., None, :, k].to(grad.dtype))
         torch.sum(window * grad, 3, out=grad_kernels[..., k])
     return inside(grad_padded, x.shape, size), grad_kernels
@@ -105,25 +116,9 @@ def _torch_backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tupl
 
 def _by_taps(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     out = 0
-    for k, window in enumerate(_windows(pad(x, size), x, size)):
+    for k, window in enumerate(windows(pad(x, size), x.shape, size)):
         out = out + window * kernels[..., None, :, k].to(x.dtype)
     return out
-
-
-def _windows(padded: Tensor, x: Tensor, size: int) -> list[Tensor]:
-    """What each tap sees of a padded map."""
-    height, width = x.shape[1:3]
-    return [
-        padded[:, row : row + height, column : column + width]
-        for row in range(size)
-        for column in range(size)
-    ]
-
-
-def _triton():
-    from backbones.ops.triton_kernels import aggregation
-
-    return aggregation
 
 
 @_aggregate.register_fake
@@ -136,14 +131,4 @@ def _(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tens
     return x.new_empty(x.shape), kernels.new_empty(kernels.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    x, kernels, ctx.size = inputs
-    ctx.save_for_backward(x, kernels)
-
-
-def _differentiate(ctx, grad: Tensor):
-    backward = torch.ops.dense.aggregate_backward
-    return *backward(grad, *ctx.saved_tensors, ctx.size), None
-
-
-_aggregate.register_autograd(_differentiate, setup_context=_save)
+register_backward(_aggregate, torch.ops.dense.aggregate_backward)

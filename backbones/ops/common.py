@@ -1,6 +1,9 @@
-"""What the operators share: padding, autocast, and the dtype and layout that sums are kept in."""
+"""Helpers of the operators: padding, autocast, accumulation dtype, Triton imports and autograd."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -8,29 +11,29 @@ from torch import Tensor
 
 
 def same_padding(kernel_size: int) -> tuple[int, int]:
-    """Zeros before and after an axis that keep its length; an even kernel leans to the right."""
+    """Zeros before and after an axis that keep its length; an even kernel gets one more after."""
     return (kernel_size - 1) // 2, kernel_size // 2
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast wants for ``x`` on its device; that of ``x`` where it is off."""
+    """Autocast's dtype on the device of ``x``; its own if autocast is off or ``x`` is float64."""
     kind = x.device.type
-    # The meta device has no autocast to ask for.
+    # Autocast cannot be queried for the meta device.
     if x.is_meta or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """A context in which operators on tensors beside ``x`` keep the dtypes they are given."""
+    """A context in which autocast is off on the device of ``x``."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def summed(first: Tensor, *others: Tensor) -> Tensor | list[Tensor]:
-    """Contiguous tensors in the dtype that sums over ``first`` are kept in: float32 at least.
+def promoted(first: Tensor, *others: Tensor) -> Tensor | list[Tensor]:
+    """Contiguous tensors in the accumulation dtype of ``first``, float32 at least.
 
     Returns:
-        One tensor for one, a list for several.
+        A tensor for a single argument, otherwise a list.
     """
     dtype = torch.promote_types(first.dtype, torch.float32)
     tensors = [x.to(dtype).contiguous() for x in (first, *others)]
@@ -38,11 +41,49 @@ def summed(first: Tensor, *others: Tensor) -> Tensor | list[Tensor]:
 
 
 def pad(x: Tensor, size: int) -> Tensor:
-    """``(B, H, W, S, G)`` with the zeros around it that a kernel of ``size`` reads."""
+    """Zero-pad H and W of ``(B, H, W, S, G)`` for a kernel of ``size``."""
     return F.pad(x, (0, 0, 0, 0, *same_padding(size), *same_padding(size)))
 
 
 def inside(padded: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """What :func:`pad` was given, of ``shape``, out of the padded map."""
+    """Undo :func:`pad`: the part of ``shape`` inside the padding."""
     first = same_padding(size)[0]
     return padded[:, first : first + shape[1], first : first + shape[2]].contiguous()
+
+
+def windows(padded: Tensor, shape: torch.Size, size: int) -> list[Tensor]:
+    """The K*K views ``(B, H, W, ...)`` of a padded map that the taps multiply, row by row."""
+    height, width = shape[1:3]
+    return [
+        padded[:, row : row + height, column : column + width]
+        for row in range(size)
+        for column in range(size)
+    ]
+
+
+def triton_kernels(name: str) -> ModuleType:
+    """A module of :mod:`backbones.ops.triton_kernels`, imported on first use: it needs Triton."""
+    return import_module(f"backbones.ops.triton_kernels.{name}")
+
+
+def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor):
+    """The gradients of ``function(*inputs)`` by autograd, given the gradient of its output."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+def register_backward(operator: torch.library.CustomOpDef, backward: Callable) -> None:
+    """Make ``backward(grad, *inputs)`` the gradient of a custom operator.
+
+    The operator's tensors come before its sizes; ``backward`` returns a gradient for each tensor.
+    """
+
+    def save(ctx, inputs, output) -> None:
+        ctx.sizes = [x for x in inputs if not isinstance(x, Tensor)]
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+
+    def differentiate(ctx, grad: Tensor):
+        return *backward(grad, *ctx.saved_tensors, *ctx.sizes), *[None] * len(ctx.sizes)
+
+    operator.register_autograd(differentiate, setup_context=save)

@@ -1,12 +1,13 @@
-/* Depth-wise operators on channels-last maps, built on first use by backbones.ops.native.
+/* Static and dynamic depth-wise convolution, compiled by backbones.ops.native.
 
-   REAL is float or double. Maps are (rows, columns, channels) of an image, contiguous; `before` is
-   the number of zeros that padding puts before an axis. No loop depends on the number of threads
-   in the order of its sums, so results repeat bit for bit. */
+   Shared arguments: x, out and grad are contiguous maps (B, H, W, C); w and dw are taps
+   (B or 1, K*K, C), with `step` elements from one image's taps to the next image's, 0 if shared;
+   `before` is the zero padding before each axis; flip reverses the taps, for the map gradient. The
+   order of sums does not depend on the number of threads: results are bitwise reproducible. */
 
 #include "matrix.h"
 
-/* N neighbouring outputs of one row, for the channels at c. */
+/* N neighbouring outputs of row y from column `left` on, for the channels at c. */
 #define DEPTHWISE_BLOCK(T)                                                                        \
   INLINE void depthwise_block_##T(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I H, \
                                   I W, I C, I K, I before, int flip, I y, I left, I c,            \
@@ -26,8 +27,8 @@
 DEPTHWISE_BLOCK(Vec)
 DEPTHWISE_BLOCK(One)
 
-/* Eight outputs of one row by kernels of 7, fewer where the row ends: every number is loaded once a
-   row of the kernel. */
+/* K = 7: eight outputs of a row, fewer where it ends (`edge`). Each element of x is loaded once for
+   the seven taps of a kernel row. */
 INLINE void depthwise_seven(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I H, I W, I C,
                             I before, int flip, I y, I left, I c, const int edge) {
   Vec sum[8];
@@ -52,8 +53,7 @@ INLINE void depthwise_seven(const REAL *x, const REAL *w, const REAL *bias, REAL
     SET(Vec, out + (y * W + left + i) * C + c) = sum[i];
 }
 
-/* out[b, p, c] = bias[c] + sum over taps of x[b, p + tap, c] * w[b, tap, c]; w of one image for all
-   where step is 0. */
+/* out[b, p, c] = bias[c] + sum over taps of x[b, p + tap, c] * w[b, tap, c]; bias may be NULL. */
 I depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H, I W, I C, I K,
             I before, I step, I flip, I threads) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
@@ -63,7 +63,7 @@ I depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H,
       REAL *ob = out + b * H * W * C;
       I whole = K == 7 ? C / LANES * LANES : 0;
       for (I left = 0; whole && left < W; left += 8) {
-        /* The last eight overlap their neighbours: the same is written again. */
+        /* The last block overlaps the one before it and writes the same values again. */
         I from = most(0, least(left, W - 8));
         int edge = from < before || from + 14 - before > W;
         for (I c = 0; c < whole; c += LANES)
@@ -133,8 +133,7 @@ I depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H,
 DEPTHWISE_WEIGHT(Vec)
 DEPTHWISE_WEIGHT(One)
 
-/* dw[b, tap, c] += sum over p of x[b, p + tap, c] * grad[b, p, c], over images too where step is 0.
- */
+/* dw[b, tap, c] += sum over p of x[b, p + tap, c] * grad[b, p, c], also over b if step is 0. */
 I depthwise_weight(const REAL *x, const REAL *grad, REAL *dw, I B, I H, I W, I C, I K, I before,
                    I step, I threads) {
   I blocks = C / LANES + C % LANES, kernels = step ? B : 1, shared = step ? 1 : B;

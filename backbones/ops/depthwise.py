@@ -1,27 +1,34 @@
-"""Depth-wise convolution with learned kernels and with kernels predicted per image."""
+"""Depth-wise convolution: static (learned kernels) and dynamic (kernels predicted per image)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.ops import native, reference
-from backbones.ops.common import autocast_dtype, same_padding, summed
+from backbones.ops.common import (
+    autocast_dtype,
+    gradients,
+    promoted,
+    same_padding,
+    triton_kernels,
+    windows,
+)
 from backbones.ops.dispatch import attempt, choose, exporting
 
-# Both operators are one of kernels by image, whose number is one where all share them.
+# Static and dynamic share one implementation; static has a kernel batch of 1.
 _NAME = "dynamic_depthwise_conv"
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Depth-wise convolution with zero padding and stride 1.
+    """Depth-wise convolution with zero padding and stride 1, same output size for any K.
+
+    >>> depthwise_conv(torch.ones(1, 5, 5, 4), torch.ones(4, 1, 3, 3)).shape
+    torch.Size([1, 5, 5, 4])
 
     Args:
-        x: ``(B, H, W, C)``.
-        weight: ``(C, 1, K, K)``, one kernel a channel, shared by all positions.
+        x: ``(B, H, W, C)``, as the result.
+        weight: ``(C, 1, K, K)``, the layout of ``nn.Conv2d(C, C, K, groups=C)``.
         bias: ``(C,)`` or None.
-
-    Returns:
-        ``(B, H, W, C)``.
     """
     backend = choose("depthwise_conv", x, weight, bias)
     if backend in ("native", "triton") and _suits(x, weight):
@@ -43,15 +50,17 @@ def _static(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Depth-wise convolution whose kernels differ from image to image (D-DW-Conv).
+    """Depth-wise convolution with its own kernels for each image (D-DW-Conv).
+
+    Zero padding, stride 1.
+
+    >>> dynamic_depthwise_conv(torch.ones(2, 5, 5, 4), torch.ones(2, 4, 3, 3)).shape
+    torch.Size([2, 5, 5, 4])
 
     Args:
-        x: ``(B, H, W, C)``.
-        kernels: ``(B, C, K, K)``, one kernel an image and channel, shared by all positions.
+        x: ``(B, H, W, C)``, as the result.
+        kernels: ``(B, C, K, K)``, one kernel for each image and channel.
         bias: ``(C,)`` or None.
-
-    Returns:
-        ``(B, H, W, C)``.
     """
     backend = choose("dynamic_depthwise_conv", x, kernels, bias)
     if backend in ("native", "triton") and _suits(x, kernels):
@@ -66,7 +75,7 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
 def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     batch, height, width, channels = x.shape
     size = kernels.shape[-1]
-    # One convolution of B*C groups: an image's channels are groups of their own.
+    # The batch becomes channels: one convolution with B*C groups.
     x = F.pad(x.permute(0, 3, 1, 2), (*same_padding(size), *same_padding(size)))
     x = x.reshape(1, batch * channels, *x.shape[-2:])
     weight = kernels.reshape(batch * channels, 1, size, size).to(x.dtype)
@@ -76,25 +85,23 @@ def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """A sum of shifted maps: other runtimes cannot group a convolution by the batch."""
-    height, width = x.shape[1:3]
+    """A sum over taps, for export: a group count of B*C would fix the batch size."""
     size = kernels.shape[-1]
     padded = F.pad(x, (0, 0, *same_padding(size), *same_padding(size)))
     out = torch.zeros_like(x) if bias is None else torch.zeros_like(x) + bias.to(x.dtype)
-    for u in range(size):
-        for v in range(size):
-            tap = kernels[:, :, u, v].to(x.dtype)[:, None, None]
-            out = out + padded[:, u : u + height, v : v + width] * tap
+    for k, window in enumerate(windows(padded, x.shape, size)):
+        tap = kernels[:, :, k // size, k % size].to(x.dtype)[:, None, None]
+        out = out + window * tap
     return out
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether our kernels take it: square, in a precision whose sums they keep."""
+    """Whether the C and Triton kernels support it: square kernels, not complex."""
     return weight.shape[-1] == weight.shape[-2] and x.dtype != torch.complex64
 
 
 def _own(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """Kernels ``(B or 1, C, K, K)``."""
+    """By the C or Triton kernels; ``kernels`` is ``(B or 1, C, K, K)``."""
     dtype = autocast_dtype(x)
     taps = kernels.to(dtype).flatten(2).transpose(1, 2)
     bias = None if bias is None else bias.to(dtype)
@@ -103,17 +110,17 @@ def _own(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("dense::depthwise", mutates_args=())
 def _depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
-    """``(B, H, W, C)`` by ``(B or 1, K*K, C)``."""
+    """``x`` is ``(B, H, W, C)``, ``taps`` ``(B or 1, K*K, C)``."""
     backend, before = choose(_NAME, x), same_padding(size)[0]
     if backend == "triton":
         args = x.contiguous(), taps.contiguous(), bias, size, before, False
-        out = attempt(_NAME, lambda: _triton().convolve(*args))
+        out = attempt(_NAME, lambda: triton_kernels("depthwise").convolve(*args))
         if out is not None:
             return out
     if x.device.type != "cpu":
         return _plain(x, taps, bias, size).contiguous()
-    bias = None if bias is None else summed(bias)
-    return _run(summed(x), summed(taps), bias, size, flip=False).to(x.dtype)
+    bias = None if bias is None else promoted(bias)
+    return _run(promoted(x), promoted(taps), bias, size, flip=False).to(x.dtype)
 
 
 @torch.library.custom_op("dense::depthwise_backward", mutates_args=())
@@ -125,27 +132,27 @@ def _depthwise_backward(
     own = None
     if choose(_NAME, x) == "triton":
         own = attempt(_NAME, lambda: _triton_backward(grad, x, taps, size))
-    if own is None:
-        backward = _native_backward if x.device.type == "cpu" else _plain_backward
-        own = backward(grad, x, taps, size)
+    if own is None and x.device.type == "cpu":
+        own = _native_backward(grad, x, taps, size)
+    elif own is None:
+        own = gradients(lambda x, taps: _plain(x, taps, None, size), (x, taps), grad)
     return own[0].to(x.dtype), own[1].to(taps.dtype), grad_bias.to(x.dtype)
 
 
 def _native_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    grad = summed(grad)
-    grad_x = _run(grad, summed(taps), None, size, flip=True)
+    grad = promoted(grad)
+    grad_x = _run(grad, promoted(taps), None, size, flip=True)
     batch, height, width, channels = x.shape
     grad_taps = torch.zeros(taps.shape, dtype=grad.dtype)
     shape = (batch, height, width, channels, size, same_padding(size)[0], _step(taps))
-    native.call("depthwise_weight", summed(x), grad, grad_taps, *shape)
+    native.call("depthwise_weight", promoted(x), grad, grad_taps, *shape)
     return grad_x, grad_taps
 
 
 def _triton_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    before, after = same_padding(size)
-    grad_x = _triton().convolve(grad, taps.contiguous(), None, size, after, True)
-    images = taps.shape[0]
-    return grad_x, _triton().weight_gradient(x.contiguous(), grad, images, size, before)
+    kernels, (before, after) = triton_kernels("depthwise"), same_padding(size)
+    grad_x = kernels.convolve(grad, taps.contiguous(), None, size, after, True)
+    return grad_x, kernels.weight_gradient(x.contiguous(), grad, taps.shape[0], size, before)
 
 
 def _plain(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
@@ -153,18 +160,6 @@ def _plain(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     if taps.shape[0] == 1:
         return _static(x, kernels.transpose(0, 1), bias)
     return _grouped(x, kernels, bias)
-
-
-def _plain_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(), taps.detach().requires_grad_()]
-        return torch.autograd.grad(_plain(*leaves, None, size), leaves, grad)
-
-
-def _triton():
-    from backbones.ops.triton_kernels import depthwise
-
-    return depthwise
 
 
 def _run(x: Tensor, taps: Tensor, bias: Tensor | None, size: int, flip: bool) -> Tensor:
@@ -175,7 +170,7 @@ def _run(x: Tensor, taps: Tensor, bias: Tensor | None, size: int, flip: bool) ->
 
 
 def _step(taps: Tensor) -> int:
-    """Numbers from one image's kernels to the next one's, 0 where all share them."""
+    """Elements from one image's kernels to the next image's, 0 if all share them."""
     return taps[0].numel() if taps.shape[0] > 1 else 0
 
 

@@ -1,8 +1,8 @@
-"""The one place that chooses how an operator is computed.
+"""Choice of the backend that computes an operator.
 
-Backends, slowest first: ``reference`` (plain and differentiated by autograd: the truth), ``torch``
-(no compiler), ``native`` (C, built on first use, for a CPU), ``onednn`` (the library's products,
-which PyTorch keeps for compiled graphs), ``triton`` (for GPUs; on a CPU by Triton's interpreter).
+``reference`` is plain PyTorch with autograd, the standard of the tests; ``torch`` is faster PyTorch
+without a compiler; ``native`` is C for CPUs; ``onednn`` has the linear layers of compiled graphs,
+for float32 on CPUs; ``triton`` is for GPUs, and for CPUs in Triton's interpreter.
 """
 
 import os
@@ -29,7 +29,7 @@ OPERATORS = {
     "linear": ("reference", "torch", "onednn"),
 }
 ENVIRONMENT = "DENSE_OPS"
-# Those whose plain form stores what the kernels do not, or of which PyTorch's own is known as slow.
+# Triton by default on CUDA: PyTorch's version is slow or materialises large intermediates.
 ON_GPUS = (
     "dynamic_depthwise_conv",
     "inhomogeneous_dynamic_depthwise_conv",
@@ -40,18 +40,22 @@ ON_GPUS = (
 
 T = TypeVar("T")
 _forced: str | None = None
-# Operators whose Triton kernels did not compile here, and why.
+# Operators whose Triton kernels failed to compile in this process, and the reason.
 _broken: dict[str, str] = {}
 
 
 @contextmanager
 def force(backend: str | None) -> Iterator[None]:
-    """Compute every operator that has ``backend`` by it, whatever would be faster; None chooses.
+    """Force a backend inside a ``with`` block; operators without it use ``torch``.
 
-    The environment variable ``DENSE_OPS`` does the same for a whole process; this wins over it.
+    Overrides the environment variable ``DENSE_OPS``, which forces one for the whole process. None
+    forces none: ``DENSE_OPS`` counts if it is set, otherwise the default is chosen.
+
+    >>> with backbones.ops.force("reference"):
+    ...     out = model(images)
 
     Raises:
-        ValueError: there is no such backend, or it cannot run on this machine.
+        ValueError: the backend does not exist or cannot run on this machine.
     """
     global _forced
     _check(backend)
@@ -68,9 +72,8 @@ def choose(operator: str, x: Tensor, *others: Tensor | None) -> str:
     Args:
         operator: a key of :data:`OPERATORS`.
         x: the map.
-        others: the operator's other tensors. Inside ``torch.func`` (grad, vmap, jvp), and where any
-            tensor carries a forward-mode tangent, ``reference`` computes: it is made of operators
-            that have rules for these.
+        others: the operator's other tensors. If given, calls under ``torch.func`` (grad, vmap, jvp)
+            or with a forward-mode tangent get ``reference``, whose operators support these.
     """
     backend = explain(operator, x.device.type, x.dtype)[0]
     if others and not torch.compiler.is_compiling() and _is_transformed(x, *others):
@@ -86,10 +89,10 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
 
 
 def attempt(operator: str, compute: Callable[[], T]) -> T | None:
-    """What Triton kernels compute; None, for good and with one warning, if they do not compile.
+    """Run Triton kernels; if they fail, warn, drop Triton for this operator, and return None.
 
     Raises:
-        Exception: whatever it was, if the backend was forced.
+        Exception: the original error if ``triton`` was forced or the GPU is out of memory.
     """
     from triton.errors import TritonError
 
@@ -106,24 +109,24 @@ def attempt(operator: str, compute: Callable[[], T]) -> T | None:
 
 
 def exporting() -> bool:
-    """Whether a graph is being captured that must hold in other runtimes."""
+    """Whether a graph is being exported (torch.export, ONNX or TorchScript tracing)."""
     return _is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 @torch.compiler.assume_constant_result
 def _is_exporting() -> bool:
-    # Traced, it would be answered with True in graphs that torch.compile captures, too.
+    # If Dynamo traced this call, it would be True under torch.compile as well.
     return torch.compiler.is_exporting()
 
 
 def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend that ``operator`` takes on a kind of device, and why.
+    """The backend of ``operator`` on a device type, and the reason.
 
     Raises:
-        ValueError: ``DENSE_OPS`` names no backend or one that cannot run on this machine.
+        ValueError: ``DENSE_OPS`` names an unknown backend or one that cannot run on this machine.
     """
     if exporting():
-        return "torch", "an exported graph holds PyTorch's own operators only"
+        return "torch", "exported graphs use PyTorch's operators only"
     known = OPERATORS[operator]
     if "onednn" in known and (reason := _no_onednn(device, dtype)) is not None:
         return "torch", reason
@@ -138,37 +141,35 @@ def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     if "native" in known and device == "cpu" and wanted is None:
         missing = native.missing()
         if missing is None and operator == "depthwise_conv" and not torch.is_grad_enabled():
-            return "torch", "oneDNN has the faster forward pass; with gradients C has"
+            return "torch", "without gradients oneDNN's convolution is faster than C"
         if missing is None:
-            return "native", "C, faster than the others on a CPU"
+            return "native", "C, the fastest on a CPU"
         return "torch", missing
     if "onednn" in known and wanted is None:
-        return "onednn", "faster than PyTorch's own products"
-    if device != "cpu":
-        return "torch", "PyTorch's own operators"
-    return "torch", f"it has no backend {wanted}" if wanted else "the fastest on a CPU"
+        return "onednn", "without gradients faster than PyTorch's linear"
+    return "torch", f"it has no backend {wanted} on {device}" if wanted else "PyTorch's operators"
 
 
 def _on_gpu(operator: str, dtype: torch.dtype) -> tuple[str, str]:
     if operator not in ON_GPUS:
-        return "torch", "PyTorch's own operators"
+        return "torch", "PyTorch's operators"
     if operator in _broken:
         return "torch", _broken[operator]
     if (reason := _no_triton_for("cuda", dtype)) is not None:
         return "torch", reason
-    return "triton", "nothing is stored that can be computed again"
+    return "triton", "less memory: intermediates are computed again, not stored"
 
 
 def _no_triton_for(device: str, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the Triton kernels sum in float32, not in {dtype}".replace("torch.", "")
+        return f"the Triton kernels accumulate in float32, not in {dtype}".replace("torch.", "")
     return _no_triton(device)
 
 
 @torch.compiler.assume_constant_result
 def _no_triton(device: str) -> str | None:
     if find_spec("triton") is None:
-        return "there is no Triton here"
+        return "no Triton is installed"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton runs on a CPU with TRITON_INTERPRET=1 only"
     return None
@@ -176,13 +177,13 @@ def _no_triton(device: str) -> str | None:
 
 def _no_onednn(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu" or dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return "PyTorch's own products"
+        return "oneDNN is used for float32 on a CPU without autocast only"
     if torch.compiler.is_compiling():
-        return "a compiled graph chooses itself"
+        return "torch.compile chooses its own kernels"
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return "this PyTorch does not lend oneDNN's products"
+        return "this PyTorch has no mkldnn._linear_pointwise"
     return None
 
 

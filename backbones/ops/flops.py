@@ -1,8 +1,8 @@
-"""What the operators cost, for counters of FLOPs.
+"""FLOP formulas of the operators.
 
-``torch.utils.flop_counter`` counts the operators of the ``dense`` namespace by these formulas. For
-counters that trace, which see an operator's parts or nothing, :data:`MULTIPLY_ADDS` has the cost of
-each public operator.
+They are registered with ``torch.utils.flop_counter`` for the custom operators in the ``dense``
+namespace. Counters that trace Python calls, such as fvcore's, find the cost of each public operator
+in :data:`MULTIPLY_ADDS`.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from math import prod
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-# What is counted here must have been registered.
+# These modules define the custom operators.
 from backbones.ops import aggregation, depthwise, inhomogeneous, window  # noqa: F401
 
 Shape = tuple[int, ...]
 
 
 def _window_attention(qkv: Shape, bias: Shape, *_, products: int = 2, **__) -> int:
-    """``q k^T`` and ``weights v``, N positions of C channels each at every position."""
+    """``q k^T`` and ``weights v``: two products of N*C multiply-adds at each position."""
     return prod(qkv[:-1]) * products * bias[-1] * (qkv[-1] // 3)
 
 
@@ -43,11 +43,11 @@ MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
     "inhomogeneous_aggregation": _convolution,
     "inhomogeneous_dynamic_depthwise_conv": _inhomogeneous,
 }
-"""Multiply-adds of an operator of :mod:`backbones.ops`, from the shapes of its arguments."""
+"""Multiply-adds of each operator in :mod:`backbones.ops`, from the shapes of its arguments."""
 
 
 def _taps(x: Shape, *rest) -> int:
-    """``(B, H, W, C)`` or ``(B, H, W, S, G)`` by kernels of ``rest[-1]`` squared."""
+    """``x`` is ``(B, H, W, C)`` or ``(B, H, W, S, G)``, the last argument K."""
     return prod(x) * rest[-1] ** 2
 
 
@@ -56,11 +56,11 @@ def _predict_and_aggregate(x: Shape, hidden: Shape, weight: Shape, *rest) -> int
 
 
 def _predict_and_aggregate_backward(_, x: Shape, hidden: Shape, weight: Shape, *rest) -> int:
-    """The kernels again, the gradients of ``hidden`` and of the weight; two of the aggregation."""
+    """Three products (kernels, gradients of hidden and weight) and two aggregations."""
     return 3 * prod(x[:3]) * prod(weight) + 2 * _taps(x, *rest)
 
 
-# Two FLOPs a multiply-add; backward passes compute again what they did not keep.
+# Multiply-adds of the custom operators; backward passes include what they recompute.
 _OF_OPERATORS: dict[str, Callable[..., int]] = {
     "window_attention": _window_attention,
     "window_attention_backward": lambda _, *args: _window_attention(*args, products=5),

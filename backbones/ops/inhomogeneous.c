@@ -1,15 +1,16 @@
-/* Depth-wise convolution with a kernel at every position, built by native.py.
+/* Depth-wise convolution with a kernel at every position, compiled by backbones.ops.native.
 
-   Maps hold channels group-innermost, (rows, columns, S, G): the G numbers that neighbouring kernels
-   multiply lie side by side. x comes padded, (H + K - 1, W + K - 1, S, G). No sum's order depends on
-   the number of threads, so results repeat bit for bit. */
+   Maps are (B, H, W, S, G), C = G * S; groups are innermost, as in kernels (K*K, G), so that both
+   are read as vectors. x and dx are zero-padded to (B, H + K - 1, W + K - 1, S, G), of width Wp.
+   The order of sums does not depend on the number of threads: results are bitwise reproducible.
+   Functions return 1 if malloc fails. */
 
 #include "matrix.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-/* One position, the groups at g, N of its S shared channels from j on. */
+/* The output of one position for the groups at g and N of the S channels from j on. */
 #define AGGREGATE(T)                                                                              \
   INLINE void aggregate_##T(const REAL *x, const REAL *kernel, REAL *out, I Wp, I S, I G,         \
                             const I K, I j, I g, const int N) {                                   \
@@ -44,11 +45,11 @@ INLINE void aggregate_at(const REAL *x, const REAL *kernel, REAL *out, I Wp, I S
   for (; g < G; g++) aggregate_all_One(x, kernel, out, Wp, S, G, K, g);
 }
 
-/* Positions whose kernels are predicted at a time: these stay in a core's cache. */
+/* Positions whose kernels are predicted at a time, so that they stay in a core's cache. */
 #define TOGETHER ((I)24)
 
-/* out (B, H, W, S, G): at every position the kernel hidden @ matrix + offset over x. hidden is
-   (B, H, W, Dp), matrix (D, width), width K*K*G in whole vectors; 1 where memory is short. */
+/* Convolve x with the kernels hidden @ matrix + offset. hidden is (B, H, W, Dp), matrix (D, width),
+   offset (width); Dp and width are D and K*K*G padded to whole vectors. */
 I predict_and_aggregate(const REAL *x, const REAL *hidden, const REAL *matrix, const REAL *offset,
                         REAL *out, I B, I H, I W, I S, I G, I K, I D, I Dp, I width, I threads) {
   I Wp = W + K - 1, failed = 0;
@@ -71,7 +72,8 @@ I predict_and_aggregate(const REAL *x, const REAL *hidden, const REAL *matrix, c
   return failed;
 }
 
-/* One position: its kernel spreads its gradient over dx, and gives way to its own gradient. */
+/* Backward of one position: add its part of dx, and overwrite its kernel by the kernel's gradient.
+   `held` is S if S is a constant, so that gradients stay in registers, else 0. */
 #define SPREAD(T)                                                                                 \
   INLINE void spread_##T(const REAL *x, const REAL *grad, REAL *dx, REAL *kernel, I Wp, I S, I G, \
                          const I K, I g, const int held) {                                        \
@@ -108,10 +110,10 @@ INLINE void spread_at(const REAL *x, const REAL *grad, REAL *dx, REAL *kernel, I
   for (; g < G; g++) spread_One(x, grad, dx, kernel, Wp, S, G, K, g, 0);
 }
 
-/* The gradients. dx is padded as x is, and zero; back is matrix transposed, (width, Dp); dmatrix
-   (groups, strips, width, Dp) and doffset (groups, strips, width) come in parts: of groups of images
-   and of strips of their rows. Strips write K - 1 rows beyond their own, so every other one of them
-   works at a time; all but the last have that many. */
+/* The gradients. dx must be zero on entry; back is matrix transposed, (width, Dp). dmatrix (groups,
+   strips, width, Dp) and doffset (groups, strips, width) are partial sums over groups of images and
+   strips of rows. A strip also writes K - 1 rows of dx that belong to the next strip, so even and
+   odd strips run one after the other; each has at least K - 1 rows. */
 I predict_and_aggregate_backward(const REAL *grad, const REAL *x, const REAL *hidden,
                                  const REAL *matrix, const REAL *offset, const REAL *back, REAL *dx,
                                  REAL *dhidden, REAL *dmatrix, REAL *doffset, I groups, I strips, I B,
@@ -151,7 +153,7 @@ I predict_and_aggregate_backward(const REAL *grad, const REAL *x, const REAL *hi
   return failed;
 }
 
-/* (G, K*K) of one position to (K*K, G), and back. */
+/* Transpose one position's kernels, (G, K*K) to (K*K, G), and back. */
 INLINE void by_tap(const REAL *given, REAL *kernel, I G, I taps) {
   for (I g = 0; g < G; g++)
     for (I t = 0; t < taps; t++) kernel[t * G + g] = given[g * taps + t];
@@ -161,7 +163,7 @@ INLINE void by_group(const REAL *kernel, REAL *given, I G, I taps) {
     for (I t = 0; t < taps; t++) given[g * taps + t] = kernel[t * G + g];
 }
 
-/* out (B, H, W, S, G) by kernels that are given, (B, H, W, G, K*K). */
+/* Convolve x with given kernels (B, H, W, G, K*K). */
 I aggregate(const REAL *x, const REAL *given, REAL *out, I B, I H, I W, I S, I G, I K, I threads) {
   I Wp = W + K - 1, many = K * K * G, failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
@@ -182,7 +184,7 @@ I aggregate(const REAL *x, const REAL *given, REAL *out, I B, I H, I W, I S, I G
   return failed;
 }
 
-/* dx, padded as x is and zero, and dgiven; strips as above. */
+/* dx, zero on entry, and dgiven; strips as in predict_and_aggregate_backward. */
 I aggregate_backward(const REAL *grad, const REAL *x, const REAL *given, REAL *dx, REAL *dgiven,
                      I strips, I B, I H, I W, I S, I G, I K, I threads) {
   I Wp = W + K - 1, many = K * K * G, failed = 0;

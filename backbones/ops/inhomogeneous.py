@@ -1,9 +1,8 @@
-"""Depth-wise convolution whose kernels are predicted at every position (I-D-DW-Conv).
+"""Depth-wise convolution with kernels predicted at every position (I-D-DW-Conv).
 
-The kernels are never stored: a few positions at a time (``native``) or tap after tap (``torch``), a
-matrix product predicts them, they multiply the shifted map, and they are dropped; the backward pass
-predicts them again. What stays in memory is the map, the C/4 map that the prediction reads, and a
-handful of maps of the same size, whatever the kernel size.
+The kernels are never stored as a whole: a matrix product predicts those of a few positions
+(``native``) or of one tap (``torch``), which are applied and dropped; the backward pass predicts
+them again. Memory is a few maps, whatever the kernel size.
 """
 
 from collections.abc import Iterator
@@ -17,43 +16,50 @@ from backbones.ops.common import (
     autocast_dtype,
     inside,
     pad,
+    promoted,
+    register_backward,
     same_padding,
-    summed,
+    triton_kernels,
+    windows,
     without_autocast,
 )
 from backbones.ops.dispatch import attempt, choose, exporting
 
 _NAME = "inhomogeneous_dynamic_depthwise_conv"
-# Numbers of the map in a chunk on a CPU: the arrays that a tap touches then stay in its cache.
+# Elements of the map in a chunk of the torch backend on a CPU: what a tap touches fits the cache.
 _CHUNK = 2**17
-# Numbers in all parts of the C kernels' sums over positions.
+# Elements in all partial weight gradients of the C kernels together.
 _PARTS = 2**23
-# Of a vector of float32 in the C kernels, two of float64.
+# The C kernels' rows are whole vectors: 8 float32, or twice 4 float64.
 _LANES = 8
 
 
 def inhomogeneous_dynamic_depthwise_conv(
     x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, kernel_size: int
 ) -> Tensor:
-    """Predict a kernel for every position and group of channels, and apply it there.
+    """Depth-wise convolution with kernels ``hidden @ weight.T + bias`` (equation 8).
 
-    ``kernels = hidden @ weight.T + bias`` holds, position by position, ``K*K`` weights for each of
-    G groups (group-major, as released checkpoints have them); the ``C/G`` channels ``c`` with
-    ``c // (C/G) == g`` share the kernel of group ``g``. Zero padding, stride 1, no output bias.
+    Each position has K*K weights for each of G groups of channels; channel ``c`` uses those of
+    group ``c // (C/G)``. Zero padding, stride 1, no output bias. The kernels are never stored.
+
+    >>> x, hidden = torch.ones(1, 5, 5, 4), torch.ones(1, 5, 5, 3)
+    >>> weight, bias = torch.ones(2 * 9, 3), torch.zeros(2 * 9)
+    >>> inhomogeneous_dynamic_depthwise_conv(x, hidden, weight, bias, kernel_size=3).shape
+    torch.Size([1, 5, 5, 4])
 
     Args:
-        x: ``(B, H, W, C)``, what is convolved.
-        hidden: ``(B, H, W, D)``, what the kernels are predicted from.
-        weight: ``(G*K*K, D)``.
+        x: ``(B, H, W, C)``, the map to convolve.
+        hidden: ``(B, H, W, D)``, the features that predict the kernels.
+        weight: ``(G*K*K, D)``, group-major as in the released checkpoints.
         bias: ``(G*K*K,)``.
         kernel_size: K.
 
     Returns:
-        ``(B, H, W, C)`` in the dtype of ``x``, or autocast's where it is on. Half precisions
+        ``(B, H, W, C)`` in the dtype of ``x``, or of autocast if it is on. Half precisions
         accumulate in float32.
 
     Raises:
-        ValueError: ``weight`` does not hold K*K taps for a number of groups that divides C.
+        ValueError: the rows of ``weight`` are not G*K*K for a G that divides C.
     """
     taps = kernel_size**2
     groups = weight.shape[0] // taps
@@ -66,10 +72,10 @@ def inhomogeneous_dynamic_depthwise_conv(
     backend = choose(_NAME, x, hidden, weight, bias)
     dtype = autocast_dtype(x)
     x, hidden, weight, bias = (t.to(dtype) for t in (x, hidden, weight, bias))
-    # (taps, G, D): each tap's prediction is one contiguous matrix.
+    # (K*K, G, D): the weight of one tap is one contiguous matrix.
     by_tap = weight.unflatten(0, (groups, taps)).transpose(0, 1)
     bias_by_tap = bias.unflatten(0, (groups, taps)).T
-    # (B, H, W, C/G, G): neighbouring numbers meet neighbouring kernels.
+    # (B, H, W, C/G, G): groups innermost, as in the kernels, so that products vectorise.
     shared = x.unflatten(-1, (groups, -1)).transpose(-1, -2)
     with without_autocast(x):
         if exporting():
@@ -79,7 +85,7 @@ def inhomogeneous_dynamic_depthwise_conv(
                 x, hidden, weight, bias, kernel_size
             )
         else:
-            # Which of the two, the operator asks again: a compiled graph is not bound to one.
+            # The operator chooses its backend when it runs, so a compiled graph fixes none.
             out = torch.ops.dense.predict_and_aggregate(
                 shared, hidden, by_tap, bias_by_tap, kernel_size
             )
@@ -94,7 +100,7 @@ def _forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int)
     """
     backend = choose(_NAME, x)
     if backend == "triton":
-        out = attempt(_NAME, lambda: _triton().forward(*_contiguous(x, hidden, weight, bias), size))
+        out = attempt(_NAME, lambda: _triton("forward", x, hidden, weight, bias, size=size))
         if out is not None:
             return out
     if backend == "native":
@@ -108,7 +114,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backend, like, grads = choose(_NAME, x), (x, hidden, weight, bias), None
     if backend == "triton":
-        grads = attempt(_NAME, lambda: _triton().backward(*_contiguous(grad, *like), size))
+        grads = attempt(_NAME, lambda: _triton("backward", grad, *like, size=size))
     if grads is None:
         backward = _native_backward if backend == "native" else _torch_backward
         grads = backward(grad, *like, size)
@@ -125,31 +131,16 @@ def _(grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, siz
     return tuple(t.new_empty(t.shape) for t in (x, hidden, weight, bias))
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.size = inputs
-    ctx.save_for_backward(*tensors)
+register_backward(_forward, torch.ops.dense.predict_and_aggregate_backward)
 
 
-def _differentiate(ctx, grad: Tensor):
-    backward = torch.ops.dense.predict_and_aggregate_backward
-    return *backward(grad, *ctx.saved_tensors, ctx.size), None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _triton():
-    from backbones.ops.triton_kernels import inhomogeneous
-
-    return inhomogeneous
-
-
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [t.contiguous() for t in tensors]
+def _triton(name: str, *tensors: Tensor, size: int):
+    function = getattr(triton_kernels("inhomogeneous"), name)
+    return function(*(t.contiguous() for t in tensors), size)
 
 
 def _native_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    padded = pad(summed(x), size)
+    padded = pad(promoted(x), size)
     operands = _operands(hidden, weight, bias)
     out = torch.empty(x.shape, dtype=padded.dtype)
     native.call("predict_and_aggregate", padded, *operands, out, *_sizes(x, hidden, operands, size))
@@ -159,10 +150,10 @@ def _native_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, siz
 def _native_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, ...]:
-    padded, grad = pad(summed(x), size), summed(grad)
+    padded, grad = pad(promoted(x), size), promoted(grad)
     inputs, matrix, offset = _operands(hidden, weight, bias)
     back = F.pad(matrix.T, (0, inputs.shape[-1] - matrix.shape[0])).contiguous()
-    # Parts of the sum over positions: for many threads, and yet in tens of megabytes.
+    # Number of partial weight gradients: enough for many threads, in tens of megabytes.
     parts = max(4, min(64, _PARTS // back.numel()))
     groups = min(x.shape[0], parts)
     strips = max(1, min(parts // max(1, groups), x.shape[1] // max(1, size - 1)))
@@ -186,13 +177,13 @@ def _native_backward(
 
 
 def _operands(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(B, H, W, D)``, ``(D, K*K*G)`` and ``(K*K*G,)``, rows filled up to whole vectors."""
-    operands = summed(hidden, weight.flatten(0, 1).T, bias.flatten())
+    """``(B, H, W, D)``, ``(D, K*K*G)`` and ``(K*K*G,)``, rows zero-padded to whole vectors."""
+    operands = promoted(hidden, weight.flatten(0, 1).T, bias.flatten())
     return tuple(F.pad(t, (0, -t.shape[-1] % _LANES)) for t in operands)
 
 
 def _sizes(x: Tensor, hidden: Tensor, operands: tuple[Tensor, ...], size: int) -> list[int]:
-    """B, H, W, S, G, K, D, and the filled-up D and K*K*G."""
+    """B, H, W, S, G, K, D, and the padded D and K*K*G."""
     inputs, _, offset = operands
     return [*x.shape, size, hidden.shape[-1], inputs.shape[-1], offset.shape[0]]
 
@@ -202,8 +193,8 @@ def _torch_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size
     padded = _pad_planes(planes, size)
     out = torch.zeros_like(planes, dtype=padded.dtype)
     for images, rows in _chunks(planes):
-        windows = _windows(padded[:, images], rows, planes.shape[3], size)
-        for k, window in enumerate(windows):
+        views = _windows(padded[:, images], rows, planes.shape[3], size)
+        for k, window in enumerate(views):
             kernel = F.linear(hidden[images, rows], weight[k], bias[k])
             out[:, images, rows].addcmul_(window, kernel.to(out.dtype))
     return out.movedim(0, 3).to(x.dtype).contiguous()
@@ -223,12 +214,12 @@ def _torch_backward(
     grad_bias = torch.zeros_like(bias, dtype=accumulate)
 
     for images, rows in _chunks(planes):
-        windows = _windows(padded[:, images], rows, planes.shape[3], size)
-        grad_windows = _windows(grad_padded[:, images], rows, planes.shape[3], size)
+        views = _windows(padded[:, images], rows, planes.shape[3], size)
+        grad_views = _windows(grad_padded[:, images], rows, planes.shape[3], size)
         inputs, grad = hidden[images, rows], grad_out[:, images, rows]
         flat_inputs = inputs.to(accumulate).flatten(0, 2)
         grad_inputs = grad_hidden[images, rows].flatten(0, 2)
-        for k, (window, grad_window) in enumerate(zip(windows, grad_windows, strict=True)):
+        for k, (window, grad_window) in enumerate(zip(views, grad_views, strict=True)):
             kernel = F.linear(inputs, weight[k], bias[k]).to(accumulate)
             grad_window.addcmul_(grad, kernel)
             grad_kernel = (window * grad).sum(0).flatten(0, 2)
@@ -239,23 +230,20 @@ def _torch_backward(
 
 
 def _by_taps(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    """The same, of operators that every runtime has."""
-    height, width = x.shape[1:3]
-    padded, out = pad(summed(x), size), 0
-    for k in range(size**2):
-        row, column = divmod(k, size)
-        kernel = F.linear(hidden, weight[k], bias[k])[..., None, :]
-        out = out + padded[:, row : row + height, column : column + width] * kernel
+    """For export: PyTorch's own operators only."""
+    out = 0
+    for k, window in enumerate(windows(pad(promoted(x), size), x.shape, size)):
+        out = out + window * F.linear(hidden, weight[k], bias[k])[..., None, :]
     return out.to(x.dtype)
 
 
 def _pad_planes(planes: Tensor, size: int) -> Tensor:
-    """``(S, B, H, W, G)`` with zeros around it, in the dtype that the taps are summed in."""
-    return F.pad(summed(planes), (0, 0, *same_padding(size), *same_padding(size)))
+    """Zero-pad H and W of ``(S, B, H, W, G)``, in the accumulation dtype."""
+    return F.pad(promoted(planes), (0, 0, *same_padding(size), *same_padding(size)))
 
 
 def _chunks(planes: Tensor) -> Iterator[tuple[slice, slice]]:
-    """What to work on at a time: blocks of one image's rows on a CPU, else everything."""
+    """Slices of images and rows to work on: a block of one image's rows on a CPU, else all."""
     number, batch, height, width, groups = planes.shape
     if planes.device.type != "cpu":
         yield slice(0, batch), slice(0, height)
@@ -267,7 +255,7 @@ def _chunks(planes: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _windows(padded: Tensor, rows: slice, width: int, size: int) -> Iterator[Tensor]:
-    """The views ``(S, B, rows, W, G)`` of padded images that the taps see at those rows."""
+    """The views ``(S, B, rows, W, G)`` of padded planes that the taps multiply at those rows."""
     for row in range(size):
         for column in range(size):
             yield padded[:, :, rows.start + row : rows.stop + row, column : column + width]

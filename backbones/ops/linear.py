@@ -1,6 +1,6 @@
-"""Matrix products over channels for inference, by what is fastest for them on a CPU.
+"""Linear layers and MLPs of the models that ``backbones.fuse`` returns, by oneDNN on CPUs.
 
-With gradients these are PyTorch's own functions: the networks that train call ``nn.Linear``.
+With gradients enabled both are PyTorch's own functions.
 """
 
 import math
@@ -11,25 +11,28 @@ from torch import Tensor
 
 from backbones.ops.dispatch import choose
 
-# Numbers between the layers of an MLP at a time, 8 MB: a processor's caches hold them, and larger
-# ones would get fresh memory from the system every time, page by page.
+# Elements of an MLP's hidden map at a time, 8 MB of float32: they fit the CPU's cache, and the
+# allocator reuses the memory; it would ask the system for larger blocks each time.
 _HIDDEN = 2**21
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """``x @ weight.T + bias``, and GELU (the exact one) over it.
+    """``x @ weight.T + bias``, with ``gelu`` followed by exact GELU.
+
+    >>> linear(torch.ones(2, 5, 5, 4), torch.ones(8, 4), gelu=True).shape
+    torch.Size([2, 5, 5, 8])
 
     Args:
         x: ``(..., C)``.
         weight: ``(D, C)``.
         bias: ``(D,)`` or None.
-        gelu: apply GELU to the result; the default does not.
+        gelu: whether to apply GELU to the result.
 
     Returns:
         ``(..., D)``.
 
     Raises:
-        RuntimeError: x and the weight are of different C or dtype, as PyTorch's own layer has it.
+        RuntimeError: C or the dtype differs between x and the weight; the error is PyTorch's.
     """
     if _by_onednn(x) and _fit(x, weight, bias):
         return _onednn(x, weight, bias, gelu)
@@ -40,7 +43,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 def mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
 ) -> Tensor:
-    """Linear, GELU, linear. On a CPU the map between the two is never held whole.
+    """Linear, GELU, linear; oneDNN computes it in pieces if the hidden map exceeds 8 MB.
+
+    >>> mlp(torch.ones(2, 4), torch.ones(16, 4), None, torch.ones(4, 16), None).shape
+    torch.Size([2, 4])
 
     Args:
         x: ``(..., C)``.
@@ -53,10 +59,10 @@ def mlp(
         ``(..., E)``.
 
     Raises:
-        RuntimeError: sizes or dtypes differ, as PyTorch's own layers have it.
+        RuntimeError: sizes or dtypes do not match; the error is PyTorch's.
     """
     parameters = weight1, bias1, weight2, bias2
-    # In this order: a compiled graph is not to be bound to a size.
+    # The size is compared last: a compiled graph, which never uses oneDNN, gets no guard on it.
     if _by_onednn(x) and _fit(x, weight1, bias1):
         if x.numel() // x.shape[-1] * len(weight1) > _HIDDEN:
             return _mlp_by_pieces(x, *parameters)
@@ -74,33 +80,29 @@ def _mlp(x: Tensor, weight1: Tensor, bias1, weight2: Tensor, bias2) -> Tensor:
 def _mlp_by_pieces(x: Tensor, weight1: Tensor, bias1, weight2: Tensor, bias2) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = rows.new_empty(rows.shape[0], weight2.shape[0])
-    size = _rows(rows.shape[0], weight1.shape[0])
+    pieces = math.ceil(len(rows) * len(weight1) / _HIDDEN)
+    size = math.ceil(len(rows) / pieces)
     for part, into in zip(rows.split(size), out.split(size), strict=True):
         into.copy_(_mlp(part, weight1, bias1, weight2, bias2))
     return out.view(*x.shape[:-1], -1)
 
 
-def _rows(rows: int, hidden: int) -> int:
-    """Rows of a piece; pieces are alike."""
-    return math.ceil(rows / math.ceil(rows * hidden / _HIDDEN))
-
-
 def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """What does not is PyTorch's to report: oneDNN's message names nothing."""
+    """Whether shapes and dtypes match; if not, F.linear raises, with a better message."""
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
         return False
     return weight.dtype == x.dtype and x.dim() > 0 and x.shape[-1:] == weight.shape[1:]
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     shape, x = (*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
     if weight.numel() > max(2**20, 100 * x.numel()):
-        # Few rows by a large weight, a predictor's: what counts is to read the weight in order.
+        # Few rows and a large weight (D-DW-Conv's kernel predictor): reading it in order is faster.
         out = (weight @ x.t()).t().contiguous()
         out = out if bias is None else out.add_(bias)
         out = F.gelu(out) if gelu else out
     else:
         name = "gelu" if gelu else "none"
         out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], "none" if gelu else "")
-    # To autograd a plain view would be one, which nobody may modify in place.
+    # Not a view for autograd: outputs may be modified in place.
     return torch.ops.aten._unsafe_view(out, shape)

@@ -1,4 +1,5 @@
-/* Vectors, and products of small matrices whose rows lie in whole ones. REAL is float or double. */
+/* SIMD vectors of 32 bytes, and products of small matrices whose rows are padded to whole vectors.
+   REAL is float or double. */
 
 #include <stdint.h>
 
@@ -7,7 +8,7 @@ typedef REAL Vec __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alia
 #define LANES ((I)(32 / sizeof(REAL)))
 typedef __typeof__(__builtin_choose_expr(sizeof(REAL) == 4, (int32_t)0, (int64_t)0)) Bits;
 typedef Bits VecBits __attribute__((vector_size(32)));
-/* Macros make every loop twice: of whole vectors and, for what is left over, of single numbers. */
+/* Macros instantiate a loop for T = Vec, and for T = One: the elements after the last vector. */
 typedef REAL One;
 #define AT(T, pointer) (*(const T *)(pointer))
 #define SET(T, pointer) (*(T *)(pointer))
@@ -15,7 +16,7 @@ typedef REAL One;
 #define LOAD(pointer) AT(Vec, pointer)
 #define STORE(pointer) SET(Vec, pointer)
 
-/* As many sums as there are registers for. */
+/* Rows of a tile: its accumulators fill the vector registers. */
 #ifdef __AVX512VL__
 #define ROWS 6
 #else
@@ -30,11 +31,11 @@ static const REAL FACTORS[] = {1,           1,           1. / 2,       1. / 6,  
                                1. / 120,    1. / 720,    1. / 5040,    1. / 40320,    1. / 362880,
                                1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
 
-/* exp of what is not positive, zero where the result would be denormal, NaN of NaN. */
+/* exp(x) for x <= 0: zero where the result would be denormal, NaN for NaN. */
 INLINE Vec exponential(Vec x) {
   const int single = sizeof(REAL) == 4, degree = single ? 7 : 13;
   const REAL low = single ? -87 : -708, magic = single ? 12582912.0 : 6755399441055744.0;
-  /* ln 2 in two parts, the first of few enough bits for n times it to be exact. */
+  /* ln 2 = high + rest; high has few enough bits for n * high to be exact. */
   const REAL high = 0.693145751953125, rest = 1.42860682030941723212e-6;
   VecBits normal = x > low, broken = (VecBits)x & (x != x);
   x = (Vec)((VecBits)x & normal);
@@ -47,8 +48,8 @@ INLINE Vec exponential(Vec x) {
   return (Vec)(((VecBits)(sum * (Vec)power) & normal) | broken);
 }
 
-/* A tile of out (+)= a @ b: R rows, J vectors. Element (r, k) of a is a[r * ar + k * ak], rows of b
-   and out are bk and outr apart; start is added to every row unless it is NULL. */
+/* A tile of R rows and J vectors of out = a @ b + start, or out += if `more`. Element (r, k) of a
+   is a[r * ar + k * ak]; bk and outr are the row strides of b and out; start is a row or NULL. */
 INLINE void tile(const REAL *a, I ar, I ak, const REAL *b, I bk, REAL *out, I outr, I K, int more,
                  const REAL *start, const int R, const int J) {
   Vec sum[ROWS][4];
@@ -86,7 +87,7 @@ TILE_ROWS(2)
 TILE_ROWS(3)
 TILE_ROWS(4)
 
-/* out (+)= a @ b + start, (M, K) by (K, width), the width in whole vectors. */
+/* The same for all of (M, K) @ (K, width); the width is a multiple of LANES. */
 INLINE void multiply_from(const REAL *a, I ar, I ak, const REAL *b, I bk, REAL *out, I outr, I width,
                           I M, I K, int more, const REAL *start) {
   I j = 0;

@@ -1,7 +1,7 @@
-"""The C kernels: built by the machine's C compiler on first use, and called.
+"""The ``native`` backend: C kernels, compiled on first use and called by ctypes.
 
-They are built once for all processes, and nothing at import. A machine without a compiler, or one
-whose compiler fails, takes the other backends; a failure is said once.
+The libraries are cached on disk for all processes. Without a C compiler operators use another
+backend; so they do if the compiler fails, with one warning.
 """
 
 import ctypes
@@ -28,22 +28,24 @@ _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 @torch.compiler.assume_constant_result
 def missing() -> str | None:
-    """Why there is no library here, in a few words; None where there is one (built if need be)."""
+    """Why the C kernels cannot be used, None if they can; the first call compiles them."""
     return _build()[1]
 
 
 def call(name: str, *arguments: Tensor | int | None) -> None:
-    """Run a function of the C sources, all of whose tensors are contiguous and of one dtype.
+    """Call a function of the C sources.
 
     Args:
         name: the function.
-        arguments: its own, but for the last, the number of threads.
+        arguments: its arguments except the last, the number of threads; None is a null pointer.
 
     Raises:
-        MemoryError: it had none to work in.
+        ValueError: a tensor is not contiguous, not on the CPU, or of another dtype than the first.
+        MemoryError: the function could not allocate its work space.
     """
-    dtype = next(a.dtype for a in arguments if isinstance(a, Tensor))
-    for tensor in (a for a in arguments if isinstance(a, Tensor)):
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    dtype = tensors[0].dtype
+    for tensor in tensors:
         if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.device.type != "cpu":
             raise ValueError(
                 f"native {name} takes contiguous CPU tensors of one dtype, {dtype}: got "
@@ -56,7 +58,7 @@ def call(name: str, *arguments: Tensor | int | None) -> None:
         for a in arguments
     ]
     if getattr(_library(dtype), name)(*values, ctypes.c_int64(torch.get_num_threads())):
-        raise MemoryError(f"native {name} got no memory for its windows")
+        raise MemoryError(f"native {name}: out of memory")
 
 
 @cache
@@ -66,10 +68,10 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
 
 @cache
 def _build() -> tuple[Path, str | None]:
-    """The folder of the libraries, and what was missing."""
+    """The folder of the libraries, and why there is none (None if there is)."""
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None:
-        return Path(), "no C compiler (cc, or what CC names) was found"
+        return Path(), "no C compiler was found: neither cc nor one that CC names"
     if platform.system() != "Linux":
         return Path(), f"the C kernels are built on Linux only, not on {platform.system()}"
     try:
@@ -89,18 +91,12 @@ def _build() -> tuple[Path, str | None]:
 
 
 def _folder(compiler: str) -> Path:
-    """Where the libraries of this source, compiler and processor belong."""
+    """The cache folder for these sources, this compiler and this processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    cpu = Path("/proc/cpuinfo")
-    flags = [
-        line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))
-    ]
-    key = (
-        *(path.read_text() for path in (*_SOURCES, _HEADER)),
-        version.stdout,
-        str(_FLAGS),
-        flags[0] if flags else "",
-    )
+    cpu = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line for line in cpu if line.startswith(("flags", "Features"))), "")
+    sources = [path.read_text() for path in (*_SOURCES, _HEADER)]
+    key = *sources, version.stdout, str(_FLAGS), flags
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "dense-backbones" / hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
 
@@ -109,15 +105,7 @@ def _compile(compiler: str, name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / f"{name}.so"
-        command = [
-            compiler,
-            *_FLAGS,
-            f"-DREAL={name}",
-            *map(str, _SOURCES),
-            "-o",
-            str(built),
-            "-lm",
-        ]
+        command = [compiler, *_FLAGS, f"-DREAL={name}", *_SOURCES, "-o", built, "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        # Several processes may build at once; each puts a whole file in place.
+        # Atomic: several processes may build at once.
         built.replace(folder / f"{name}.so")

@@ -1,7 +1,7 @@
-"""What the operators compute, in the plainest PyTorch: the truth that every backend is held to.
+"""The ``reference`` backend: the operators in plain PyTorch, differentiated by autograd.
 
-Slow, memory-hungry and differentiable by autograd alone; nothing but tests and benchmarks calls
-these.
+Tests compare every other backend with it. It runs under ``torch.func`` and forward-mode AD, and
+window attention is exported in this form.
 """
 
 import torch
@@ -13,15 +13,7 @@ from backbones.ops.windows import Size, partition, region_mask, reverse
 
 
 def aggregate(x: Tensor, kernels: Tensor) -> Tensor:
-    """Apply a kernel of its own at every position (equation 6 with the weights of 8).
-
-    Args:
-        x: ``(B, H, W, C)``.
-        kernels: ``(B, H, W, G, K, K)``; channel ``c`` uses group ``c // (C/G)``.
-
-    Returns:
-        ``(B, H, W, C)``.
-    """
+    """:func:`backbones.ops.inhomogeneous_aggregation` with all windows in memory (equation 6)."""
     size, groups = kernels.shape[-1], kernels.shape[3]
     height, width = x.shape[1:3]
     padded = F.pad(x, (0, 0, *same_padding(size), *same_padding(size)))
@@ -30,19 +22,17 @@ def aggregate(x: Tensor, kernels: Tensor) -> Tensor:
     return torch.einsum("bhwgskl,bhwgkl->bhwgs", windows, kernels).flatten(-2)
 
 
-def inhomogeneous_aggregation(x: Tensor, kernels: Tensor) -> Tensor:
-    """:func:`backbones.ops.inhomogeneous_aggregation`."""
-    return aggregate(x, kernels)
+inhomogeneous_aggregation = aggregate
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`backbones.ops.depthwise_conv` as an aggregation with one kernel everywhere."""
+    """:func:`backbones.ops.depthwise_conv` as an aggregation with one kernel for all positions."""
     out = aggregate(x, weight[:, 0].expand(*x.shape[:3], -1, -1, -1))
     return out if bias is None else out + bias
 
 
 def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`backbones.ops.dynamic_depthwise_conv` as an aggregation, one kernel an image."""
+    """:func:`backbones.ops.dynamic_depthwise_conv` as an aggregation with one kernel per image."""
     out = aggregate(x, kernels[:, None, None].expand(-1, *x.shape[1:3], -1, -1, -1))
     return out if bias is None else out + bias
 
@@ -58,7 +48,7 @@ def inhomogeneous_dynamic_depthwise_conv(
 def window_attention(
     qkv: Tensor, bias: Tensor, num_heads: int, window_size: Size, shift: Size
 ) -> Tensor:
-    """:func:`backbones.ops.window_attention`, scores and masks of all windows in memory."""
+    """:func:`backbones.ops.window_attention` with all scores and masks in memory."""
     height, width = qkv.shape[1:3]
     channels = qkv.shape[-1] // 3
     qkv = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2))
@@ -75,7 +65,7 @@ def window_attention(
 def local_mlp(
     value: Tensor, weight: Tensor, bias: Tensor, window_size: Size, shift: Size
 ) -> Tensor:
-    """:func:`backbones.ops.local_mlp`, the weights of every window in memory."""
+    """:func:`backbones.ops.local_mlp` with the weights of all windows in memory."""
     height, width = value.shape[1:3]
     same = region_mask(height, width, window_size, shift, value.device)
     mixing = (weight + bias) * same[:, :, None]

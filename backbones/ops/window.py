@@ -1,8 +1,7 @@
-"""Attention and learned static mixing inside shifted windows (Swin, Swin-Local-MLP).
+"""Attention (Swin) and learned static mixing (Swin-Local-MLP) inside shifted windows.
 
-The C and Triton kernels gather, mix and scatter one window at a time: neither the shifted map nor
-its windows nor their weights are ever in memory as a whole, and the backward pass computes the
-weights again.
+The C and Triton kernels gather, mix and scatter one window at a time: they store neither the rolled
+map nor the windows nor the attention weights, which the backward pass computes again.
 """
 
 from functools import lru_cache
@@ -13,31 +12,41 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backbones.ops import native, reference
-from backbones.ops.common import autocast_dtype, summed, without_autocast
+from backbones.ops.common import (
+    autocast_dtype,
+    gradients,
+    promoted,
+    register_backward,
+    triton_kernels,
+    without_autocast,
+)
 from backbones.ops.dispatch import attempt, choose, exporting
 from backbones.ops.windows import Size, partition, region_mask, reverse, surely
 
-# Partial sums over windows, times heads: enough for the threads of a large machine.
+# Partial sums over windows times heads in the C kernels: enough tasks for many threads.
 _PARTS = 128
-# Positions of the largest window whose weights the Triton kernels hold in registers.
+# Positions of the largest window that the Triton kernels hold in registers.
 _POSITIONS = 64
 
 
 def window_attention(
     qkv: Tensor, bias: Tensor, num_heads: int, window_size: Size, shift: Size
 ) -> Tensor:
-    """Multi-head attention inside (shifted) windows.
+    """Multi-head self-attention inside (shifted) windows (equations 1 to 3).
 
-    ``softmax(q k^T / sqrt(C / heads) + bias) v`` in every window; after a shift, pairs of
-    positions that were not neighbours before it do not see each other.
+    ``softmax(q k^T / sqrt(C / heads) + bias) v`` in each window. With a shift, positions that the
+    roll brought together from opposite borders are masked from each other.
+
+    >>> window_attention(torch.ones(1, 4, 4, 24), torch.zeros(2, 4, 4), 2, (2, 2), (1, 1)).shape
+    torch.Size([1, 4, 4, 8])
 
     Args:
-        qkv: ``(B, H, W, 3*C)``, query, key and value side by side, each of them head-major; H and
-            W are multiples of the window.
+        qkv: ``(B, H, W, 3*C)``, query, key and value concatenated, each head-major; H and W are
+            multiples of the window size.
         bias: ``(heads, N, N)`` relative position bias, N the positions of a window.
-        num_heads: the heads that share the channels.
+        num_heads: number of heads.
         window_size: rows and columns of a window.
-        shift: rows and columns of the cyclic shift; 0 along an axis that one window covers.
+        shift: rows and columns of the cyclic shift; 0 for an axis that one window covers.
 
     Returns:
         ``(B, H, W, C)``.
@@ -49,7 +58,7 @@ def window_attention(
     if backend == "reference" or exporting():
         return reference.window_attention(qkv, bias, num_heads, window_size, shift)
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-    # (3, B, nH, nW, heads, N, C/heads)
+    # Each is (B, nH, nW, heads, N, C/heads).
     query, key, value = (
         partition(_roll(qkv, shift, -1), window_size, 3 * num_heads)
         .unflatten(3, (3, num_heads))
@@ -57,13 +66,15 @@ def window_attention(
     )
     bias = bias.to(query.dtype)
     if not _shifts(shift) and qkv.device.type == "cpu" and not torch.is_grad_enabled():
-        # Faster than the explicit form forward, slower backward.
+        # PyTorch's fused attention is faster than _Attend forward, slower backward.
         windows = (part.flatten(0, 2) for part in (query, key, value))
         out = F.scaled_dot_product_attention(*windows, attn_mask=bias[None], scale=scale)
         out = out.unflatten(0, query.shape[:3])
     else:
         with without_autocast(qkv):
-            masks = _seam_masks(window_size, shift, bias)
+            # A graph being captured must make its own masks.
+            make = _seam_masks if torch.compiler.is_compiling() else _cached_seam_masks
+            masks = make(window_size, shift, bias.device, bias.dtype)
             out = _Attend.apply(query * scale, key, value, bias, *masks)
     return _roll(reverse(out, window_size), shift, 1)
 
@@ -73,18 +84,20 @@ def local_mlp(
 ) -> Tensor:
     """Learned static mixing inside (shifted) windows: ``out = (weight + bias) v``.
 
-    No query, no key, no softmax; pairs of positions that the shift brought together weigh zero.
+    No query, key or softmax. With a shift, positions that the roll brought together from opposite
+    borders have weight zero for each other.
+
+    >>> weight, bias = torch.ones(2, 4, 4), torch.zeros(2, 4, 4)
+    >>> local_mlp(torch.ones(1, 4, 4, 8), weight, bias, (2, 2), (1, 1)).shape
+    torch.Size([1, 4, 4, 8])
 
     Args:
-        value: ``(B, H, W, C)``, H and W multiples of the window.
-        weight: ``(heads, N, N)`` shared by all windows, or ``(nH, nW, heads, N, N)``, one for each
-            window of the image, N the positions of a window.
+        value: ``(B, H, W, C)``, as the result; H and W are multiples of the window size.
+        weight: ``(heads, N, N)`` for all windows, or ``(nH, nW, heads, N, N)`` with one for each
+            window of the image; N is the positions of a window.
         bias: ``(heads, N, N)`` relative position bias.
         window_size: rows and columns of a window.
-        shift: rows and columns of the cyclic shift; 0 along an axis that one window covers.
-
-    Returns:
-        ``(B, H, W, C)``.
+        shift: rows and columns of the cyclic shift; 0 for an axis that one window covers.
     """
     backend = choose("local_mlp", value, weight, bias)
     if backend == "reference":
@@ -102,16 +115,16 @@ def local_mlp(
 
 
 class _Attend(torch.autograd.Function):
-    """``softmax(query key^T + bias, the other side of the seam left out) value``.
+    """``softmax(query key^T + bias + masks) value`` with one in-place buffer of scores.
 
-    The scores are made once and changed in place; only the windows on the seam meet a mask.
+    ``rows`` masks the last row of windows, ``columns`` the last column; None masks nothing.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, bias, rows: Tensor | None, columns: Tensor | None):
         weights = query @ key.transpose(-2, -1)
         weights += bias
-        # Every row keeps its diagonal, so -inf is safe; the usual -100 costs denormals.
+        # -inf is safe, no row is masked whole; Swin's -100 makes slow denormals.
         if rows is not None:
             weights[:, -1:] += rows
         if columns is not None:
@@ -134,32 +147,20 @@ class _Attend(torch.autograd.Function):
 
 
 def _seam_masks(
-    window_size: Size, shift: Size, like: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Two ``(N, N)``, for the last windows of each axis: 0, and -inf across the seam there.
-
-    None for an axis that is not shifted.
-    """
-    # Cached by shape, a few numbers each; a graph being captured must make its own.
-    make = _make_seam_masks if torch.compiler.is_compiling() else _cached_seam_masks
-    return make(window_size, shift, like.device, like.dtype)
-
-
-def _make_seam_masks(
     window_size: Size, shift: Size, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
+    """``(N, N)`` masks, 0 or -inf, of the last windows of each axis; None without a shift."""
     masks = []
-    for axis in range(2):
-        along = (shift[0], 0) if axis == 0 else (0, shift[1])
-        if not _shifts(along):
-            masks.append(None)
-            continue
-        same = region_mask(*window_size, window_size, along, device)[0, 0]
-        masks.append(torch.zeros_like(same, dtype=dtype).masked_fill(~same, float("-inf")))
-    return masks[0], masks[1]
+    for along in ((shift[0], 0), (0, shift[1])):
+        mask = None
+        if _shifts(along):
+            same = region_mask(*window_size, window_size, along, device)[0, 0]
+            mask = torch.zeros_like(same, dtype=dtype).masked_fill(~same, float("-inf"))
+        masks.append(mask)
+    return tuple(masks)
 
 
-_cached_seam_masks = lru_cache(maxsize=64)(_make_seam_masks)
+_cached_seam_masks = lru_cache(maxsize=64)(_seam_masks)
 
 
 def _roll(x: Tensor, shift: Size, sign: int) -> Tensor:
@@ -169,12 +170,12 @@ def _roll(x: Tensor, shift: Size, sign: int) -> Tensor:
 
 
 def _shifts(shift: Size) -> bool:
-    """Whether there is a shift, or may be one where a compiler's symbolic sizes leave it open."""
+    """Whether ``shift`` is not known to be zero (symbolic sizes may leave it open)."""
     return not (surely(shift[0] == 0) and surely(shift[1] == 0))
 
 
 def _fits(window_size: Size) -> bool:
-    """Whether the Triton kernels take windows of so many rows and columns."""
+    """Whether the Triton kernels support the window size."""
     return window_size[0] * window_size[1] <= _POSITIONS
 
 
@@ -185,12 +186,12 @@ def _attend(
     sizes = num_heads, window_size, shift
     if choose("window_attention", qkv) == "triton":
         args = qkv.contiguous(), bias.contiguous(), *sizes
-        out = attempt("window_attention", lambda: _triton().forward(*args))
+        out = attempt("window_attention", lambda: triton_kernels("window").forward(*args))
         if out is not None:
             return out
     if qkv.device.type != "cpu":
         return reference.window_attention(qkv, bias, *sizes).contiguous()
-    qkv_, bias_ = summed(qkv, bias)
+    qkv_, bias_ = promoted(qkv, bias)
     out = qkv_.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     sizes = _sizes(out, num_heads, window_size, shift)
     native.call("window_attention", qkv_, bias_, out, *sizes)
@@ -209,15 +210,12 @@ def _attend_backward(
     given = num_heads, window_size, shift
     if choose("window_attention", qkv) == "triton":
         args = grad.contiguous(), qkv.contiguous(), bias.contiguous(), *given
-        own = attempt("window_attention", lambda: _triton().backward(*args))
+        own = attempt("window_attention", lambda: triton_kernels("window").backward(*args))
         if own is not None:
             return own[0], own[1].to(bias.dtype)
     if qkv.device.type != "cpu":
-        with torch.enable_grad():
-            leaves = [qkv.detach().requires_grad_(), bias.detach().requires_grad_()]
-            out = reference.window_attention(*leaves, *given)
-            return torch.autograd.grad(out, leaves, grad)
-    grad_, qkv_, bias_ = summed(grad, qkv, bias)
+        return gradients(lambda *t: reference.window_attention(*t, *given), (qkv, bias), grad)
+    grad_, qkv_, bias_ = promoted(grad, qkv, bias)
     windows = grad.shape[0] * _windows(grad, window_size)
     parts = grad_.new_empty(min(windows, max(1, _PARTS // num_heads)), *bias.shape)
     grad_qkv = torch.empty_like(qkv_)
@@ -232,12 +230,12 @@ def _attend_backward(
 def _mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
     if choose("local_mlp", value) == "triton":
         args = value.contiguous(), mixing.contiguous(), window_size, shift
-        out = attempt("local_mlp", lambda: _triton_local_mlp().forward(*args))
+        out = attempt("local_mlp", lambda: triton_kernels("local_mlp").forward(*args))
         if out is not None:
             return out
     if value.device.type != "cpu":
         return _plain_mix(value, mixing, window_size, shift).contiguous()
-    value_, mixing_ = summed(value, mixing)
+    value_, mixing_ = promoted(value, mixing)
     out = torch.empty_like(value_)
     sizes = _sizes(value, mixing.shape[-3], window_size, shift)
     native.call("local_mlp", value_, mixing_, out, _step(mixing), *sizes)
@@ -250,15 +248,12 @@ def _mix_backward(
 ) -> tuple[Tensor, Tensor]:
     if choose("local_mlp", value) == "triton":
         args = grad.contiguous(), value.contiguous(), mixing.contiguous(), window_size, shift
-        own = attempt("local_mlp", lambda: _triton_local_mlp().backward(*args))
+        own = attempt("local_mlp", lambda: triton_kernels("local_mlp").backward(*args))
         if own is not None:
             return own[0], own[1].to(mixing.dtype)
     if value.device.type != "cpu":
-        with torch.enable_grad():
-            leaves = [value.detach().requires_grad_(), mixing.detach().requires_grad_()]
-            out = _plain_mix(*leaves, window_size, shift)
-            return torch.autograd.grad(out, leaves, grad)
-    grad_, value_, mixing_ = summed(grad, value, mixing)
+        return gradients(lambda *t: _plain_mix(*t, window_size, shift), (value, mixing), grad)
+    grad_, value_, mixing_ = promoted(grad, value, mixing)
     windows, heads = _windows(grad, window_size), mixing.shape[-3]
     chunks = windows if mixing.dim() == 5 else min(windows, max(1, _PARTS // heads))
     parts, grad_value = grad_.new_empty(chunks, *mixing.shape[-3:]), torch.empty_like(value_)
@@ -272,25 +267,13 @@ def _mix_backward(
     return grad_value.to(value.dtype), grad_mixing.to(mixing.dtype)
 
 
-def _triton():
-    from backbones.ops.triton_kernels import window
-
-    return window
-
-
-def _triton_local_mlp():
-    from backbones.ops.triton_kernels import local_mlp
-
-    return local_mlp
-
-
 def _plain_mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
     mixing = mixing.to(value.dtype)
     return reference.local_mlp(value, mixing, mixing.new_zeros(()), window_size, shift)
 
 
 def _sizes(like: Tensor, num_heads: int, window_size: list[int], shift: list[int]) -> list[int]:
-    """B, H, W, heads, D, the window and the shift."""
+    """B, H, W, heads, channels of a head, window size, shift."""
     batch, height, width, channels = like.shape
     return [batch, height, width, num_heads, channels // num_heads, *window_size, *shift]
 
@@ -300,7 +283,7 @@ def _windows(x: Tensor, window_size: list[int]) -> int:
 
 
 def _step(mixing: Tensor) -> int:
-    """Numbers from one window's weights to the next one's, 0 where all share them."""
+    """Elements from one window's weights to the next window's, 0 if all share them."""
     return mixing[0, 0].numel() if mixing.dim() == 5 else 0
 
 
@@ -324,20 +307,5 @@ def _(grad: Tensor, value: Tensor, mixing: Tensor, window_size: list[int], shift
     return value.new_empty(value.shape), mixing.new_empty(mixing.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    first, second, *ctx.sizes = inputs
-    ctx.save_for_backward(first, second)
-
-
-def _differentiate_attention(ctx, grad: Tensor):
-    backward = torch.ops.dense.window_attention_backward
-    return *backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None
-
-
-def _differentiate_mixing(ctx, grad: Tensor):
-    backward = torch.ops.dense.local_mlp_backward
-    return *backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None
-
-
-_attend.register_autograd(_differentiate_attention, setup_context=_save)
-_mix.register_autograd(_differentiate_mixing, setup_context=_save)
+register_backward(_attend, torch.ops.dense.window_attention_backward)
+register_backward(_mix, torch.ops.dense.local_mlp_backward)

@@ -1,9 +1,11 @@
-/* Attention and static mixing inside shifted windows, built by native.py.
+/* Attention and static mixing inside shifted windows, compiled by backbones.ops.native.
 
-   Maps are (B, H, W, channels), contiguous; the shift and the windows are index arithmetic on them.
-   A window's numbers are gathered into small matrices, rows padded to whole vectors, and multiplied
-   there. Sums over windows go by fixed chunks, so results repeat bit for bit on any number of
-   threads. */
+   Maps are contiguous (B, H, W, channels); roll and partition are index arithmetic. Each window is
+   gathered into small matrices, whose rows are padded to whole vectors, and multiplied there. Sums
+   over windows use fixed chunks: results are bitwise reproducible on any number of threads.
+
+   Shared arguments: heads of D channels; windows of rows x columns positions; a cyclic shift by
+   `down` rows and `right` columns. Functions return 1 if malloc fails. */
 
 #include "matrix.h"
 
@@ -13,7 +15,8 @@
 
 INLINE I padded(I n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* How a map is cut into windows; N positions each, rows of Np numbers, heads of D channels. */
+/* The windows of a map. N: positions of a window; Np, Dp: N and D padded to whole vectors; across:
+   windows in a row; windows: windows of an image. */
 typedef struct {
   I B, H, W, heads, D, rows, columns, down, right, N, Np, Dp, across, windows;
 } Cut;
@@ -24,13 +27,13 @@ static Cut cut(I B, I H, I W, I heads, I D, I rows, I columns, I down, I right) 
                H / rows * across};
 }
 
-/* Whether the seam of the shift runs through a window: along its rows 1, its columns 2. */
+/* Bits: 1 if a window mixes the first and last rows of the map after the shift, 2 the columns. */
 INLINE I seam_of(const Cut *c, I window) {
   I last_row = window / c->across == c->H / c->rows - 1, last = window % c->across == c->across - 1;
   return (last_row && c->down ? 1 : 0) + (last && c->right ? 2 : 0);
 }
 
-/* Where the positions of a window lie in its image, in numbers of a map of so many channels. */
+/* Offsets of a window's positions in its image, for a map with `channels` channels. */
 INLINE void places(const Cut *c, I window, I channels, I *to) {
   I top = window / c->across * c->rows + c->down, left = window % c->across * c->columns + c->right;
   for (I y = top; y < top + c->rows; y++)
@@ -38,7 +41,7 @@ INLINE void places(const Cut *c, I window, I channels, I *to) {
       *to++ = ((y < c->H ? y : y - c->H) * c->W + (x < c->W ? x : x - c->W)) * channels;
 }
 
-/* On which sides of a seam the positions of a window are: 1 below it, 2 right of it. */
+/* For each position of a window on the seam, bits: 1 below the seam, 2 right of it. */
 static unsigned char *sides_of(const Cut *c) {
   unsigned char *sides = malloc(c->N);
   for (I n = 0; sides && n < c->N; n++)
@@ -46,7 +49,7 @@ static unsigned char *sides_of(const Cut *c) {
   return sides;
 }
 
-/* A head's channels of a window into (N, Dp), and back; at has where its positions lie. */
+/* Copy one head of a window to (N, Dp), and back; `at` has the offsets of the positions. */
 INLINE void gather(const Cut *c, const REAL *map, const I *at, REAL *to, REAL scale) {
   for (I n = 0; n < c->N; n++) {
     const REAL *from = map + at[n];
@@ -61,7 +64,7 @@ INLINE void scatter(const Cut *c, const REAL *from, REAL *map, const I *at, REAL
   }
 }
 
-/* (N, Dp) to (D, Np), zeros behind. */
+/* (N, Dp) to (D, Np), zero-padded. */
 INLINE void transpose(const Cut *c, const REAL *from, REAL *to) {
   for (I d = 0; d < c->D; d++) {
     for (I n = 0; n < c->N; n++) to[d * c->Np + n] = from[n * c->Dp + d];
@@ -89,7 +92,7 @@ static void softmax(const Cut *c, REAL *scores) {
   }
 }
 
-/* (4, heads, N, Np) for the four seams: the bias, -inf across the seam and behind the rows. */
+/* (4, heads, N, Np): the bias for each value of seam_of, -inf across the seam and in padding. */
 static REAL *masked_bias(const Cut *c, const REAL *bias) {
   REAL *all = malloc(4 * c->heads * c->N * c->Np * sizeof(REAL)), *to = all;
   unsigned char *sides = sides_of(c);
@@ -108,7 +111,7 @@ static REAL *masked_bias(const Cut *c, const REAL *bias) {
   return all;
 }
 
-/* Weights (N, Np) of a window and head; query and key are left in (N, Dp), keys in (D, Np). */
+/* Attention weights (N, Np) of a window and head; also query and key (N, Dp), and keys (D, Np). */
 static void attend(const Cut *c, const REAL *image, const REAL *bias, I window, I h, const I *at,
                    REAL *query, REAL *key, REAL *keys, REAL *weights) {
   I C = c->heads * c->D, square = c->N * c->Np;
@@ -120,7 +123,7 @@ static void attend(const Cut *c, const REAL *image, const REAL *bias, I window, 
   softmax(c, weights);
 }
 
-/* out (B, H, W, C) from qkv (B, H, W, 3C) and bias (heads, N, N); 1 where memory is short. */
+/* out (B, H, W, C) from qkv (B, H, W, 3C) and bias (heads, N, N). */
 I window_attention(const REAL *qkv, const REAL *bias, REAL *out, I B, I H, I W, I heads, I D, I rows,
                    I columns, I down, I right, I threads) {
   Cut c = cut(B, H, W, heads, D, rows, columns, down, right);
@@ -154,7 +157,7 @@ I window_attention(const REAL *qkv, const REAL *bias, REAL *out, I B, I H, I W, 
   return failed;
 }
 
-/* dqkv, and dbias in parts (chunks, heads, N, N), from the gradient of out. */
+/* dqkv, and partial sums of dbias (chunks, heads, N, N), from the gradient of out. */
 I window_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias, REAL *dqkv,
                             REAL *dbias, I chunks, I B, I H, I W, I heads, I D, I rows, I columns,
                             I down, I right, I threads) {
@@ -216,7 +219,7 @@ I window_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias,
   return failed;
 }
 
-/* (N, Np): what mixes a window, zero across the seam. */
+/* The weights (N, Np) of a window, zero across the seam. */
 INLINE void mix(const Cut *c, const REAL *weight, const unsigned char *sides, I seam, REAL *to) {
   for (I n = 0; n < c->N; n++) {
     for (I m = 0; m < c->N; m++)
@@ -225,8 +228,8 @@ INLINE void mix(const Cut *c, const REAL *weight, const unsigned char *sides, I 
   }
 }
 
-/* out = weight @ value in every window; weight (windows or 1, heads, N, N), step from one window's
-   to the next one's. */
+/* out = weight @ value in each window; weight is (windows or 1, heads, N, N), `step` the elements
+   from one window's weights to the next window's, 0 if shared. */
 I local_mlp(const REAL *value, const REAL *weight, REAL *out, I step, I B, I H, I W, I heads, I D,
             I rows, I columns, I down, I right, I threads) {
   Cut c = cut(B, H, W, heads, D, rows, columns, down, right);
@@ -260,7 +263,7 @@ I local_mlp(const REAL *value, const REAL *weight, REAL *out, I step, I B, I H, 
   return failed;
 }
 
-/* dvalue, and dweight in parts (chunks, heads, N, N): a chunk a window where each has its own. */
+/* dvalue, and partial sums of dweight (chunks, heads, N, N); one chunk per window if step > 0. */
 I local_mlp_backward(const REAL *grad, const REAL *value, const REAL *weight, REAL *dvalue,
                      REAL *dweight, I chunks, I step, I B, I H, I W, I heads, I D, I rows, I columns,
                      I down, I right, I threads) {

@@ -1,4 +1,4 @@
-"""Windows of a map, the seam that a shift leaves in them, and relative positions inside them."""
+"""Window partition and reverse, shift masks, and the relative position bias, as in Swin."""
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,10 @@ def reverse(windows: Tensor, window_size: Size) -> Tensor:
 def region_mask(
     height: int, width: int, window_size: Size, shift: Size, device: torch.device
 ) -> Tensor:
-    """Which pairs of a shifted window were neighbours before the shift.
+    """The attention mask of shifted windows: which pairs of positions may see each other.
 
     Returns:
-        ``(nH, nW, N, N)`` bool, True where both positions come from the same side of the seam.
+        ``(nH, nW, N, N)`` bool, False for two that the roll brought from opposite borders.
     """
     region = (
         2 * _region(height, window_size[0], shift[0], device)[:, None]
@@ -42,16 +42,13 @@ def region_mask(
 
 
 def _region(length: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """``(length,)``: 1 for the positions that the shift wrapped around, the last ``shift`` ones."""
-    # Only the last window straddles the seam, so two regions an axis tell all pairs apart.
+    """``(length,)``: 1 for the last ``shift`` positions, which the roll wrapped around."""
+    # Only the last window mixes both, so two regions for each axis suffice.
     return (torch.arange(length, device=device) >= length - shift).long()
 
 
 def surely(condition: bool) -> bool:
-    """``condition``, or False where a compiler's symbolic sizes leave it open.
-
-    Asking them outright would split the graph by it, into one for each answer.
-    """
+    """``condition``, or False if symbolic sizes leave it open, without a guard on them."""
     if not torch.compiler.is_compiling():
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -65,7 +62,7 @@ def relative_position_bias(table: Tensor, index: Tensor) -> Tensor:
 
 
 def relative_position_index(window_size: Size) -> Tensor:
-    """``(N, N)``: the row of the bias table for each pair of positions of a window."""
+    """``(N, N)``: the row of the bias table for each pair of positions in a window."""
     rows, columns = window_size
     grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     y, x = (axis.flatten() for axis in grid)
@@ -82,6 +79,6 @@ def resize_window_grid(weight: Tensor, grid: Size) -> Tensor:
 
 
 def is_of_square_window(bias_table: Tensor) -> bool:
-    """Whether the rows of a relative position bias table are those of a square window."""
+    """Whether a relative position bias table has the number of rows of a square window."""
     side = round(bias_table.shape[0] ** 0.5)
     return side**2 == bias_table.shape[0] and side % 2 == 1

@@ -1,1 +1,1 @@
-"""Developers' tools, not in the wheel: complexity, the paper's tables, comparison, benchmark."""
+"""Developer tools, not in the wheel: complexity, the paper's tables, comparison, benchmark."""

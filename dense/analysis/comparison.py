@@ -1,4 +1,4 @@
-"""Networks trained alike, side by side: what they cost, and what they have learned."""
+"""Compare networks trained with one recipe: parameters, FLOPs, training time, top-1."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One network over several seeds.
+    """The results of one network over several seeds.
 
     Attributes:
-        name: of the network.
-        parameters: with its classifier.
-        flops: multiply-adds of an image of the size it was trained at.
-        minutes: the whole of each run, its start and validation too.
-        top1: after the last epoch, in percent, one a seed.
+        name: model name.
+        parameters: number of parameters, classifier included.
+        flops: multiply-adds for one image of the training size.
+        minutes: wall time of each run, start-up and validation included.
+        top1: accuracy of each run after its last epoch, in percent.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Entry:
     top1: tuple[float, ...]
 
     def row(self) -> str:
-        """A line of a Markdown table; the spread is the standard deviation over seeds."""
+        """A row of the Markdown table; the spread is the standard deviation over seeds."""
         spread = f" ± {stdev(self.top1):.1f}" if len(self.top1) > 1 else ""
         cells = (
             f"`{self.name}`",
@@ -56,17 +56,17 @@ def compare(
     img_size: int,
     out: Path,
 ) -> list[Entry]:
-    """Read trainings, write ``comparison.json``, ``.md`` and ``.png``: curves are seeds' means.
+    """Read training logs and write ``comparison.json``, ``.md`` and ``.png`` (means over seeds).
 
     Args:
-        runs: by network, the work folders of its seeds.
-        seconds: what each took.
-        num_classes: outputs of the networks.
+        runs: model name to the work folders of its seeds.
+        seconds: work folder to the wall time of its run.
+        num_classes: outputs of the classifiers.
         img_size: side of the images in pixels.
         out: the folder to write into.
 
     Raises:
-        ValueError: a work folder without a training's log or without a validation in it.
+        ValueError: a work folder has no log, or the log has no validation.
     """
     entries, curves = [], []
     for name, folders in runs.items():
@@ -94,12 +94,12 @@ def compare(
 
 
 def table(entries: Sequence[Entry]) -> str:
-    """Markdown."""
+    """All entries as a Markdown table."""
     return "\n".join((*HEAD, *(entry.row() for entry in entries)))
 
 
 def _mean(series: Sequence[metrics.Points]) -> metrics.Points:
-    """Of the iterations that all have."""
+    """The mean of several series, at the iterations that all of them have."""
     by_step = [dict(points) for points in series]
     common = set.intersection(*(set(points) for points in by_step))
     return [(step, mean(points[step] for points in by_step)) for step in sorted(common)]

@@ -1,13 +1,12 @@
-"""Parameters and FLOPs of the backbones, and of whole detectors and segmentors around them.
+"""Parameters and FLOPs of backbones, detectors and segmentors.
 
-A FLOP is a multiply-add, as in the paper. fvcore counts PyTorch's operators; those that mix pixels
-cost what :mod:`backbones.ops.flops` says, whichever backend a machine would run, and are not
-computed while counting.
+A FLOP is a multiply-add, as in the paper. fvcore counts PyTorch's operators. The operators of
+:mod:`backbones.ops` are counted by :mod:`backbones.ops.flops`, independent of the backend, and are
+not computed while counting.
 
-A detector is counted as MMDetection's tool counted the paper's: backbone, pyramid and region
-proposals at 1280x800, 1000 boxes through each stage of the cascade and 100 through each mask head,
-without the pooling of regions. A segmentor at 512x2048, without the auxiliary head, which no
-inference runs but whose parameters count.
+Detectors are counted as MMDetection's tool counted the paper's: backbone, FPN and RPN at 1280x800,
+1000 boxes in each stage of the cascade, 100 in each mask head, without RoI pooling. Segmentors are
+counted at 512x2048; the auxiliary head adds parameters but no FLOPs, since inference skips it.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ _counted: dict[tuple, int] = {}
 
 
 class Count(NamedTuple):
-    """Parameters, and multiply-adds for one image; None where they were not asked for."""
+    """Parameters, and multiply-adds for one image (None: not counted)."""
 
     parameters: int
     flops: int | None
@@ -47,19 +46,19 @@ class Count(NamedTuple):
 
 
 def parameters(model: nn.Module) -> int:
-    """The number of parameters, learned or frozen, buffers left out."""
+    """The number of parameters, frozen ones included, without buffers."""
     return sum(p.numel() for p in model.parameters())
 
 
 def flops(model: nn.Module, *shapes: tuple[int, ...]) -> int:
-    """Multiply-adds of a forward pass in evaluation mode.
+    """Multiply-adds of a forward pass in evaluation mode; the result is cached.
 
     Args:
-        model: called with one tensor a shape; on the CPU or, to be materialised here, on ``meta``.
-        shapes: those of its inputs, batch first.
+        model: on the CPU, or on ``meta``, from which it is materialised with zeros.
+        shapes: shapes of the input tensors, batch first.
 
-    Returns:
-        The total over all operators; equal models of equal inputs are run once.
+    Example:
+        >>> flops(timm.create_model("dw_conv_nano"), (1, 3, 224, 224))
     """
     sizes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
     key = (repr(model), sizes, shapes)
@@ -79,7 +78,7 @@ def flops(model: nn.Module, *shapes: tuple[int, ...]) -> int:
 def classifier(
     name: str, img_size: int = 224, window_size: int = 7, with_flops: bool = True
 ) -> Count:
-    """A classifier of 1000 classes on one square image of ``img_size``."""
+    """Count a classifier of 1000 classes on one image of ``img_size`` x ``img_size`` pixels."""
     with torch.device("meta"):
         model = timm.create_model(name, img_size=img_size, window_size=window_size)
     shape = (1, 3, img_size, img_size)
@@ -87,7 +86,7 @@ def classifier(
 
 
 def segmentor(config: str | Path, with_flops: bool = True) -> Count:
-    """The segmentor of a config of MMSegmentation."""
+    """Count the segmentor of an MMSegmentation config."""
     require("mmseg", "segmentation")
     model = _openmmlab_model(config)
     count = None
@@ -100,7 +99,7 @@ def segmentor(config: str | Path, with_flops: bool = True) -> Count:
 
 
 def mmdet_detector(config: str | Path, with_flops: bool = True) -> Count:
-    """The detector of a config of MMDetection."""
+    """Count the detector of an MMDetection config."""
     require("mmdet", "mmdetection")
     model = _openmmlab_model(config)
     count = None
@@ -119,11 +118,11 @@ def mmdet_detector(config: str | Path, with_flops: bool = True) -> Count:
 def detectron2_detector(
     config: str | Path, with_flops: bool = True
 ) -> tuple[Count, dict[str, Count]]:
-    """The detector of a LazyConfig of Detectron2.
+    """Count the detector of a Detectron2 LazyConfig.
 
     Returns:
-        What it has, and what the paper's cascade has more, by name: a mask head in each stage
-        where this one has one for all, and a box for each class.
+        The detector's count, and by name the counts of what MMDetection's cascade has in addition:
+        a mask head in every stage (Detectron2 has one in all) and class-specific boxes.
     """
     require("detectron2", "detection")
     from detectron2.config import instantiate
@@ -159,7 +158,7 @@ def detectron2_detector(
 
 
 class _OnFeatures(nn.Module):
-    """A head that takes the maps of a pyramid as one tuple."""
+    """A head that takes the feature maps as one tuple."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
@@ -170,25 +169,16 @@ class _OnFeatures(nn.Module):
 
 
 class _Proposals(nn.Module):
-    """Detectron2's feature pyramid, its bottom-up network taken away, and region proposals."""
+    """Detectron2's FPN without its bottom-up backbone, and the RPN head."""
 
     def __init__(self, pyramid: nn.Module, rpn_head: nn.Module):
         super().__init__()
-        names = pyramid.in_features
-        pyramid.bottom_up = _Named(names)
+        pyramid.bottom_up = nn.Identity()
         self.pyramid, self.rpn_head = pyramid, rpn_head
 
     def forward(self, *features: Tensor):
-        return self.rpn_head(list(self.pyramid(features).values()))
-
-
-class _Named(nn.Module):
-    def __init__(self, names: tuple[str, ...]):
-        super().__init__()
-        self.names = names
-
-    def forward(self, features: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        return dict(zip(self.names, features, strict=True))
+        named = dict(zip(self.pyramid.in_features, features, strict=True))
+        return self.rpn_head(list(self.pyramid(named).values()))
 
 
 def _openmmlab_model(config: str | Path) -> nn.Module:
@@ -203,7 +193,7 @@ def _openmmlab_model(config: str | Path) -> nn.Module:
 
 
 def _zeros(model: nn.Module) -> nn.Module:
-    """Materialise a meta model on the CPU with zeros: valid as indices, never overflowing."""
+    """Materialise a meta model on the CPU with zeros, which are valid as indices."""
     model = model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().zero_()
@@ -211,7 +201,7 @@ def _zeros(model: nn.Module) -> nn.Module:
 
 
 def _feature_shapes(backbone: nn.Module, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Those of the maps that a dense backbone makes of an input of ``shape``."""
+    """Shapes of a dense backbone's feature maps for an input of ``shape``."""
     batch, _, height, width = shape
     return [
         (batch, channels, -(-height // stride), -(-width // stride))
@@ -221,9 +211,10 @@ def _feature_shapes(backbone: nn.Module, shape: tuple[int, ...]) -> list[tuple[i
 
 @torch.library.custom_op("dense_complexity::mix", mutates_args=())
 def _mix(x: Tensor, others: list[Tensor], channels: int, multiply_adds: int) -> Tensor:
-    """What stands for an operator while counting: the map's shape, and what it would have cost.
+    """Stands in for an operator while counting: an output of its shape, and its cost.
 
-    ``others`` keeps what the operator reads beside the map in the traced graph, and so counted.
+    ``others`` are the operator's other tensor inputs: passing them keeps what computes them in the
+    traced graph, so that it is counted.
     """
     return x.new_zeros((*x.shape[:-1], channels))
 
@@ -236,22 +227,22 @@ def _mixing_flops(inputs: list, outputs: list) -> int:
 
 
 def _attention_flops(inputs: list, outputs: list) -> int:
-    """``q k^T`` and ``a v`` of scaled_dot_product_attention."""
+    """``q k^T`` and ``a v`` of ``scaled_dot_product_attention``."""
     query, key, value = (get_shape(each) for each in inputs[:3])
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _same_convolution_flops(inputs: list, outputs: list) -> int:
-    """A convolution with ``padding="same"``, which fvcore does not know."""
+    """A convolution with ``padding="same"``, which fvcore does not count."""
     return conv_flop_count(*map(get_shape, (inputs[0], inputs[1], outputs[0])))
 
 
 def _stand_in(name: str) -> Callable[..., Tensor]:
-    """A function that takes an operator's arguments, and costs what the operator costs."""
+    """A function with the arguments and the cost of an operator."""
 
     def stand_in(x: Tensor, *args) -> Tensor:
         shapes = [tuple(map(int, a.shape)) if isinstance(a, Tensor) else a for a in (x, *args)]
-        # Query, key and value go in, one map comes out.
+        # window_attention takes q, k and v in one map of 3C channels and returns C channels.
         channels = shapes[0][-1] // 3 if name == "window_attention" else shapes[0][-1]
         others = [a for a in args if isinstance(a, Tensor)]
         return _mix(x, others, channels, MULTIPLY_ADDS[name](*shapes))
@@ -261,7 +252,7 @@ def _stand_in(name: str) -> Callable[..., Tensor]:
 
 @contextmanager
 def _operators_counted() -> Iterator[None]:
-    """Let the operators of :mod:`backbones.ops` name their cost to fvcore instead of computing."""
+    """Replace the operators of :mod:`backbones.ops` with their stand-ins."""
     real = {name: getattr(ops, name) for name in MULTIPLY_ADDS}
     for name in real:
         setattr(ops, name, _stand_in(name))

@@ -1,7 +1,7 @@
-"""The tables of parameters and FLOPs beside the paper's, as every README shows them.
+"""The READMEs' tables of parameters and FLOPs, beside the paper's.
 
-A section is one README: ``backbones``, or a folder of ``configs/``. Its tables stand there between
-two marker lines and are written by ``tools/complexity.py --write``.
+A section is one README: that of ``backbones`` or of a folder of ``configs/``. Its tables stand
+between two marker lines and are written by ``tools/complexity.py --write``.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ _22K = "in22k"
 
 
 class Column(NamedTuple):
-    """A column: its title, the key of a row that it shows, and how."""
+    """A column: title, key of the rows' dicts, and format function."""
 
     title: str
     key: str
@@ -29,7 +29,7 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A title, columns, rows of raw values (parameters and multiply-adds, not rounded), notes."""
+    """Title, columns, rows of unrounded values (parameters, multiply-adds), and notes below."""
 
     title: str
     columns: tuple[Column, ...]
@@ -37,23 +37,22 @@ class Table(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def cells(self) -> list[list[str]]:
-        """What is shown: ``-`` where the paper has no figure, ``?`` where none was counted."""
+        """The formatted cells: ``-`` where the paper has no value, ``?`` where none was counted."""
         return [[_cell(row, column) for column in self.columns] for row in self.rows]
 
     def without_flops(self) -> "Table":
-        """The same with parameters alone."""
+        """The table without its columns of FLOPs."""
         kept = tuple(column for column in self.columns if "flops" not in column.key)
         return self._replace(columns=kept)
 
     def markdown(self) -> str:
-        """The table in Markdown, its title above and its notes below."""
         lines = [self.title, "", _line(column.title for column in self.columns)]
         lines += [_line("---" for _ in self.columns), *map(_line, self.cells())]
         return "\n".join([*lines, *(["", *self.notes] if self.notes else [])])
 
 
 class Section(NamedTuple):
-    """A README, the package without which its models cannot be built, and what fills its tables."""
+    """A README, the package that its models need, our extra for it, and the tables' builder."""
 
     readme: str
     package: str
@@ -62,20 +61,20 @@ class Section(NamedTuple):
 
 
 def installed() -> list[str]:
-    """The sections whose framework is here."""
+    """The names of the sections whose package is installed."""
     return [name for name, section in SECTIONS.items() if find_spec(section.package)]
 
 
 def block(tables: Iterable[Table]) -> str:
-    """What stands between the markers, the markers included."""
+    """The tables as Markdown, between the two marker lines."""
     return "\n\n".join([BEGIN, *(table.markdown() for table in tables), END])
 
 
 def read_block(readme: Path) -> str:
-    """The block that a README holds.
+    """The block in a README, marker lines included.
 
     Raises:
-        ValueError: it has no markers, or one alone.
+        ValueError: a marker line is missing.
     """
     text = readme.read_text()
     begin, end = text.find(BEGIN), text.find(END)
@@ -87,7 +86,7 @@ def read_block(readme: Path) -> str:
 
 
 def write_block(readme: Path, tables: Iterable[Table]) -> bool:
-    """Put fresh tables into a README; whether that changed it."""
+    """Replace the block in a README; returns whether that changed it."""
     old, new = read_block(readme), block(tables)
     if old != new:
         files.write(readme, readme.read_text().replace(old, new))
@@ -141,15 +140,8 @@ def _detection(root: Path, with_flops: bool, track: Callable) -> list[Table]:
     for path, backbone, from_22k in track(_configs(root / "configs/detection")):
         count, more = complexity.detectron2_detector(path, with_flops)
         extra = extra or more
-        rows.append(
-            dict(
-                _of_config(path, backbone, from_22k),
-                own_parameters=count.parameters,
-                own_flops=count.flops,
-                **_beside(sum(more.values(), count), _published(backbone, from_22k, "DETECTION")),
-                **_accuracy(backbone, from_22k, "DETECTION"),
-            )
-        )
+        row = _row(path, backbone, from_22k, sum(more.values(), count), "DETECTION")
+        rows.append(dict(row, own_parameters=count.parameters, own_flops=count.flops))
     notes = [f"- {name}: {_described(count)}" for name, count in extra.items()]
     columns = (
         *_CONFIG_COLUMNS,
@@ -158,38 +150,24 @@ def _detection(root: Path, with_flops: bool, track: Callable) -> list[Table]:
         *_beside_columns("paper's", 1, "with the paper's heads: "),
         *_AP_COLUMNS,
     )
-    title = "Cascade Mask R-CNN, 1280x800, 1000 boxes, 100 masks, beside Tables 3 and 11:"
     lead = "The paper's heads are MMDetection's, whose cascade has what Detectron2's has not:"
-    return [Table(title, columns, rows, (lead, "", *notes))]
+    return [Table(_DETECTION_TITLE, columns, rows, (lead, "", *notes))]
 
 
 def _mmdetection(root: Path, with_flops: bool, track: Callable) -> list[Table]:
-    rows = []
-    for path, backbone, from_22k in track(_configs(root / "configs/mmdetection")):
-        count = complexity.mmdet_detector(path, with_flops)
-        rows.append(
-            dict(
-                _of_config(path, backbone, from_22k),
-                **_beside(count, _published(backbone, from_22k, "DETECTION")),
-                **_accuracy(backbone, from_22k, "DETECTION"),
-            )
-        )
+    rows = [
+        _row(*config, complexity.mmdet_detector(config[0], with_flops), "DETECTION")
+        for config in track(_configs(root / "configs/mmdetection"))
+    ]
     columns = (*_CONFIG_COLUMNS, *_beside_columns("paper's", 1), *_AP_COLUMNS)
-    title = "Cascade Mask R-CNN, 1280x800, 1000 boxes, 100 masks, beside Tables 3 and 11:"
-    return [Table(title, columns, rows)]
+    return [Table(_DETECTION_TITLE, columns, rows)]
 
 
 def _segmentation(root: Path, with_flops: bool, track: Callable) -> list[Table]:
-    rows = []
-    for path, backbone, from_22k in track(_configs(root / "configs/segmentation")):
-        count = complexity.segmentor(path, with_flops)
-        rows.append(
-            dict(
-                _of_config(path, backbone, from_22k),
-                **_beside(count, _published(backbone, from_22k, "SEGMENTATION")),
-                **_accuracy(backbone, from_22k, "SEGMENTATION"),
-            )
-        )
+    rows = [
+        _row(*config, complexity.segmentor(config[0], with_flops), "SEGMENTATION")
+        for config in track(_configs(root / "configs/segmentation"))
+    ]
     columns = (*_CONFIG_COLUMNS, *_beside_columns("paper's", 1), Column("paper's mIoU", "miou"))
     return [Table("UPerNet, 512x2048, beside Tables 3 and 11:", columns, rows)]
 
@@ -205,7 +183,7 @@ SECTIONS = {
 
 
 def _configs(folder: Path) -> list[tuple[Path, str, bool]]:
-    """Every config of a folder with its backbone and whether that is from 22K, in table order."""
+    """Path, backbone and ImageNet-22K pretraining of every config in a folder, in table order."""
     found = []
     for path in folder.glob("*.py"):
         backbone = max((name for name in MODEL_NAMES if name in path.stem), key=len)
@@ -219,23 +197,20 @@ def _configs(folder: Path) -> list[tuple[Path, str, bool]]:
     return sorted(found, key=order)
 
 
-def _of_config(path: Path, backbone: str, from_22k: bool) -> dict[str, str]:
+def _row(path: Path, backbone: str, from_22k: bool, count: Count, task: str) -> dict[str, Any]:
     pretraining = "-" if "nano" in backbone else "ImageNet-22K" if from_22k else "ImageNet-1K"
-    return dict(name=f"[{backbone}]({path.name})", pretraining=pretraining)
-
-
-def _published(backbone: str, from_22k: bool, task: str) -> tuple | None:
-    return getattr(paper, f"TABLE_{11 if from_22k else 3}_{task}").get(backbone)
-
-
-def _accuracy(backbone: str, from_22k: bool, task: str) -> dict[str, float | None]:
-    published = _published(backbone, from_22k, task)
+    published = getattr(paper, f"TABLE_{11 if from_22k else 3}_{task}").get(backbone)
     kind = paper.Detector if task == "DETECTION" else paper.Segmentor
-    return {key: getattr(published, key, None) for key in kind._fields[2:]}
+    return dict(
+        name=f"[{backbone}]({path.name})",
+        pretraining=pretraining,
+        **_beside(count, published),
+        **{key: getattr(published, key, None) for key in kind._fields[2:]},
+    )
 
 
 def _beside(count: Count, published: Any) -> dict[str, float | None]:
-    """A count, the paper's figures, and the difference of parameters (M) and FLOPs (ratio)."""
+    """A count, the paper's, and the differences of parameters (in M) and FLOPs (as a ratio)."""
     off = ratio = None
     if published:
         off = round(count.parameters / 1e6) - published.parameters
@@ -251,7 +226,7 @@ def _beside(count: Count, published: Any) -> dict[str, float | None]:
     )
 
 
-# How values are shown
+# Format of the cells
 
 
 def _millions(value: int) -> str:
@@ -271,6 +246,7 @@ def _per_cent(value: float) -> str:
     return f"{value:.1f}%"
 
 
+_DETECTION_TITLE = "Cascade Mask R-CNN, 1280x800, 1000 boxes, 100 masks, beside Tables 3 and 11:"
 _CONFIG_COLUMNS = (Column("config", "name"), Column("pretraining", "pretraining"))
 _AP_COLUMNS = (Column("paper's box AP", "box_ap"), Column("paper's mask AP", "mask_ap"))
 
@@ -299,6 +275,6 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def raw(tables: Iterable[Table]) -> Iterator[dict[str, Any]]:
-    """The tables for JSON: titles, rows of unrounded numbers, notes."""
+    """The tables as dicts for JSON; numbers are not rounded."""
     for table in tables:
         yield dict(title=table.title, rows=table.rows, notes=list(table.notes))

@@ -1,4 +1,4 @@
-"""The figures of the paper's tables, the one place where they are written down.
+"""The results in the paper's tables.
 
 "On the Connection between Local Attention and Dynamic Depth-wise Convolution", ICLR 2022.
 Parameters are in millions and FLOPs in billions of multiply-adds, rounded as printed. Tables 3 and
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Classifier(NamedTuple):
-    """ImageNet-1K: parameters, FLOPs and top-1 accuracy in per cent."""
+    """ImageNet-1K: parameters, FLOPs and top-1 accuracy in percent."""
 
     parameters: int
     flops: float
@@ -17,7 +17,7 @@ class Classifier(NamedTuple):
 
 
 class Detector(NamedTuple):
-    """COCO, Cascade Mask R-CNN at 1280x800: parameters, FLOPs, AP of boxes and of masks."""
+    """COCO, Cascade Mask R-CNN at 1280x800: parameters, FLOPs, box AP and mask AP."""
 
     parameters: int
     flops: int
@@ -26,7 +26,7 @@ class Detector(NamedTuple):
 
 
 class Segmentor(NamedTuple):
-    """ADE20K, UPerNet at 512x2048: parameters, FLOPs and mIoU at one scale."""
+    """ADE20K, UPerNet at 512x2048: parameters, FLOPs and single-scale mIoU."""
 
     parameters: int
     flops: int
@@ -45,14 +45,14 @@ TABLE_2 = {
     "d_dw_conv_base": Classifier(162, 13.0, 83.2),
     "i_d_dw_conv_base": Classifier(80, 14.3, 83.4),
 }
-# From ImageNet-22K.
+# Pretrained on ImageNet-22K.
 TABLE_10 = {
     "swin_base": Classifier(88, 15.4, 85.2),
     "dw_conv_base": Classifier(74, 12.9, 84.8),
     "d_dw_conv_base": Classifier(162, 13.0, 85.0),
     "i_d_dw_conv_base": Classifier(80, 14.3, 85.2),
 }
-# 384x384, by name and window or kernel size.
+# 384x384, by model name and window or kernel size.
 TABLE_14 = {
     ("swin_tiny", 7): Classifier(28, 14.4, 81.8),
     ("swin_tiny", 12): Classifier(28, 14.2, 82.4),
@@ -79,7 +79,7 @@ TABLE_3_SEGMENTATION = {
     "d_dw_conv_base": Segmentor(195, 1129, 48.0),
     "i_d_dw_conv_base": Segmentor(114, 1153, 47.8),
 }
-# From ImageNet-22K.
+# Pretrained on ImageNet-22K.
 TABLE_11_DETECTION = {
     "swin_base": Detector(145, 986, 53.4, 46.1),
     "dw_conv_base": Detector(132, 924, 52.0, 45.0),

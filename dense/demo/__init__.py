@@ -1,1 +1,1 @@
-"""What the demo trains on, not part of the wheel."""
+"""The demo's data set, not in the wheel."""

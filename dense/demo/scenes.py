@@ -1,9 +1,8 @@
-"""Generated scenes with known truth, in the folder layouts of COCO and ADE20K.
+"""Generate images with ground truth, in the folder layouts of COCO and ADE20K.
 
-A scene is one to three large shapes on a plain background. The texture goes with the class (discs
-are striped, boxes chequered, triangles dotted) and the contrast is enforced, so that a very small
-network learns them on a CPU in minutes: enough to prove that the way from a folder of photos to a
-trained detector or segmentor is whole, and nothing more.
+A scene has one to three large shapes on a plain background. Each class has its own texture (discs
+striped, boxes chequered, triangles dotted) and a minimum contrast, so that a very small network
+learns the classes on a CPU in minutes.
 """
 
 import json
@@ -32,14 +31,17 @@ _MIN_VISIBLE = 0.55
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """What decides every byte of a set of scenes.
+    """Options of a data set; equal options give equal files, bit for bit.
 
     Attributes:
         train: number of training scenes.
-        val: number of held-out scenes.
-        size: side of the square scenes, in pixels.
-        seed: the random seed; a scene depends on it, its split and its number alone, so that more
-            scenes of one seed begin with the same ones.
+        val: number of validation scenes.
+        size: side of the square images in pixels.
+        seed: a scene depends on the seed, its split, its number and the size, so that a larger set
+            of one seed begins with the scenes of the smaller.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     train: int = 400
@@ -48,12 +50,9 @@ class SceneOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("train", 1, 999_999),
-            ("val", 1, 999_999),
-            ("size", 64, 2048),
-            ("seed", 0, 2**32 - 1),
-        ):
+        count = (1, 999_999)
+        limits = {"train": count, "val": count, "size": (64, 2048), "seed": (0, 2**32 - 1)}
+        for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it must be between {low} and {high}")
@@ -61,11 +60,11 @@ class SceneOptions:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and its truth.
+    """One image and its ground truth.
 
     Attributes:
         image: ``(H, W, 3)`` uint8, RGB.
-        masks: ``(N, H, W)`` bool, the visible part of each shape; no two overlap.
+        masks: ``(N, H, W)`` bool, the visible part of each shape, without overlaps.
         classes: N indices into :data:`SHAPES`.
     """
 
@@ -74,8 +73,7 @@ class Scene:
     classes: tuple[int, ...]
 
     def labels(self) -> np.ndarray:
-        """``(H, W)`` uint8 in ADE20K's numbering: 0 = other (unused here), 1 = background, 2 on =
-        :data:`SHAPES`."""
+        """``(H, W)`` uint8: 1 is background, 2 and up are shapes; 0 (ADE20K: other) is unused."""
         labels = np.ones(self.image.shape[:2], np.uint8)
         for mask, shape in zip(self.masks, self.classes, strict=True):
             labels[mask] = 2 + shape
@@ -85,8 +83,8 @@ class Scene:
 def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     """Draw one scene of ``size`` x ``size`` pixels with one to three shapes.
 
-    Later shapes hide earlier ones. A layout in which a shape would be mostly hidden, or would
-    surround another one (COCO's polygons cannot say "hole"), is drawn again.
+    Later shapes cover earlier ones. A layout is drawn again if a shape is mostly covered or has a
+    hole, which COCO's polygons cannot represent.
     """
     background = rng.uniform(20, 235, 3)
     wanted = int(rng.integers(1, 4))
@@ -130,7 +128,7 @@ def _outline(rng: np.random.Generator, size: int) -> _Outline:
 
 
 def _own_axes(outline: _Outline, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels' centres in the shape's own turned axes, in pixels from its centre."""
+    """Pixel centres in the shape's rotated axes, in pixels from the shape's centre."""
     y, x = np.mgrid[:size, :size] + 0.5
     x, y = x - outline.centre[0], y - outline.centre[1]
     cos, sin = np.cos(outline.angle), np.sin(outline.angle)
@@ -148,7 +146,7 @@ def _inside(shape: str, outline: _Outline, size: int) -> np.ndarray:
 
 
 def _texture(shape: str, outline: _Outline, size: int) -> np.ndarray:
-    """Where the lighter colour goes: ``(size, size)`` bool. Fine stripes, coarse squares, dots."""
+    """``(size, size)`` bool, where the lighter colour goes: stripes, squares or dots."""
     u, v = (axis / size for axis in _own_axes(outline, size))
     if shape == "disc":
         return (16 * u) % 1 < 0.5
@@ -169,7 +167,7 @@ def _usable(visible: np.ndarray, full: np.ndarray) -> bool:
 
 
 def _colours(rng: np.random.Generator, background: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours that differ in luminance from each other, one of them also from the ground."""
+    """Two colours of different luminance, both distinct from the background."""
     while True:
         light, dark = rng.uniform(0, 255, (2, 3))
         luma = [_LUMA @ colour for colour in (light, dark, background)]
@@ -182,20 +180,16 @@ def _colours(rng: np.random.Generator, background: np.ndarray) -> tuple[np.ndarr
 
 
 def polygons(mask: np.ndarray) -> list[list[float]]:
-    """Outline a mask without holes as COCO's polygons, which pycocotools turns back into exactly
-    that mask.
-
-    Contours run through the middle of pixels, which would lose half a pixel all around; on the
-    doubled mask they run a quarter of a pixel inside the border and enclose every pixel's centre.
-
-    Args:
-        mask: ``(H, W)`` bool.
+    """Convert a mask ``(H, W)`` bool without holes to COCO's polygons.
 
     Returns:
-        One flat ``[x, y, x, y, ...]`` list in pixels for each connected part.
+        A flat list ``[x, y, x, y, ...]`` in pixels for each connected part. pycocotools decodes
+        them to exactly the same mask.
     """
     import cv2
 
+    # OpenCV's contours run through pixel centres, half a pixel inside the border. On a doubled mask
+    # that is a quarter of a pixel, and the polygon encloses all pixel centres.
     doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     return [((contour.reshape(-1) + 0.5) / 2).tolist() for contour in contours]
@@ -220,24 +214,25 @@ def write_scenes(
     overwrite: bool = False,
     progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
 ) -> bool:
-    """Write one set of scenes as ``out/coco`` and ``out/ADEChallengeData2016``.
+    """Write a data set as ``out/coco`` and ``out/ADEChallengeData2016``.
 
-    The same options give the same files, bit for bit. Both folders appear only when they are
-    whole; other files in ``out`` are left alone.
+    Both folders appear only when they are complete; other files in ``out`` are left alone.
 
     Args:
-        out: folder to write to; made when missing. As ``DETECTRON2_DATASETS`` it is found by
-            Detectron2.
-        options: how many, how large, which seed.
-        overwrite: replace ``coco`` and ``ADEChallengeData2016`` that this function did not make.
-        progress: wraps the loop over each split, given the items and a label.
+        out: created if missing. Detectron2 finds the data with ``DETECTRON2_DATASETS=out``.
+        options: number and size of the scenes, and the seed.
+        overwrite: replace folders of these names that this function did not write.
+        progress: wraps the iterable of scene numbers of each split, given it and a label.
 
     Returns:
-        Whether anything was written: False when these very scenes are there already.
+        False if ``out`` has the scenes of these options already, else True.
 
     Raises:
-        FileExistsError: one of the two folders is there and was not made here.
+        FileExistsError: one of the two folders exists and was not written by this function.
         NotADirectoryError: ``out`` is a file.
+
+    Example:
+        >>> write_scenes("data/scenes", SceneOptions(train=400, val=80))
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -264,7 +259,7 @@ def write_scenes(
             scenes = progress(range(count), split)
             _write_split(staging, split, scenes, options, first_id)
             first_id += count
-        # From here on the folders are ours, also for a run that comes after a kill.
+        # The marker is first: after a kill in this loop, the next run may replace both folders.
         files.write(out / MARKER, json.dumps({**marker, "complete": False}))
         for name in folders:
             _remove(out / name)
@@ -276,7 +271,7 @@ def write_scenes(
 
 
 def read_marker(out: str | os.PathLike) -> dict | None:
-    """What :func:`write_scenes` noted about a folder; None where it has not been."""
+    """The options that :func:`write_scenes` saved in a folder, or None."""
     try:
         return json.loads((Path(out) / MARKER).read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -313,25 +308,18 @@ def _write_split(
             ids = {"id": 10 * image_id + index, "image_id": image_id, "category_id": shape + 1}
             annotations.append(_annotation(mask, **ids))
 
-    files.write(
-        coco / "annotations" / f"instances_{split}2017.json",
-        json.dumps(
-            {
-                "info": {
-                    "description": "Generated scenes",
-                    "version": str(_VERSION),
-                    **asdict(options),
-                },
-                "licenses": [],
-                "images": images,
-                "annotations": annotations,
-                "categories": [
-                    {"id": number, "name": name, "supercategory": "shape"}
-                    for number, name in enumerate(SHAPES, start=1)
-                ],
-            }
-        ),
-    )
+    about = {"description": "Generated scenes", "version": str(_VERSION), **asdict(options)}
+    content = {
+        "info": about,
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": number, "name": name, "supercategory": "shape"}
+            for number, name in enumerate(SHAPES, start=1)
+        ],
+    }
+    files.write(coco / "annotations" / f"instances_{split}2017.json", json.dumps(content))
 
 
 def _remove(path: Path) -> None:

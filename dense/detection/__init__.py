@@ -1,4 +1,4 @@
-"""The backbones in Detectron2: under their names in both config systems, and a trainer.
+"""The backbones in Detectron2, for LazyConfig and yacs configs, and a predictor.
 
 >>> from dense.detection import PyramidBackbone, add_dense_config
 """

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils.logger import log_first_n
@@ -14,26 +13,27 @@ from backbones import MODEL_NAMES
 from dense.backbone import DenseBackbone
 
 FEATURES = ("res2", "res3", "res4", "res5")
-# ImageNet's, of RGB values from 0 to 255.
+# ImageNet's RGB mean and standard deviation, for pixel values from 0 to 255.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class PyramidBackbone(DenseBackbone, Backbone):
-    """A backbone by name, with Detectron2's feature names.
+    """A :class:`dense.backbone.DenseBackbone` with Detectron2's interface and feature names.
 
-    Any image size works and none is padded: ``size_divisibility`` and ``padding_constraints`` are
-    Detectron2's defaults, 0 and none. An FPN adds its own, the stride of its last input, because
-    the maps it upsamples and adds must have even sizes.
+    >>> PyramidBackbone("dw_conv_nano", out_features=("res4", "res5"))(images)["res5"]
+
+    The backbone takes any image size (``size_divisibility`` is 0). An FPN over it sets
+    ``size_divisibility`` to the stride of its last input, so that upsampled maps match.
 
     Args:
         name: one of ``backbones.MODEL_NAMES``.
         out_features: some of ``"res2"`` to ``"res5"`` (strides 4, 8, 16, 32), in that order.
-        init: see :class:`dense.backbone.DenseBackbone`. Read in the first forward pass in training
-            mode or by :meth:`init_weights`, whichever is first, and not at all once a state dict
-            has brought all parameters: resuming, evaluating and predicting do without the file.
-        **kwargs: ``drop_path_rate``, ``frozen_stages``, ``norm``, ``grad_checkpointing``,
-            ``window_size``, ``fuse`` and the rest of ``DenseBackbone``'s arguments.
+        init: see :class:`dense.backbone.DenseBackbone`. Loaded by :meth:`init_weights` or the first
+            forward pass in training mode, unless a state dict with all parameters was loaded
+            before: resuming, evaluation and prediction do not need the file.
+        **kwargs: other arguments of ``DenseBackbone``: ``drop_path_rate``, ``frozen_stages``,
+            ``norm``, ``grad_checkpointing``, ``window_size``, ``fuse``.
 
     Raises:
         ValueError: an unknown name, feature or option; the message lists the valid ones.
@@ -61,20 +61,17 @@ class PyramidBackbone(DenseBackbone, Backbone):
         return dict(zip(self._out_features, super().forward(x), strict=True))
 
     def init_weights(self) -> None:
-        """Load ``init`` if there is one; raises :class:`backbones.CheckpointError`."""
+        """Load ``init``, if given; raises :class:`backbones.CheckpointError`."""
         super().init_weights()
         self._needs_init = False
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each feature."""
-        return Backbone.output_shape(self)
-
 
 def add_dense_config(cfg: CfgNode) -> None:
-    """Add the keys under ``MODEL.DENSE`` and set the input the backbones expect.
+    """Add ``MODEL.DENSE`` and set RGB input with ImageNet's mean and standard deviation (0 to 255).
 
-    The input is RGB with ImageNet's mean and standard deviation, from 0 to 255. A config merged
-    afterwards may change any of it.
+    >>> cfg = get_cfg()
+    >>> add_dense_config(cfg)  # before cfg.merge_from_file(), which may change the values
+    >>> cfg.MODEL.BACKBONE.NAME = "i_d_dw_conv_tiny_fpn"
     """
     cfg.MODEL.DENSE = CfgNode(
         {
@@ -94,7 +91,6 @@ def add_dense_config(cfg: CfgNode) -> None:
 
 
 def _stages(out_features: Sequence[str]) -> tuple[int, ...]:
-    """Feature names as stage indices."""
     stages = [FEATURES.index(f) for f in out_features if f in FEATURES]
     if len(stages) != len(out_features) or not stages or stages != sorted(set(stages)):
         raise ValueError(
@@ -119,7 +115,7 @@ def _from_yacs(name: str, cfg: CfgNode, used: Sequence[str] = FEATURES) -> Pyram
     log_first_n(
         logging.INFO,
         f"MODEL.BACKBONE.FREEZE_AT ({cfg.MODEL.BACKBONE.FREEZE_AT}) is ignored: "
-        f"MODEL.DENSE.FROZEN_STAGES ({dense.FROZEN_STAGES}) says what is frozen",
+        f"MODEL.DENSE.FROZEN_STAGES ({dense.FROZEN_STAGES}) is used instead",
         name=__name__,
         key="message",
     )
@@ -138,7 +134,7 @@ def _from_yacs(name: str, cfg: CfgNode, used: Sequence[str] = FEATURES) -> Pyram
 
 def _fpn_from_yacs(name: str, cfg: CfgNode) -> FPN:
     in_features, channels = cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS
-    # A feature that no level uses would have a norm that never gets a gradient: DDP stops at that.
+    # Only the used features: DDP raises at parameters without gradients, such as an unused norm.
     bottom_up = _from_yacs(name, cfg, used=in_features)
     if not in_features or not set(in_features) <= set(bottom_up.output_shape()):
         raise ValueError(

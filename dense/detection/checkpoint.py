@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer, made to survive a kill and to refuse what it cannot trust."""
+"""Detectron2's checkpointer with atomic writes, safe reads and checked loads."""
 
 import logging
 import os
@@ -18,14 +18,14 @@ _logger = logging.getLogger(__name__)
 
 
 class WholeCheckpointer(DetectionCheckpointer):
-    """Writes a checkpoint whole or not at all, and resumes from the last whole one.
+    """Checkpointer that writes files atomically and resumes from the newest intact one.
 
     Args:
         model: the detector, or the DDP module around it.
-        save_dir: where checkpoints lie.
-        classes: class names, saved with every checkpoint under ``"classes"``.
-        seed: the run's, saved under ``"seed"``.
-        **checkpointables: as Detectron2 has it; ``trainer=`` for one.
+        save_dir: the folder of the checkpoints.
+        classes: class names, saved under ``"classes"``.
+        seed: the run's seed, saved under ``"seed"``.
+        **checkpointables: as in Detectron2, such as ``trainer=trainer``.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         self.classes, self.seed = classes, seed
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write beside its place, move it there whole, then tag it as the last one."""
+        """Write ``<name>.pth`` atomically, then name it in ``last_checkpoint``."""
         if not self.save_dir or not self.save_to_disk:
             return
         about = {"classes": self.classes, "seed": self.seed}
@@ -54,35 +54,35 @@ class WholeCheckpointer(DetectionCheckpointer):
 
     @staticmethod
     def read_classes(path: str) -> list[str] | None:
-        """Class names saved in a checkpoint file; None where it has none or is not a local file.
+        """Class names saved in a checkpoint; None if it has none or is not a local file.
 
         Raises:
-            CheckpointError: the file is damaged or needs more than weights to be read.
+            CheckpointError: the file is damaged or holds more than weights and plain values.
         """
         return _read(path, mmap=True).get("classes") if os.path.isfile(path) else None
 
     def last_whole(self) -> str | None:
-        """Path of the newest checkpoint to resume from; the log names the damaged ones before it.
+        """Path of the newest intact checkpoint, None without one; skipped files are logged.
 
-        The main process decides for all.
+        The main process chooses for all processes.
         """
         path = self._find_last_whole() if comm.is_main_process() else None
         return comm.all_gather(path)[0]
 
     def load_weights(self, path: str, *, complete: bool) -> dict[str, Any]:
-        """Load a detector's weights alone and report what fitted.
+        """Load a detector's weights, without optimizer or iteration, and log which matched.
 
         Args:
-            path: a ``.pth`` of Detectron2's layout, or a URL of one.
-            complete: whether every weight must be there, as evaluation and prediction need it;
-                else, to fine-tune on other classes, only the backbone's.
+            path: a ``.pth`` with Detectron2's keys, or its URL.
+            complete: require all weights, for evaluation and prediction. False requires the
+                backbone's only, to fine-tune on other classes.
 
         Returns:
-            What else the file holds.
+            The other entries of the file.
 
         Raises:
-            CheckpointError: no such file, it is damaged or needs more than weights to be read, or
-                it leaves the network, or the backbone, partly random.
+            CheckpointError: the file does not exist, is damaged, holds more than weights and plain
+                values, or lacks a required weight.
         """
         if "://" not in path and not os.path.isfile(path):
             raise CheckpointError(f"checkpoint {path} does not exist")
@@ -91,17 +91,17 @@ class WholeCheckpointer(DetectionCheckpointer):
         return extra
 
     def resume(self, path: str) -> dict[str, Any]:
-        """Load everything from a checkpoint of this training; returns what else it holds.
+        """Load model, optimizer and iteration of an earlier run; returns the other entries.
 
         Raises:
-            CheckpointError: it is damaged, or of another model.
+            CheckpointError: the file is damaged or belongs to another model.
         """
         extra = self.load(path)
         self._report(path, prefixes=("",))
         return extra
 
     def _report(self, path: str, prefixes: tuple[str, ...]) -> None:
-        """Log what the last load matched; refuse it when tensors below a prefix are absent."""
+        """Log the matches of the last load; raise if a tensor under a prefix is absent."""
         unfit = self._incompatible
         absent = {k for k, *_ in unfit.incorrect_shapes} | set(unfit.missing_keys)
         absent = sorted(k for k in absent if not k.endswith("num_batches_tracked"))
@@ -113,13 +113,13 @@ class WholeCheckpointer(DetectionCheckpointer):
         needed = [k for k in absent if k.startswith(prefixes)]
         if needed:
             raise CheckpointError(
-                f"{path} does not fit: {len(needed)} tensors of this model are missing or of "
-                f"another shape in it, {needed[0]} for one (a backbone's own weights, from "
-                "ImageNet say, go in model.backbone.bottom_up.init)"
+                f"{path} does not fit: {len(needed)} tensors of this model are missing or have "
+                f"another shape, such as {needed[0]} (weights of a backbone alone belong in "
+                "model.backbone.bottom_up.init)"
             )
 
     def _backbones(self) -> tuple[str, ...]:
-        """Prefixes of our backbones in the detector; of anything, where it has none of ours."""
+        """Prefixes of our backbones in the detector; the empty prefix if there are none."""
         modules = self.model.named_modules()
         return tuple(f"{n}." for n, m in modules if isinstance(m, PyramidBackbone)) or ("",)
 
@@ -131,7 +131,7 @@ class WholeCheckpointer(DetectionCheckpointer):
             try:
                 content = _read(str(path), mmap=True)
             except CheckpointError as error:
-                _logger.warning(f"{error}; going on with the one before it")
+                _logger.warning(f"{error}; trying the one before it")
                 continue
             if "trainer" in content and "iteration" in content:
                 return str(path)
@@ -147,15 +147,15 @@ class WholeCheckpointer(DetectionCheckpointer):
 
 
 def _read(path: str, mmap: bool = False) -> dict[str, Any]:
-    """A checkpoint's content, weights and plain values only."""
+    """Read a checkpoint of weights and plain values."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    # What is raised for a damaged file depends on where the damage is.
+    # The type of exception depends on where the file is damaged.
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(
-            f"checkpoint {path} is damaged, or not of weights alone ({reason[0]})"
+            f"checkpoint {path} is damaged or holds more than weights ({reason[0]})"
         ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, no state dict")
+        raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, not a dict")
     return content

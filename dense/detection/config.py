@@ -1,4 +1,4 @@
-"""LazyConfig files and their overrides, checked before anything is built."""
+"""Reads LazyConfig files and checks their overrides before anything is built."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -14,37 +14,39 @@ SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
 class LazyConfigError(ValueError):
-    """A config, an override or a data set that cannot work, in one line."""
+    """A config, override or data set is invalid; the message is one line."""
 
 
 ConfigError = LazyConfigError
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Read a LazyConfig ``.py``, or the ``config.yaml`` of an earlier run, and override its keys.
+    """Read a LazyConfig ``.py`` or an earlier run's ``config.yaml`` and apply overrides.
+
+    >>> cfg = load_config("work_dirs/mine/config.yaml", ["train.max_iter=100"])
 
     Args:
         config_file: path of the file.
-        overrides: ``"path.to.key=value"`` each, in Hydra's grammar; ``"+path.to.key=value"`` adds
-            a key that is not there.
+        overrides: strings ``"path.to.key=value"`` in Hydra's grammar; ``"+path.to.key=value"`` adds
+            a new key.
 
     Raises:
-        LazyConfigError: no such file, it cannot be read or lacks a section, or an override names a
-            key that the config does not have.
+        LazyConfigError: the file does not exist, cannot be read or lacks a section, or an override
+            names an unknown key.
     """
     path = Path(config_file)
     if not path.is_file():
         raise LazyConfigError(f"config file {config_file} does not exist")
     if path.suffix not in (".py", ".yaml", ".yml"):
         raise LazyConfigError(
-            f"config file {config_file}: a LazyConfig .py or a config.yaml is needed"
+            f"config file {config_file} is neither a LazyConfig .py nor a config.yaml"
         )
     cfg = _read(path)
     missing = [s for s in SECTIONS if s not in cfg]
     if missing:
         raise LazyConfigError(
             f"config file {config_file} has no {', '.join(missing)}: this trainer reads LazyConfig "
-            "files (a yacs YAML belongs to Detectron2's own train_net.py)"
+            "files (for a yacs YAML use Detectron2's own train_net.py)"
         )
     for text, override in zip(overrides, _parse(overrides), strict=True):
         if not override.is_add():
@@ -53,7 +55,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def _read(path: Path) -> DictConfig:
-    # A .py config is its author's code: whatever it raises is about that file.
+    # A .py config runs its author's code, which may raise anything.
     try:
         if path.suffix == ".py":
             return LazyConfig.load(str(path))

@@ -1,4 +1,4 @@
-"""COCO, or any COCO-style JSON, behind a config's data loaders: checked, then named in them."""
+"""Checks COCO-style data sets and enters them into a config's data loaders."""
 
 import json
 import logging
@@ -18,23 +18,24 @@ _logger = logging.getLogger(__name__)
 
 
 class DataError(LazyConfigError):
-    """A data set that is not there or cannot be trained on, in one line."""
+    """A data set is missing or invalid; the message is one line."""
 
 
 def resolve_data(cfg: DictConfig, *, training: bool) -> None:
-    """Check the data a config names and point its loaders, its masks and its classes at it.
+    """Check a config's data and set its loaders, mask format and number of classes to match.
 
     ``cfg.data`` names COCO-style files: ``train_json``, ``train_images``, ``val_json``,
-    ``val_images``, and ``classes``, a choice and order of category names (None takes all of the
-    JSON's). Where it names none, the data sets registered with Detectron2 that the loaders name
-    are used. ``cfg.dataloader.metadata.classes`` holds the class names afterwards.
+    ``val_images``, and ``classes``, an ordered selection of category names (None: all of the
+    JSON's). Without these files, the data sets of the loaders must be registered in Detectron2.
+    Afterwards ``cfg.dataloader.metadata.classes`` holds the class names.
 
     Args:
         cfg: changed in place.
-        training: whether the training data is needed; else the validation data is.
+        training: True checks the training data (and validation data if given), False the
+            validation data.
 
     Raises:
-        DataError: something is missing or not usable; the message names it.
+        DataError: data is missing or invalid; the message names it.
     """
     data = cfg.get("data") or {}
     if any(data.get(key) for key in ("train_json", "train_images", "val_json", "val_images")):
@@ -50,13 +51,13 @@ def resolve_data(cfg: DictConfig, *, training: bool) -> None:
 def json_dataset(
     names: str, json_file: str, image_root: str, filter_empty: bool = True
 ) -> list[dict]:
-    """Register a COCO-style JSON under a name and load it as Detectron2's dataset dicts.
+    """Register a COCO-style JSON and load it as Detectron2's dataset dicts.
 
     Args:
-        names: the name to register, which an evaluator can ask for afterwards.
-        json_file: the annotations.
-        image_root: the folder that their file names start from.
-        filter_empty: leave out images without an object to learn from.
+        names: name to register it under, which evaluators refer to.
+        json_file: path of the annotations.
+        image_root: folder that the JSON's file names are relative to.
+        filter_empty: drop images without annotations other than crowds.
     """
     for catalog in (DatasetCatalog, MetadataCatalog):
         if names in catalog.list():
@@ -82,7 +83,7 @@ def _use_json(cfg: DictConfig, data: DictConfig, training: bool) -> list[str]:
             names=json_file, json_file=json_file, image_root=images, filter_empty=split == "train"
         )
     if "val" not in needed:
-        _logger.warning("no validation data is named (--val-json): training without evaluation")
+        _logger.warning("no validation data (--val-json): training without evaluation")
         cfg.dataloader.pop("evaluator", None)
     return classes
 
@@ -95,7 +96,7 @@ def _read(data: DictConfig, split: str) -> tuple[dict, str]:
         (f"{split}_images", images, os.path.isdir),
     ):
         if not value:
-            raise DataError(f"data.{key} is not set (--{key.replace('_', '-')}); it is needed here")
+            raise DataError(f"data.{key} is not set (--{key.replace('_', '-')})")
         if not exists(value):
             kind = "file" if exists is os.path.isfile else "folder"
             raise DataError(f"data.{key}: there is no {kind} {value}")
@@ -104,7 +105,7 @@ def _read(data: DictConfig, split: str) -> tuple[dict, str]:
     except ValueError as error:
         raise DataError(f"{json_file} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise DataError(f"{json_file}: a COCO-style object is needed, this is a {type(content)}")
+        raise DataError(f"{json_file}: expected a COCO-style object, not {type(content).__name__}")
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             raise DataError(f"{json_file} has no list {key!r}: it is not COCO-style")
@@ -114,11 +115,11 @@ def _read(data: DictConfig, split: str) -> tuple[dict, str]:
 
 
 def _category_names(content: dict, json_file: str) -> list[str]:
-    """The category names by ascending id, the order of Detectron2's class indices."""
+    """Category names by ascending id, as Detectron2 numbers its class indices."""
     try:
         names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
     except KeyError as error:
-        raise DataError(f"{json_file}: a category without {error}") from error
+        raise DataError(f"{json_file}: a category has no {error}") from error
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise DataError(f"{json_file} has several categories named {', '.join(twice)}")
@@ -138,33 +139,30 @@ def _check_classes(
             f"{json_file} has no category {', '.join(absent)}; it has {', '.join(names)}"
         )
     if absent:
-        _logger.warning(f"{json_file} has no category {', '.join(absent)}: they count for nothing")
+        _logger.warning(f"{json_file} has no category {', '.join(absent)}: no objects of these")
     others = [n for n in names if n not in classes]
     if others:
-        _logger.warning(f"{json_file}: objects of {', '.join(others)} are left out")
+        _logger.warning(f"{json_file}: objects of {', '.join(others)} are ignored")
 
 
 def _check_annotations(
     cfg: DictConfig, content: dict, json_file: str, images: str, split: str
 ) -> None:
-    by_id = {image["id"]: image for image in content["images"]}
+    ids = {image["id"] for image in content["images"]}
     for image in content["images"]:
         if not {"file_name", "height", "width"} <= image.keys():
             raise DataError(f"{json_file}: image {image['id']} lacks file_name, height or width")
-    missing = [
-        i["file_name"]
-        for i in content["images"]
-        if not os.path.isfile(os.path.join(images, i["file_name"]))
-    ]
+    names = [image["file_name"] for image in content["images"]]
+    missing = [name for name in names if not os.path.isfile(os.path.join(images, name))]
     if missing:
         raise DataError(
-            f"{len(missing)} of the {len(by_id)} images that {json_file} lists are not in "
-            f"{images}, {missing[0]} for one"
+            f"{len(missing)} of the {len(ids)} images that {json_file} lists are not in "
+            f"{images}, such as {missing[0]}"
         )
     categories = {c["id"] for c in content["categories"]}
     objects = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
     for a in content["annotations"]:
-        if a.get("image_id") not in by_id:
+        if a.get("image_id") not in ids:
             raise DataError(f"{json_file}: annotation {a.get('id')} is of no listed image")
         if a.get("category_id") not in categories:
             raise DataError(f"{json_file}: annotation {a.get('id')} is of no listed category")
@@ -176,13 +174,13 @@ def _check_annotations(
 
 
 def _fit_masks(cfg: DictConfig, objects: list[dict], json_file: str, split: str) -> None:
-    """Refuse boxes without masks for a mask head; read RLE masks as bitmaps."""
+    """Check that a mask head gets masks; set the mapper's mask options."""
     has_mask_head = OmegaConf.select(cfg, "model.roi_heads.mask_in_features") is not None
     without = sum(not a.get("segmentation") for a in objects)
     if has_mask_head and without:
         raise DataError(
             f"{json_file}: {without} of {len(objects)} objects have no segmentation, and the model "
-            "has a mask head; model.roi_heads.mask_in_features=null trains boxes alone"
+            "has a mask head; model.roi_heads.mask_in_features=null removes it"
         )
     mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
     if split == "train" and mapper is not None:
@@ -200,7 +198,7 @@ def _with_classes(
     json_file: str,
     split: str,
 ) -> str:
-    """The JSON whose categories are the classes in their order: itself, or one written so."""
+    """Path of a JSON whose categories are ``classes`` in order, written if it is not this one."""
     if list(names) == list(classes):
         return str(json_file)
     indices = {
@@ -211,7 +209,7 @@ def _with_classes(
         for a in content["annotations"]
         if a["category_id"] in indices
     ]
-    if split == "train" and not any(not a.get("iscrowd", 0) for a in kept):
+    if split == "train" and all(a.get("iscrowd", 0) for a in kept):
         raise DataError(f"{json_file} has no annotation of {', '.join(classes)}")
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     path = Path(cfg.train.output_dir, "annotations", f"{split}.json")
@@ -221,7 +219,7 @@ def _with_classes(
 
 
 def _check_registered(cfg: DictConfig, training: bool) -> list[str] | None:
-    """Check the files of data sets known to Detectron2; return their class names."""
+    """Check the files of data sets registered in Detectron2; return their class names."""
     classes = None
     loaders = ["train"] if training else []
     loaders += ["test"] if "evaluator" in cfg.dataloader else []
@@ -229,14 +227,14 @@ def _check_registered(cfg: DictConfig, training: bool) -> list[str] | None:
         names = OmegaConf.select(cfg, f"dataloader.{loader}.dataset.names")
         for name in [names] if isinstance(names, str) else names or []:
             if name not in DatasetCatalog.list():
-                raise DataError(f"dataloader.{loader}: Detectron2 knows no data set {name!r}")
+                raise DataError(f"dataloader.{loader}: no data set {name!r} in Detectron2")
             metadata = MetadataCatalog.get(name)
             for path in (metadata.get("json_file"), metadata.get("image_root")):
                 if path and not os.path.exists(path):
                     root = os.environ.get("DETECTRON2_DATASETS", "./datasets")
                     raise DataError(
                         f"data set {name}: {path} does not exist. DETECTRON2_DATASETS (now {root}) "
-                        "is the folder that holds coco/; your own data goes in with --train-json, "
+                        "is the folder that holds coco/; for your own data use --train-json, "
                         "--train-images, --val-json, --val-images"
                     )
             classes = classes or metadata.get("thing_classes")

@@ -1,4 +1,4 @@
-"""Training and evaluation of a LazyConfig on Detectron2's engine, on GPUs or on a CPU."""
+"""Training and evaluation of a LazyConfig with Detectron2's engine, on GPUs or a CPU."""
 
 import json
 import logging
@@ -9,13 +9,7 @@ from pathlib import Path
 import cloudpickle
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import (
-    create_ddp_model,
-    default_setup,
-    default_writers,
-    hooks,
-    launch,
-)
+from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks, launch
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -36,21 +30,21 @@ _logger = logging.getLogger(__name__)
 
 
 def start(cfg: DictConfig, args: Namespace) -> None:
-    """Run a resolved config in as many processes as the arguments ask for.
+    """Train or evaluate, in one process per GPU or in ``num_processes`` CPU processes.
 
     Args:
-        cfg: a config whose data is resolved, see :func:`dense.detection.data.resolve_data`.
-        args: the command line: ``num_gpus`` (None takes one if there is one), ``num_processes``
-            without GPUs, ``num_machines``, ``machine_rank``, ``dist_url``, ``resume``,
-            ``eval_only``, ``config_file``.
+        cfg: a config after :func:`dense.detection.data.resolve_data`.
+        args: the command line: ``num_gpus`` (None: one if there is one), ``num_processes``,
+            ``num_machines``, ``machine_rank``, ``dist_url``, ``resume``, ``eval_only``,
+            ``config_file``.
 
     Raises:
-        LazyConfigError: more GPUs than there are, several machines without a URL to meet at, or an
-            evaluation without a checkpoint; and what :func:`train` raises, in whichever process.
+        LazyConfigError: too few GPUs, several machines without ``dist_url``, or evaluation without
+            a checkpoint or an evaluator. Errors of :func:`train` in any process are raised too.
     """
     processes = _processes(args)
     if args.eval_only and not cfg.train.init_checkpoint:
-        raise LazyConfigError("--eval-only needs the checkpoint: train.init_checkpoint=PATH")
+        raise LazyConfigError("--eval-only needs a checkpoint: train.init_checkpoint=PATH")
     if args.eval_only and "evaluator" not in cfg.dataloader:
         raise LazyConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
     if args.num_machines > 1 and args.dist_url == "auto":
@@ -58,7 +52,7 @@ def start(cfg: DictConfig, args: Namespace) -> None:
             "several machines need --dist-url, such as tcp://<first machine>:29500"
         )
     try:
-        # By value, so that functions defined in a config file reach the processes too.
+        # cloudpickle sends functions defined in a config file by value.
         launch(
             _run,
             processes,
@@ -68,7 +62,7 @@ def start(cfg: DictConfig, args: Namespace) -> None:
             args=(cloudpickle.dumps((cfg, args)), processes),
         )
     except ProcessRaisedException as error:
-        # It comes as the text of the process's traceback.
+        # The error is the text of the process's traceback.
         name, _, reason = str(error).strip().splitlines()[-1].partition(": ")
         for kind in (CheckpointError, LazyConfigError, FloatingPointError):
             if name.rpartition(".")[2] == kind.__name__:
@@ -77,15 +71,15 @@ def start(cfg: DictConfig, args: Namespace) -> None:
 
 
 def train(cfg: DictConfig, *, resume: bool) -> None:
-    """Train as configured; ``resume`` goes on from the last whole checkpoint if there is one.
+    """Train a config; ``resume`` continues from the newest intact checkpoint if there is one.
 
-    On a CPU a resumed run is bit for bit the one that was not stopped: the order of the data, the
-    augmentation and what the model draws follow from the run's seed, which checkpoints keep.
+    On a CPU a resumed run equals an uninterrupted one bit for bit: data order, augmentation and
+    dropout follow from the run's seed, which checkpoints store.
 
     Raises:
-        CheckpointError: weights to start from cannot be read or do not fit.
+        CheckpointError: the initial weights cannot be read or do not fit.
         LazyConfigError: the checkpoint to resume from has other classes.
-        FloatingPointError: a loss is NaN or infinite, in all processes together.
+        FloatingPointError: a loss is NaN or infinite; raised in every process.
     """
     model = revert_sync_batchnorm(instantiate(cfg.model)).to(cfg.train.device)
     cfg.optimizer.params.model = model
@@ -96,7 +90,7 @@ def train(cfg: DictConfig, *, resume: bool) -> None:
     last = checkpointer.last_whole() if resume else None
     if last is None:
         if resume:
-            _logger.info(f"no checkpoint in {cfg.train.output_dir}: training starts fresh")
+            _logger.info(f"no checkpoint in {cfg.train.output_dir}: training from scratch")
         _start_fresh(cfg, model, checkpointer)
 
     ddp = dict(cfg.train.ddp)
@@ -123,7 +117,7 @@ def train(cfg: DictConfig, *, resume: bool) -> None:
         checkpointer.seed = extra.get("seed", seed)
         first = trainer.iter + 1
     if first >= cfg.train.max_iter:
-        _logger.info(f"{last} is the end of training (train.max_iter={cfg.train.max_iter})")
+        _logger.info(f"{last} has all iterations (train.max_iter={cfg.train.max_iter})")
         evaluate(cfg, parallel)
         return
     trainer.register_hooks([SeedSteps(checkpointer.seed)])
@@ -135,12 +129,12 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
     """Evaluate on ``cfg.dataloader.test``, print the results and write them to ``results.json``.
 
     Returns:
-        Detectron2's ``{"bbox": {"AP": ..}, "segm": {..}}``, empty on all but the main process;
-        None where the config names no validation data.
+        Detectron2's ``{"bbox": {"AP": ..}, "segm": {..}}`` in percent, empty outside the main
+        process; None if the config has no evaluator.
     """
     if "evaluator" not in cfg.dataloader:
         return None
-    # The loader first: it may register the data set that the evaluator asks for.
+    # Before the evaluator: building the loader may register the data set.
     loader = instantiate(cfg.dataloader.test)
     results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
@@ -150,12 +144,12 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
 
 
 def _run(pickled: bytes, processes: int) -> None:
-    """One process of a training or evaluation."""
+    """Run one process of a training or evaluation."""
     cfg, args = cloudpickle.loads(pickled)
     for name in ("dense", "backbones"):
         setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name=name)
     default_setup(cfg, args)
-    _step_back(cfg, processes)
+    _fall_back(cfg, processes)
     if not args.eval_only:
         train(cfg, resume=args.resume)
         return
@@ -172,29 +166,29 @@ def _processes(args: Namespace) -> int:
         args.num_gpus = min(1, available)
     if args.num_gpus > available:
         raise LazyConfigError(
-            f"--num-gpus {args.num_gpus}, but there are {available} here; "
+            f"--num-gpus {args.num_gpus}, but there are {available}; "
             "--num-gpus 0 trains on the CPU, in --num-processes processes"
         )
     if args.num_gpus and args.num_processes > 1:
         raise LazyConfigError(
-            "--num-processes is for the CPU: with GPUs there is one process for each"
+            "--num-processes is for the CPU: on GPUs there is one process per GPU"
         )
     return args.num_gpus or args.num_processes
 
 
-def _step_back(cfg: DictConfig, processes: int) -> None:
-    """Where there is no CUDA: the CPU, full precision, and no more threads than cores."""
+def _fall_back(cfg: DictConfig, processes: int) -> None:
+    """Without CUDA, select the CPU and float32, and share the cores among the processes."""
     if torch.cuda.is_available():
         return
-    steps = []
+    changes = []
     if cfg.train.device != "cpu":
-        steps.append(f"train.device {cfg.train.device} becomes cpu")
+        changes.append(f"train.device {cfg.train.device} becomes cpu")
         cfg.train.device = "cpu"
     if cfg.train.amp.enabled:
-        steps.append("AMP steps back to float32")
+        changes.append("AMP falls back to float32")
         cfg.train.amp.enabled = False
-    if steps and comm.is_main_process():
-        _logger.warning(f"no CUDA here: {', '.join(steps)}")
+    if changes and comm.is_main_process():
+        _logger.warning(f"no CUDA: {', '.join(changes)}")
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
@@ -217,6 +211,6 @@ def _same_classes(checkpoint: dict, classes: list[str] | None, path: str) -> Non
     trained = checkpoint.get("classes")
     if trained and classes and trained != classes:
         raise LazyConfigError(
-            f"{path} knows the classes {','.join(trained)}, the data {','.join(classes)}: "
+            f"{path} has the classes {','.join(trained)}, the data {','.join(classes)}: "
             f"--classes {','.join(trained)} puts the data's in that order"
         )

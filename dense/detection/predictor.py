@@ -1,4 +1,4 @@
-"""A trained detector as a function of one image."""
+"""Predictor for detectors trained in Detectron2."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,25 +16,26 @@ from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import load_config
 from dense.images import check_rgb
 
-Predictor = Callable[[np.ndarray], dict]
-
 
 def load_predictor(
     config_file: str | None, checkpoint: str, device: str | torch.device = "cpu"
-) -> Predictor:
-    """A trained detector, ready to look at images.
+) -> Callable[[np.ndarray], dict]:
+    """Load a trained detector as a function of one image.
+
+    >>> predict = load_predictor(None, "work_dirs/mine/model_final.pth")
+    >>> predict(image)["boxes"]  # image: (H, W, 3), uint8, RGB
 
     Args:
-        config_file: the LazyConfig or the ``config.yaml`` it was trained with; None takes the
+        config_file: the LazyConfig or ``config.yaml`` it was trained with; None takes the
             ``config.yaml`` beside the checkpoint.
         checkpoint: a ``.pth`` of the trainer.
-        device: where it runs.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
     Returns:
-        A function of an RGB image ``(H, W, 3)``, uint8, that returns, best first and in the
-        image's own pixels, ``boxes`` ``(N, 4)`` float32 as x1, y1, x2, y2; ``scores`` ``(N,)``
-        float32; ``classes`` ``(N,)`` int64, indices into ``class_names`` (list of str); ``masks``
-        ``(N, H, W)`` bool, None without a mask head.
+        A function of an RGB image ``(H, W, 3)``, uint8. It returns a dict, detections sorted by
+        descending score: ``boxes`` ``(N, 4)`` float32, x1, y1, x2, y2 in pixels of the image;
+        ``scores`` ``(N,)`` float32; ``classes`` ``(N,)`` int64, indices into ``class_names`` (list
+        of str); ``masks`` ``(N, H, W)`` bool, None without a mask head.
 
     Raises:
         LazyConfigError: the config cannot be read.
@@ -70,7 +71,7 @@ def load_predictor(
 
 
 def _class_names(cfg: DictConfig, checkpoint: str) -> list[str]:
-    """The names saved with the checkpoint; the config's head is given as many classes."""
+    """The checkpoint's class names; also sets the number of classes in ``cfg`` to match."""
     names = WholeCheckpointer.read_classes(checkpoint)
     if names is None:
         names = OmegaConf.select(cfg, "dataloader.metadata.classes")

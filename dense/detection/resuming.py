@@ -1,8 +1,8 @@
-"""Detection that goes on bit for bit: data from any iteration on, without reading what came before.
+"""Bit-for-bit resuming in Detectron2: batches from any iteration on, earlier ones never read.
 
-Detectron2's loaders draw in their worker processes and group images by aspect ratio after loading
-them. Here indices are grouped before anything is loaded, by the sizes that the annotations give:
-the same batches come out whatever the number of workers, and those trained on already cost nothing.
+Detectron2's loaders draw random numbers in worker processes and group images by aspect ratio after
+loading them. Here indices are grouped before loading, by the sizes in the annotations, so batches
+do not depend on the number of workers and skipped batches cost nothing.
 """
 
 import itertools
@@ -23,17 +23,17 @@ _logger = logging.getLogger(__name__)
 
 
 def resumable(loader: Any, seed: int, first: int) -> Any:
-    """The batches of one of Detectron2's training loaders, from an iteration on.
+    """A Detectron2 training loader that starts at a given iteration.
 
     Args:
-        loader: what ``build_detection_train_loader`` returned and nobody has iterated over.
-        seed: of the run, the same in all processes. The order follows from it, if the sampler
-            shuffles by a seed, and a sample's augmentation from it and the sample's place.
-        first: the iteration to begin with, from 0.
+        loader: result of ``build_detection_train_loader``, not iterated over yet.
+        seed: the run's seed, equal in all processes. It determines the data order (if the sampler
+            has a seed) and each sample's augmentation.
+        first: the first iteration, from 0.
 
     Returns:
-        An iterable of lists of mapped dicts, as the loader's; the loader itself, and a warning in
-        the log, where it is of another build or has no sizes to group by.
+        An iterable of batches as ``loader`` has them. ``loader`` itself, with a warning if
+        ``first`` is not 0, if it has another type or the annotations have no image sizes.
     """
     grouped = isinstance(loader, AspectRatioGroupedDataset)
     inner = loader.dataset if grouped else loader
@@ -41,21 +41,14 @@ def resumable(loader: Any, seed: int, first: int) -> Any:
     if not isinstance(items, ToIterableDataset) or (grouped and not _has_sizes(items.dataset)):
         if first:
             _logger.warning(
-                f"the order of the data is not resumed: {type(loader).__name__} is no loader of "
-                "Detectron2's build_detection_train_loader over data with sizes"
+                f"the order of the data is not resumed: {type(loader).__name__} is not a loader of "
+                "build_detection_train_loader over annotations with image sizes"
             )
         return loader
     if hasattr(items.sampler, "_seed"):
         items.sampler._seed = seed
     sizes = _annotations(items.dataset) if grouped else None
     batches = _Batches(items.sampler, loader.batch_size, sizes, first)
-    workers = {}
-    if inner.num_workers:
-        workers = {
-            "prefetch_factor": inner.prefetch_factor,
-            "persistent_workers": inner.persistent_workers,
-            "multiprocessing_context": inner.multiprocessing_context,
-        }
     return DataLoader(
         _Seeded(items.dataset, seed),
         batch_sampler=batches,
@@ -63,28 +56,30 @@ def resumable(loader: Any, seed: int, first: int) -> Any:
         collate_fn=trivial_batch_collator if grouped else inner.collate_fn,
         pin_memory=inner.pin_memory,
         timeout=inner.timeout,
-        # Its own, so that building an iterator draws nothing from the process's.
+        # Otherwise building an iterator would draw from the process's generator.
         generator=torch.Generator(),
-        **workers,
+        prefetch_factor=inner.prefetch_factor,
+        persistent_workers=inner.persistent_workers,
+        multiprocessing_context=inner.multiprocessing_context,
     )
 
 
 class SeedSteps(HookBase):
-    """Seed all generators before every step, from the run's seed, the iteration and the rank."""
+    """Hook that seeds all random generators by run seed, iteration and rank."""
 
     def __init__(self, seed: int):
         self.seed = seed
 
     def before_step(self) -> None:
-        """Before anything of the step is drawn."""
+        """Seed before the step draws anything."""
         number = self.trainer.iter * comm.get_world_size() + comm.get_rank()
         seed_all(mixed(self.seed, ITERATION, number))
 
 
 class _Batches(Sampler):
-    """Lists of index and place in the run; the first ones are counted and left out.
+    """Batches of (index, position in the run) pairs, without the first ``first`` batches.
 
-    Wide images and others go into batches of their own where sizes are given.
+    If ``sizes`` is given, wide and other images go into separate batches.
     """
 
     def __init__(self, sampler: Sampler, batch_size: int, sizes: Dataset | None, first: int):
@@ -112,7 +107,7 @@ class _Batches(Sampler):
 
 
 class _Seeded(Dataset):
-    """Samples by index and place, drawn with the seed of the place."""
+    """Samples by (index, position in the run), drawn with the position's seed."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -127,7 +122,7 @@ class _Seeded(Dataset):
 
 
 def _annotations(dataset: Dataset) -> Dataset:
-    """The dicts before they are mapped, which is where the image is read."""
+    """The annotation dicts, without the mapper that reads the images."""
     return dataset._dataset if isinstance(dataset, MapDataset) else dataset
 
 

@@ -1,4 +1,4 @@
-"""Detectron2's trainers, stopping in all processes together at what is not finite."""
+"""Detectron2's trainers; a NaN or infinite loss in one process stops all of them."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -19,12 +19,12 @@ _ADVICE = "a lower optimizer.lr, or train.amp.precision=bfloat16, may help"
 def build_trainer(
     cfg: DictConfig, model: nn.Module, loader: Iterable, optimizer: Optimizer
 ) -> SimpleTrainer:
-    """The trainer that ``train.amp`` asks for.
+    """Build the AMP or float32 trainer, as ``train.amp`` says.
 
-    It raises FloatingPointError in every process, before the weights are touched, when a loss or
-    what the RPN proposes is NaN or infinite in any of them.
+    If a loss or an RPN output is NaN or infinite in any process, it raises FloatingPointError in
+    every process, before the optimizer step.
     """
-    # Detectron2 logs the traceback of all that stops a training; this is told in a line.
+    # Detectron2 logs a traceback for every error; the message of this one is enough.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_loss)
     if not cfg.train.amp.enabled:
         trainer: SimpleTrainer = _Trainer(model, loader, optimizer)
@@ -41,12 +41,12 @@ class _Finite:
     def _write_metrics(
         self, loss_dict: Mapping[str, Tensor], data_time: float, *args: Any, **kwargs: Any
     ) -> None:
-        # Between backward and step; Detectron2 would stop the main process alone.
+        # Called between backward and step. Detectron2's own check stops the main process only.
         stop_if_not_finite(loss_dict, self.iter + 1, self.optimizer, _ADVICE)
         super()._write_metrics(loss_dict, data_time, *args, **kwargs)
 
     def look_at_proposals(self, head: nn.Module, inputs: Any, outputs: tuple) -> None:
-        """Detectron2's RPN raises here in one process, while the others wait for it in a SyncBN."""
+        """Check the RPN: its own check raises in one process, the others hang in a SyncBN."""
         if not head.training:
             return
         logits, deltas = (

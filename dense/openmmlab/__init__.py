@@ -1,4 +1,4 @@
-"""What all OpenMMLab packages share: registered backbones, the runner, checkpoints, configs.
+"""Code shared by all OpenMMLab packages: backbone registration, runner, checkpoints, configs.
 
-It needs mmengine and no other framework, but for :mod:`.mmdetection`, the predictor of MMDetection.
+It needs mmengine only; :mod:`.mmdetection`, MMDetection's predictor, needs MMDetection too.
 """

@@ -1,4 +1,4 @@
-"""The dense backbone by OpenMMLab's conventions, in MMEngine's registry."""
+"""The dense backbone with OpenMMLab's conventions, registered in MMEngine."""
 
 from functools import partial
 from typing import Any
@@ -14,18 +14,20 @@ _INIT_CFG_KEYS = {"type", "checkpoint", "prefix", "map_location"}
 
 
 class OpenMMLabBackbone(DenseBackbone):
-    """:class:`dense.backbone.DenseBackbone`, initialised as OpenMMLab's backbones are too.
+    """:class:`dense.backbone.DenseBackbone` that also takes OpenMMLab's initialisation arguments.
+
+    >>> backbone = MODELS.build(dict(type="dw_conv_nano", out_indices=(1, 2, 3)))
 
     Args:
         name: one of ``backbones.MODEL_NAMES``; in a config it is the ``type``.
-        init: a file, URL or tag of released weights, read by ``init_weights()``.
-        init_cfg: ``dict(type="Pretrained", checkpoint=...)`` means ``init=...``; a prefix is found
-            without being named.
-        pretrained: what ``model.pretrained`` of MMSegmentation hands down; means ``init`` too.
-        **kwargs: the dense backbone's others.
+        init: a file, URL or tag of released weights, loaded by ``init_weights()``.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)``, the same as ``init=...``; its
+            ``prefix`` is ignored, since prefixes are detected.
+        pretrained: the same as ``init``; MMSegmentation passes ``model.pretrained`` here.
+        **kwargs: other arguments of ``DenseBackbone``.
 
     Raises:
-        ValueError: two different sources of weights, or an ``init_cfg`` of another kind.
+        ValueError: two different sources of weights, or an ``init_cfg`` of another type.
     """
 
     def __init__(
@@ -43,17 +45,17 @@ class OpenMMLabBackbone(DenseBackbone):
         super().__init__(name, init=next(iter(sources), None), **kwargs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``(B, 3, H, W)`` to one ``(B, C, ceil(H/stride), ceil(W/stride))`` a chosen stage.
+        """``(B, 3, H, W)`` to a ``(B, C, ceil(H/stride), ceil(W/stride))`` per selected stage.
 
-        The maps are contiguous: mmcv's compiled operators, RoIAlign among them, read any tensor as
-        if it were (open-mmlab/mmcv#2203), and the layers of necks keep the layout they are given.
+        The maps are contiguous: mmcv's compiled operators such as RoIAlign ignore strides
+        (open-mmlab/mmcv#2203), and necks pass on the memory format of their input.
         """
-        # Not contiguous(), which keeps channels-last strides where a map has a single position.
+        # Not contiguous(): it keeps channels-last strides if a map has a single position.
         return tuple(m.clone(memory_format=torch.contiguous_format) for m in super().forward(x))
 
 
 def register() -> None:
-    """Register all names in MMEngine's root registry, where every OpenMMLab package looks."""
+    """Register all backbones in MMEngine's root registry, which all OpenMMLab packages search."""
     for name in backbones.MODEL_NAMES:
         MODELS.register_module(name=name, module=partial(OpenMMLabBackbone, name))
 
@@ -68,7 +70,7 @@ def _pretrained_checkpoint(init_cfg: dict | None) -> str | None:
         or not set(init_cfg) <= _INIT_CFG_KEYS
     ):
         raise ValueError(
-            f"init_cfg={init_cfg!r}: dict(type='Pretrained', checkpoint=...) is valid; without "
-            "weights the pyramid initialises itself"
+            f"init_cfg={init_cfg!r}: dict(type='Pretrained', checkpoint=...) is valid; leave "
+            "init_cfg out to start from random weights"
         )
     return init_cfg["checkpoint"]

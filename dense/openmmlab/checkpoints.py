@@ -1,4 +1,4 @@
-"""MMEngine's checkpoints: read without running what is in them, and the newest whole one found."""
+"""MMEngine's checkpoints: safe reading, full-match loading, the newest intact one."""
 
 import re
 import zipfile
@@ -21,20 +21,20 @@ _STATISTICS = ("min", "max", "mean", "current")
 
 @contextmanager
 def safe_reading() -> Iterator[None]:
-    """Let ``torch.load(weights_only=True)`` read the log buffers beside MMEngine's weights.
+    """Let ``torch.load(weights_only=True)`` read the log buffers in MMEngine's checkpoints.
 
-    Those pickle their own methods by ``getattr``, which stays forbidden for anything else: with the
-    real one a file could reach any function. Outside of the context nothing is allowed.
+    Log buffers pickle references to their methods as ``getattr`` calls. A restricted ``getattr``
+    resolves these only: the builtin would let a file reach any function.
     """
     with torch.serialization.safe_globals(_allowed()):
         yield
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint of MMEngine, on the CPU.
+    """Read an MMEngine checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: no such file, or a truncated one, or more in it than weights and logs.
+        CheckpointError: the file is missing, truncated, or holds more than weights and logs.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -45,10 +45,10 @@ def read(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def refusing(source: str | Path) -> Iterator[None]:
-    """Turn what goes wrong with a whole model's checkpoint into one line that names the file.
+    """Convert any exception of reading or loading a full checkpoint to a CheckpointError.
 
     Raises:
-        CheckpointError: instead of anything that reading or loading raises.
+        CheckpointError: one line that names ``source`` and the original reason.
     """
     try:
         yield
@@ -63,13 +63,13 @@ def refusing(source: str | Path) -> Iterator[None]:
 
 
 def metainfo(content: dict, dataset: dict, datasets: Registry, needed: Sequence[str]) -> dict:
-    """What a checkpoint says of its data set, or the config's data set where it lacks something.
+    """The data set's metainfo from a checkpoint, or from the config if a needed key is missing.
 
     Args:
-        content: of the checkpoint; before MMEngine, OpenMMLab wrote the keys in capitals.
-        dataset: the config's.
-        datasets: where its type is registered.
-        needed: keys such as ``"classes"``.
+        content: the checkpoint; files older than MMEngine have upper-case keys.
+        dataset: the data set's config.
+        datasets: the registry that holds the data set's type.
+        needed: required keys, such as ``"classes"``.
     """
     meta = content.get("meta", {})
     meta = {key.lower(): value for key, value in meta.get("dataset_meta", meta).items()}
@@ -81,23 +81,18 @@ def metainfo(content: dict, dataset: dict, datasets: Registry, needed: Sequence[
 def load_whole(
     model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path
 ) -> LoadReport:
-    """Load a whole detector or segmentor, the released files of older OpenMMLab versions too.
-
-    Returns:
-        What matched; it is logged.
+    """Load the weights of a full detector or segmentor, and log and return the report.
 
     Raises:
-        CheckpointError: anything but a full match.
+        CheckpointError: a key is missing, unexpected or of another shape.
     """
     with refusing(source):
         result = model.load_state_dict(state_dict, strict=False)
-    counters = "num_batches_tracked"
-    missing = [name for name in result.missing_keys if not name.endswith(counters)]
     absent = set(result.missing_keys)
     report = LoadReport(
         source=str(source),
         matched=tuple(name for name in model.state_dict() if name not in absent),
-        missing=tuple(missing),
+        missing=tuple(k for k in result.missing_keys if not k.endswith("num_batches_tracked")),
         unexpected=tuple(result.unexpected_keys),
         resized=(),
     )
@@ -108,13 +103,15 @@ def load_whole(
 
 
 def newest_whole(work_dir: str | Path) -> tuple[Path | None, list[Path]]:
-    """The last checkpoint of a work folder to which writing was finished.
+    """The newest intact checkpoint in a work folder.
+
+    >>> path, damaged = newest_whole("work_dirs/mine")
 
     Args:
-        work_dir: where ``iter_<n>.pth`` or ``epoch_<n>.pth`` lie; it need not exist.
+        work_dir: folder with ``iter_<n>.pth`` or ``epoch_<n>.pth``; it need not exist.
 
     Returns:
-        The checkpoint, None if there is none, and the newer ones that are damaged, newest first.
+        The checkpoint (None if there is none) and the newer damaged ones, newest first.
     """
     numbered = []
     for path in Path(work_dir).glob("*.pth"):
@@ -129,7 +126,7 @@ def newest_whole(work_dir: str | Path) -> tuple[Path | None, list[Path]]:
 
 
 def _is_whole(path: Path) -> bool:
-    # PyTorch's files are zip archives, with a checksum of every tensor.
+    # PyTorch's files are zip archives with a checksum per tensor.
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -151,7 +148,7 @@ def _allowed() -> list:
 
 
 def _statistic(owner: object, name: str) -> Any:
-    """A ``getattr`` that knows the log buffer's statistics and nothing else."""
+    """A ``getattr`` restricted to the statistics of a log buffer."""
     if owner is not HistoryBuffer or name not in _STATISTICS:
-        raise CheckpointError(f"it asks for {name!r} of {owner!r}, which no log buffer needs")
+        raise CheckpointError(f"it refers to {name!r} of {owner!r}, which is not allowed")
     return getattr(owner, name)

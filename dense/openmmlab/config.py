@@ -1,4 +1,4 @@
-"""Configs as the command lines over mmengine's Runner take them."""
+"""Config handling shared by the command-line tools on mmengine's Runner."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,20 @@ from dense.openmmlab.runner import DenseRunner
 
 
 class ConfigError(ValueError):
-    """Something a config or a command line names is missing or wrong."""
+    """A config or a command line names something that is missing or invalid."""
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a config.
+    """Read an mmengine config.
+
+    >>> cfg = load_config("configs/pretraining/swin_nano.py", {"train_cfg.max_epochs": 5})
 
     Args:
         path: the ``.py`` file.
-        overrides: what ``--cfg-options`` gave, such as ``{"model.backbone.init": None}``.
+        overrides: the values of ``--cfg-options``, by dotted key.
 
     Raises:
-        ConfigError: no such file, or it cannot be read as a config.
+        ConfigError: the file does not exist or is not a valid config.
     """
     if not Path(path).is_file():
         raise ConfigError(f"no config file at {path}")
@@ -39,28 +41,28 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 
 def use_amp(cfg: Config, dtype: str | None = None) -> None:
-    """Train in mixed precision, with dynamic loss scaling in float16.
+    """Enable mixed precision; the loss is scaled dynamically unless the type is bfloat16.
 
     Args:
         cfg: changed in place.
-        dtype: ``"bfloat16"``, ``"float16"``, or None for what autocast takes by itself.
+        dtype: ``"bfloat16"``, ``"float16"``, or None for autocast's default.
 
     Raises:
-        ConfigError: the config's optimizer wrapper is none that has an AMP twin.
+        ConfigError: the config's optimizer wrapper has no AMP counterpart.
     """
     kind = cfg.optim_wrapper.type
     if kind not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise ConfigError(f"--amp: optim_wrapper.type={kind!r} has no AMP form, OptimWrapper has")
+        raise ConfigError(f"--amp needs optim_wrapper.type='OptimWrapper', not {kind!r}")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
     if dtype is not None:
         cfg.optim_wrapper.setdefault("dtype", dtype)
-    # bfloat16 has float32's range: nothing is to be scaled.
+    # bfloat16 has float32's exponent range and needs no scaling.
     scaled = cfg.optim_wrapper.get("dtype") != "bfloat16"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic" if scaled else 1.0)
 
 
 def best_half() -> str:
-    """The half precision of this device: bfloat16 where it has that."""
+    """``"bfloat16"`` if the GPU supports it, else ``"float16"``."""
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return "bfloat16" if bfloat16 else "float16"
 
@@ -69,7 +71,7 @@ def build_runner(cfg: Config) -> Runner:
     """Build a :class:`.runner.DenseRunner` from a config, ignoring its ``runner_type``.
 
     Raises:
-        ConfigError: the model cannot be built as the config describes it.
+        ConfigError: the config describes a model or a run that cannot be built.
     """
     try:
         return DenseRunner.from_cfg(cfg)

@@ -1,4 +1,4 @@
-"""Hooks of every training here."""
+"""Hooks of the training recipes."""
 
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
@@ -11,13 +11,15 @@ _ADVICE = "a lower learning rate, or AMP in bfloat16 (optim_wrapper.dtype=bfloat
 
 @HOOKS.register_module()
 class StopOnNonFiniteLoss(Hook):
-    """Stop all processes together when a loss is NaN or infinite, and say which and when.
+    """Stop every process when a loss is NaN or infinite in any of them.
+
+    >>> custom_hooks = [dict(type="StopOnNonFiniteLoss")]
 
     Raises:
-        FloatingPointError: in every process, whichever of them saw it.
+        FloatingPointError: in every process; the message has the iteration and the losses.
     """
 
-    # Before a checkpoint of the damaged weights is written.
+    # Must run before CheckpointHook writes the damaged weights.
     priority = "VERY_HIGH"
 
     def after_train_iter(
@@ -27,7 +29,7 @@ class StopOnNonFiniteLoss(Hook):
         data_batch: dict | tuple | list | None = None,
         outputs: dict | None = None,
     ) -> None:
-        """Look at the losses of one iteration."""
+        """Check the losses of one iteration."""
         losses = {name: value for name, value in (outputs or {}).items() if "loss" in name}
         if losses:
             optimizer = runner.optim_wrapper.optimizer
@@ -36,14 +38,14 @@ class StopOnNonFiniteLoss(Hook):
 
 @HOOKS.register_module()
 class AveragedWeights(EMAHook):
-    """MMEngine's average of the weights, in checkpoints that say which weights are which.
+    """MMEngine's EMAHook; checkpoints also record which state dict is the average.
 
-    ``meta["weights"]`` of a checkpoint tells ``state_dict``, the average, from ``ema_state_dict``,
-    which despite its name are the weights as trained.
+    ``meta["weights"]`` describes both: ``state_dict`` holds the averaged weights, and
+    ``ema_state_dict``, despite its name, the trained ones.
     """
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Swap the two, as MMEngine does, and say so."""
+        """Swap the two state dicts as MMEngine does, and describe them in ``meta``."""
         super().before_save_checkpoint(runner, checkpoint)
         checkpoint["meta"]["weights"] = {
             "state_dict": f"averaged, decay {1 - self.ema_cfg['momentum']:g}",

@@ -1,4 +1,4 @@
-"""The reports of this package in the log of whatever MMEngine run is going on."""
+"""Forwards log records of this project to the logger of the current MMEngine run."""
 
 import logging
 
@@ -11,7 +11,7 @@ class _ToCurrentRun(logging.Handler):
 
 
 def forward_logs() -> None:
-    """Send what ``backbones`` and ``dense`` log, load reports among it, to MMEngine's logger."""
+    """Send the records of ``backbones`` and ``dense`` (load reports, say) to MMEngine's logger."""
     for name in ("backbones", "dense"):
         logger = logging.getLogger(name)
         if not any(isinstance(handler, _ToCurrentRun) for handler in logger.handlers):

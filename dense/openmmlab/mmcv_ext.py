@@ -1,13 +1,12 @@
-"""A stand-in for ``mmcv._ext``, mmcv's compiled operators, by torchvision and plain PyTorch.
+"""Stand-in for ``mmcv._ext``, mmcv's compiled operators, built on torchvision and PyTorch.
 
-mmcv has no wheel for current PyTorch, and MMSegmentation and MMDetection import its compiled module
-whether or not they call it. Over ``mmcv-lite``, which is mmcv without that module, this file takes
-its place: :mod:`dense.openmmlab.mmcv_lite` puts it there. It imports nothing of this package.
+mmcv has no wheel for current PyTorch, but MMSegmentation and MMDetection always import its compiled
+module. :mod:`dense.openmmlab.mmcv_lite` adds this file to ``mmcv-lite``, which lacks that module;
+it must therefore import nothing of this package.
 
-It computes what Mask R-CNN, Cascade Mask R-CNN, RetinaNet, UPerNet and Mask2Former call, on every
-device that torchvision has. Any other operator raises :class:`NotImplementedError` when it is
-called. The functions have the names, arguments and in-place results of mmcv 2.1's; unlike mmcv's,
-they read tensors of any memory layout.
+It has the operators of Mask R-CNN, Cascade Mask R-CNN, RetinaNet, UPerNet and Mask2Former, on every
+device that torchvision supports; any other operator raises :class:`NotImplementedError` when
+called. Names, arguments and in-place results are those of mmcv 2.1, but strided tensors work too.
 """
 
 from collections.abc import Callable
@@ -21,13 +20,13 @@ _VERSION = "2.1.0"
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes that are kept, by descending score.
+    """Non-maximum suppression: indices of the kept boxes, by descending score.
 
     Args:
         boxes: ``(N, 4)``, as left, top, right, bottom, in pixels.
         scores: ``(N,)``.
-        iou_threshold: of two boxes that overlap by more, the one of the lower score goes.
-        offset: 1 where right and bottom are the last pixel inside, else 0.
+        iou_threshold: a box is dropped if its IoU with a better one is larger.
+        offset: 1 if right and bottom are inclusive pixel indices, else 0.
     """
     boxes, scores = _widened(boxes), _widened(scores)
     boxes = boxes + boxes.new_tensor([0, 0, offset, offset]) if offset else boxes
@@ -47,12 +46,12 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fill ``output``, ``(K, C, aligned_height, aligned_width)``, with the features of ``rois``.
+    """Write RoIAlign's result to ``output``, ``(K, C, aligned_height, aligned_width)``.
 
     Args:
         input: ``(B, C, H, W)``.
-        rois: ``(K, 5)``: index of the image, left, top, right, bottom, in pixels of the image.
-        pool_mode: 1, the mean; 0, the maximum, raises.
+        rois: ``(K, 5)``: batch index, then left, top, right, bottom in pixels of the image.
+        pool_mode: 1, average pooling; 0, max pooling, raises NotImplementedError.
     """
     _refuse_maximum(pool_mode)
     size = aligned_height, aligned_width
@@ -76,7 +75,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Fill ``grad_input``, ``(B, C, H, W)``, from ``(K, C, aligned_height, aligned_width)``."""
+    """Write RoIAlign's input gradient to ``grad_input``, ``(B, C, H, W)``."""
     _refuse_maximum(pool_mode)
     size = aligned_height, aligned_width
     grad_output = _widened(grad_output)
@@ -95,12 +94,12 @@ def roi_align_backward(
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Fill ``output``, ``(N, classes)``, with RetinaNet's loss (arXiv 1708.02002, equation 5).
+    """Write the focal loss (arXiv 1708.02002, equation 5) to ``output``, ``(N, classes)``.
 
     Args:
         input: ``(N, classes)`` logits.
-        target: ``(N,)`` class indices; ``classes`` itself is the background.
-        weight: ``(classes,)``, a factor for each target's row; empty for none.
+        target: ``(N,)`` class indices; the index ``classes`` is the background.
+        weight: ``(classes,)``, a factor per target class; empty for none.
     """
     p = input.sigmoid()
     of_positive = -alpha * (1 - p) ** gamma * F.logsigmoid(input)
@@ -111,7 +110,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Fill ``grad_input``, ``(N, classes)``, with the gradient of the loss's sum."""
+    """Write the gradient of the summed focal loss to ``grad_input``, ``(N, classes)``."""
     p = input.sigmoid()
     of_positive = -alpha * (1 - p) ** gamma * (1 - p - gamma * p * F.logsigmoid(input))
     of_negative = (1 - alpha) * p**gamma * (p - gamma * (1 - p) * F.logsigmoid(-input))
@@ -126,12 +125,12 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """``(B, queries, heads * D)``: what Deformable DETR samples (arXiv 2010.04159, equation 3).
+    """Multi-scale deformable attention (arXiv 2010.04159, equation 3): ``(B, queries, heads * D)``.
 
     Args:
-        value: ``(B, keys, heads, D)``, the levels one behind another.
+        value: ``(B, keys, heads, D)``, levels concatenated along ``keys``.
         value_spatial_shapes: ``(levels, 2)``, rows and columns.
-        value_level_start_index, im2col_step: not needed here.
+        value_level_start_index, im2col_step: ignored.
         sampling_locations: ``(B, queries, heads, levels, points, 2)``, x and y from 0 to 1.
         attention_weights: ``(B, queries, heads, levels, points)``.
     """
@@ -150,7 +149,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Fill the last three tensors with the gradients of the three inputs."""
+    """Write the gradients of the three inputs to the three ``grad_*`` outputs."""
     inputs = value, sampling_locations, attention_weights
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -163,17 +162,17 @@ def ms_deform_attn_backward(
 
 
 def get_compiler_version() -> str:
-    """For reports of an environment."""
+    """Text for mmcv's environment report."""
     return "none: torchvision's operators stand in"
 
 
 def get_compiling_cuda_version() -> str:
-    """For reports of an environment."""
+    """Text for mmcv's environment report."""
     return f"torchvision's, of CUDA {torch.version.cuda}" if torch.version.cuda else "none"
 
 
 def __getattr__(name: str) -> Callable:
-    """Every other operator, since mmcv looks all of them up when it is imported."""
+    """Any other operator: importing mmcv looks all of them up, only calling one raises."""
     if name.startswith("__"):
         raise AttributeError(name)
 
@@ -193,7 +192,7 @@ def _absent(operator: str) -> str:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """In float32 at least: torchvision has no kernels for bfloat16."""
+    """Promote to float32 at least: torchvision has no bfloat16 kernels."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -205,12 +204,12 @@ def _refuse_maximum(pool_mode: int) -> None:
 def _by_target(positive: Tensor, negative: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     classes = torch.arange(positive.shape[1], device=positive.device)
     chosen = torch.where(target[:, None] == classes, positive, negative)
-    # The background has no weight of its own.
+    # The background has weight 1.
     return chosen * F.pad(weight, (0, 1), value=1.0)[target, None] if len(weight) else chosen
 
 
 def _deform_attn(value_spatial_shapes: Tensor) -> Callable:
-    # Not above: mmcv.ops imports this module.
+    # Imported late: mmcv.ops imports this module.
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
     shapes = value_spatial_shapes.tolist()

@@ -1,12 +1,12 @@
-"""mmcv without a compiler: ``mmcv-lite``, with :mod:`.mmcv_ext` for the module it lacks.
+"""Provides :mod:`.mmcv_ext` as ``mmcv._ext``, the compiled module that ``mmcv-lite`` lacks.
 
-``import dense.segmentation`` suffices, before anything imports ``mmcv.ops``. Programs that import
-MMDetection or MMSegmentation first, their own tools among them, find it once it lies in mmcv's
-folder, where this puts it::
+``import dense.segmentation`` is enough if it comes before any import of ``mmcv.ops``. For programs
+that import MMDetection or MMSegmentation first, such as their own tools, copy the module into
+mmcv's folder once::
 
     python -m dense.openmmlab.mmcv_lite
 
-A compiled mmcv is never replaced: Python prefers a compiled module to a file beside it.
+A compiled mmcv is never replaced: Python prefers a compiled module to a source file.
 """
 
 import importlib.util
@@ -23,29 +23,29 @@ STAND_IN = Path(__file__).with_name("mmcv_ext.py")
 
 
 class _StandIn(MetaPathFinder):
-    """Finds ``mmcv._ext`` where no other finder does."""
+    """Import finder for ``mmcv._ext``."""
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        """The stand-in's spec for that one name."""
+        """The spec of the stand-in, None for any other name."""
         if name == "mmcv._ext":
             return importlib.util.spec_from_file_location(name, STAND_IN)
         return None
 
 
 def offer() -> None:
-    """From now on, let ``import mmcv._ext`` find the stand-in where there is no such module."""
+    """Make ``import mmcv._ext`` find the stand-in if mmcv has no such module."""
     if not any(isinstance(finder, _StandIn) for finder in sys.meta_path):
-        sys.meta_path.append(_StandIn())  # behind the finders of files
+        sys.meta_path.append(_StandIn())  # last, so that a real mmcv._ext is found first
 
 
 def install() -> str:
     """Copy the stand-in into the folder of the installed mmcv-lite.
 
     Returns:
-        One line that says what was done.
+        One line that describes the result.
 
     Raises:
-        ImportError: there is no mmcv of either kind.
+        ImportError: neither mmcv nor mmcv-lite is installed.
     """
     require("mmcv", "segmentation")
     folder = Path(importlib.util.find_spec("mmcv").origin).parent
@@ -58,7 +58,7 @@ def install() -> str:
 
 
 def _let_pip_remove(target: Path) -> None:
-    """Names the file in mmcv-lite's own list, so that uninstalling leaves nothing behind."""
+    """Add the file to mmcv-lite's RECORD, so that pip uninstalls it too."""
     try:
         record = Path(metadata.distribution("mmcv-lite").locate_file("")) / next(
             path for path in metadata.files("mmcv-lite") or () if path.name == "RECORD"
@@ -68,7 +68,7 @@ def _let_pip_remove(target: Path) -> None:
     lines = record.read_text().splitlines()
     own = f"{target.parent.name}/{target.name},,"
     if own not in lines:
-        # A new file in its place: package managers link the installed one to their cache.
+        # Written to a new file: the installed one may be a hard link into a package cache.
         temporary = record.with_suffix(".new")
         temporary.write_text("\n".join([*lines, own, ""]))
         temporary.replace(record)

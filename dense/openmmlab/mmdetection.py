@@ -1,7 +1,7 @@
-"""A detector trained in MMDetection as a function of one image.
+"""Predictor for detectors trained in MMDetection.
 
-Training in MMDetection does without it: ``custom_imports = dict(imports=["dense.segmentation"])``
-registers the backbones and needs mmengine alone.
+Training does not need this module: ``custom_imports = dict(imports=["dense.segmentation"])``
+registers the backbones and needs mmengine only.
 """
 
 from collections.abc import Callable
@@ -26,16 +26,19 @@ from mmdet.registry import DATASETS  # noqa: E402
 def load_predictor(
     config_file: str, checkpoint: str, device: str = "cpu"
 ) -> Callable[[np.ndarray], dict]:
-    """A trained detector, ready to look at images.
+    """Load a trained MMDetection detector as a function of one image.
+
+    >>> predict = load_predictor("work_dirs/mine/mine.py", "work_dirs/mine/epoch_36.pth")
+    >>> predict(image)["boxes"]  # image: (H, W, 3), uint8, RGB
 
     Args:
         config_file: the MMDetection config it was trained with.
-        checkpoint: a ``.pth`` of MMDetection, the authors' released Cascade Mask R-CNN files too.
-        device: where it runs.
+        checkpoint: MMDetection's ``.pth``, or an authors' released Cascade Mask R-CNN.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
     Returns:
-        A function as :func:`dense.detection.load_predictor` returns it, with the ``report`` of what
-        the checkpoint filled.
+        A function like the one of :func:`dense.detection.load_predictor`; its attribute ``report``
+        is the load report.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or does not fit.
@@ -44,13 +47,14 @@ def load_predictor(
     content = checkpoints.read(checkpoint)
     with checkpoints.refusing(checkpoint):
         weights = content["state_dict"]
-    # Its pretraining file is not needed to look at images.
+    # Prediction must not require the pretraining file.
     cfg.model.backbone.pop("init", None)
     model = revert_sync_batchnorm(init_detector(cfg, device="cpu"))
     report = checkpoints.load_whole(model, weights, checkpoint)
     dataset = cfg.test_dataloader.dataset
     names = list(checkpoints.metainfo(content, dataset, DATASETS, ("classes",))["classes"])
-    count = int(model.bbox_head.num_classes if hasattr(model, "bbox_head") else _classes_of(model))
+    head = model.bbox_head if hasattr(model, "bbox_head") else model.roi_head.bbox_head
+    count = int((head[-1] if isinstance(head, torch.nn.ModuleList) else head).num_classes)
     if len(names) != count:
         raise CheckpointError(f"{checkpoint} names {len(names)} classes, the model has {count}")
     fuse(model.to(device), inplace=True)
@@ -58,7 +62,7 @@ def load_predictor(
     @torch.inference_mode()
     def predict(image: np.ndarray) -> dict:
         check_rgb(image)
-        # MMDetection reads files as BGR and turns them in its data preprocessor.
+        # MMDetection expects BGR input, which its data preprocessor converts to RGB.
         result = inference_detector(model, np.ascontiguousarray(image[..., ::-1]))
         found = result.pred_instances.cpu()
         found = found[found.scores.argsort(descending=True)]
@@ -72,8 +76,3 @@ def load_predictor(
 
     predict.report = report
     return predict
-
-
-def _classes_of(model: torch.nn.Module) -> int:
-    head = model.roi_head.bbox_head
-    return (head[-1] if isinstance(head, torch.nn.ModuleList) else head).num_classes

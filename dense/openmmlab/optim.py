@@ -8,7 +8,7 @@ from torch import nn
 
 from dense.optim import lr_scales, merged, no_weight_decay
 
-# What DefaultOptimWrapperConstructor reads; it overlooks anything else in silence.
+# The keys of DefaultOptimWrapperConstructor, which silently ignores unknown ones.
 _MMENGINE = (
     "custom_keys",
     "bias_lr_mult",
@@ -23,7 +23,7 @@ _MMENGINE = (
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class DenseOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """No weight decay where :func:`dense.optim.no_weight_decay` says so; layer-wise rates::
+    """Optimizer constructor with :mod:`dense.optim`'s weight decay and layer-wise rates::
 
         optim_wrapper = dict(
             constructor="DenseOptimWrapperConstructor",
@@ -32,14 +32,14 @@ class DenseOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
 
     Args:
-        optim_wrapper_cfg: as MMEngine's.
-        paramwise_cfg: ``no_decay_bias`` (False; True for ImageNet pretraining), ``layer_decay``
-            (1.0, no decay) and all of MMEngine's: layer-wise factors multiply the learning rates
-            that those give, and a ``decay_mult`` under ``custom_keys`` outweighs the rule.
+        optim_wrapper_cfg: as in MMEngine.
+        paramwise_cfg: ``no_decay_bias`` (default False; True for ImageNet pretraining),
+            ``layer_decay`` (default 1.0, none) and MMEngine's keys. Layer-wise factors multiply
+            the rates of MMEngine's keys; a ``decay_mult`` in ``custom_keys`` takes precedence.
 
     Raises:
-        ValueError: an unknown key in ``paramwise_cfg``; a ``layer_decay`` without a learning rate,
-            out of range, or for a model without layers (when called).
+        ValueError: an unknown key in ``paramwise_cfg``, ``layer_decay`` without a learning rate;
+            when called, ``layer_decay`` out of range or no ``group_matcher`` in the model.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
@@ -49,13 +49,13 @@ class DenseOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if unknown := sorted(set(options) - set(_MMENGINE)):
             valid = ", ".join(("no_decay_bias", "layer_decay", *_MMENGINE))
             raise ValueError(f"paramwise_cfg has {', '.join(unknown)}: {valid} are valid")
-        # MMEngine asks for no groups if there are no options; this one changes nothing.
+        # MMEngine builds no groups without options; this one has no effect.
         super().__init__(optim_wrapper_cfg, {"bypass_duplicate": False, **options})
         if self.layer_decay != 1 and self.base_lr is None:
             raise ValueError(f"layer_decay={self.layer_decay!r} needs optimizer.lr")
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", **kwargs) -> None:
-        """As MMEngine's, with the rules applied once all parameters are there."""
+        """As in MMEngine; the call for the whole model then applies the rules."""
         super().add_params(params, module, prefix, **kwargs)
         if prefix:
             return

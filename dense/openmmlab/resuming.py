@@ -1,8 +1,8 @@
-"""Runs that go on bit for bit: their place in the data, and what they draw, follow from the seed.
+"""Bit-for-bit resuming for mmengine: data order and random draws follow from the run's seed.
 
-A sample's augmentation is seeded by its place in the run, an iteration's dropout and mixing by its
-number. So nothing but the iteration has to be remembered, the number of worker processes does not
-matter, and data that was trained on is skipped instead of read again.
+A sample's augmentation is seeded by its position in the run, an iteration's dropout and mixup by
+the iteration number. A checkpoint therefore stores the iteration only, results do not depend on
+the number of workers, and samples already trained on are skipped without being read.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from dense.seeding import ITERATION, SAMPLE, mixed, seed_all, seeded
 
 
 class Place(int):
-    """An index into a data set that knows the seed of its sample."""
+    """A data set index that carries the seed of its sample."""
 
     seed: int
 
@@ -36,20 +36,22 @@ class Place(int):
 
 @DATA_SAMPLERS.register_module()
 class ResumableSampler(Sampler):
-    """Shuffled indices, of one pass or without end, from any place on.
+    """Sampler that can start at any position of an epoch or of an infinite run.
 
-    Pass ``p`` over the data is the permutation of ``seed + p``; processes take turns in it, as
-    MMEngine's samplers have it.
+    >>> sampler = dict(type="ResumableSampler", infinite=True)  # of a train_dataloader
+
+    Epoch ``e`` is the permutation seeded by ``seed + e``; rank ``r`` takes every ``world_size``-th
+    index from ``r`` on, as in MMEngine's samplers.
 
     Args:
-        dataset: what is sampled.
-        shuffle: False keeps the order of the data set.
-        seed: None agrees on a random one among all processes.
-        infinite: without end, for iteration-based training; else one pass after ``set_epoch``,
-            filled up so that all processes have as many.
+        dataset: the data set to sample from.
+        shuffle: False keeps the data set's order.
+        seed: None draws a random seed shared by all processes.
+        infinite: never stop, for iteration-based training. Otherwise yield the epoch given to
+            ``set_epoch``, padded to the same length in all processes.
 
     Attributes:
-        start: samples of this process to leave out in the next iteration over the sampler.
+        start: number of this process's samples to skip in the next ``iter()``.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class ResumableSampler(Sampler):
         return self.size if self.infinite else -(-self.size // self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """The pass that the next iteration is."""
+        """Select the epoch of the next ``iter()``."""
         self.epoch = epoch
 
     def _order(self, turn: int) -> list[int]:
@@ -94,9 +96,9 @@ class ResumableSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """A data set whose samples are drawn with the seed of their place, whoever draws them.
+    """Wraps a data set: a sample at a :class:`Place` is drawn with the place's seed.
 
-    The generators of the process are left as they were.
+    The state of the process's random generators is restored afterwards.
     """
 
     def __init__(self, dataset: Dataset):
@@ -112,7 +114,7 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        # What MMEngine asks of a data set, its metainfo above all; not while being unpickled.
+        # MMEngine reads metainfo and more; while unpickling, self.dataset is not set yet.
         if name == "dataset":
             raise AttributeError(name)
         return getattr(self.dataset, name)
@@ -120,27 +122,27 @@ class SeededDataset(Dataset):
 
 @HOOKS.register_module()
 class SeedEveryIteration(Hook):
-    """Seed all generators from the run's seed, the iteration and the rank."""
+    """Hook that seeds all random generators by run seed, iteration and rank."""
 
     priority = "VERY_HIGH"
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | tuple | list | None = None
     ) -> None:
-        """Before anything of the iteration is drawn."""
+        """Seed before the iteration draws anything."""
         number = runner.iter * runner.world_size + runner.rank
         seed_all(mixed(runner.seed, ITERATION, number))
 
 
 @LOOPS.register_module()
 class ResumableIterTrainLoop(IterBasedTrainLoop):
-    """MMEngine's loop over iterations; on resuming the sampler skips what was trained on.
+    """MMEngine's IterBasedTrainLoop; a resumed run skips trained samples without reading them.
 
-    Its data loader's sampler is a :class:`ResumableSampler`.
+    The data loader needs a :class:`ResumableSampler`.
     """
 
     def run(self) -> torch.nn.Module:
-        """Train from where the run stands."""
+        """Train from the current iteration on."""
         if self._iter > 0:
             sampler = self.dataloader.sampler
             sampler.seed = self.runner.seed
@@ -151,25 +153,27 @@ class ResumableIterTrainLoop(IterBasedTrainLoop):
 
 @LOOPS.register_module()
 class ResumableEpochTrainLoop(EpochBasedTrainLoop):
-    """MMEngine's loop over epochs; on resuming in the middle of one the sampler skips its start.
+    """MMEngine's EpochBasedTrainLoop that can also resume in the middle of an epoch.
 
-    Its data loader's sampler is a :class:`ResumableSampler`, or a stream's own.
+    That takes a :class:`ResumableSampler`; with any other sampler the epoch starts anew.
     """
 
     def run(self) -> torch.nn.Module:
-        """Train from where the run stands."""
-        # A checkpoint by iterations, written at the end of an epoch, calls that epoch unfinished.
+        """Train from the current iteration on."""
+        # An iteration-based checkpoint written at the end of an epoch does not count that epoch.
         self._epoch = max(self._epoch, self._iter // len(self.dataloader))
         return super().run()
 
     def run_epoch(self) -> None:
-        """One epoch, or what is left of it."""
+        """Run one epoch, or the rest of a resumed one."""
         sampler = self.dataloader.sampler
         done = self._iter - self._epoch * len(self.dataloader)
-        if not isinstance(sampler, ResumableSampler) or not 0 < done < len(self.dataloader):
-            self._use_the_runs_seed(sampler)
+        resumable = isinstance(sampler, ResumableSampler)
+        if resumable:
+            # Built before resuming restored the run's first seed.
+            sampler.seed = self.runner.seed
+        if not resumable or not 0 < done < len(self.dataloader):
             return super().run_epoch()
-        self._use_the_runs_seed(sampler)
         sampler.start = done * self.dataloader.batch_size
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
@@ -178,14 +182,9 @@ class ResumableEpochTrainLoop(EpochBasedTrainLoop):
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
 
-    def _use_the_runs_seed(self, sampler: Any) -> None:
-        # A resumed run has its first seed again, which the sampler was built without.
-        if isinstance(sampler, ResumableSampler):
-            sampler.seed = self.runner.seed
-
 
 class _Advanced(_InfiniteDataloaderIterator):
-    """Gives nothing for the batches that MMEngine's loop means to skip: the sampler has."""
+    """Returns None for the batches MMEngine's loop skips; the sampler has skipped them already."""
 
     def __init__(self, dataloader: Any, skipped: int):
         super().__init__(dataloader)

@@ -1,4 +1,4 @@
-"""MMEngine's runner where it falls short: on a CPU, on resuming, on reading and writing files."""
+"""MMEngine's Runner with CPU fallbacks, safe resuming and safe checkpoint files."""
 
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from dense.openmmlab.resuming import SeededDataset
 
 @RUNNERS.register_module()
 class DenseRunner(Runner):
-    """A runner that is at home on a CPU too and loses nothing to a kill.
+    """MMEngine's Runner with fallbacks for CPUs and checkpoints that survive a kill.
 
-    ``runner_type = "DenseRunner"`` in a config chooses it, for MMSegmentation's own tools as well.
-    Beyond MMEngine's: SyncBN, AMP and NCCL step back by themselves where there is no CUDA;
-    checkpoints are written whole or not at all, and read with ``weights_only``; ``resume`` finds
-    the newest one that is whole and then reads no ``init``; weights that do not fit are refused.
+    ``runner_type = "DenseRunner"`` in a config selects it, in MMSegmentation's and MMDetection's
+    own tools too. Without CUDA, SyncBN becomes BN, AMP float32 and NCCL gloo. Checkpoints are
+    written atomically and read with ``weights_only``; ``resume`` takes the newest intact one and
+    ignores ``init``; weights that do not fit raise CheckpointError.
     """
 
     def __init__(
@@ -48,43 +48,43 @@ class DenseRunner(Runner):
         for path in damaged:
             self.logger.warning(f"{path} is truncated or damaged and is not used")
         if search and found is None:
-            self.logger.warning(f"no checkpoint to resume in {work_dir}: training starts afresh")
+            self.logger.warning(f"no checkpoint to resume in {work_dir}: training from scratch")
         elif resume:
             self.logger.info(f"resuming from {load_from}")
             for module in self.model.modules():
                 if isinstance(module, DenseBackbone):
                     module.init = None
         if self.distributed and not torch.cuda.is_available():
-            self.logger.info(f"no CUDA here: {self.world_size} processes on the CPU over gloo")
+            self.logger.info(f"no CUDA: {self.world_size} processes on the CPU over gloo")
 
     def setup_env(self, env_cfg: dict) -> None:
-        """As MMEngine's, but processes without CUDA meet over gloo.
+        """As in MMEngine, with gloo instead of NCCL if there is no CUDA.
 
         Raises:
-            ValueError: a launcher that hands out GPUs where there is none.
+            ValueError: the launcher assigns GPUs and there are none.
         """
         if self.distributed and not torch.cuda.is_available():
             if self.launcher != "pytorch":
                 raise ValueError(
-                    f"launcher {self.launcher!r} gives every process a GPU and there is none: "
-                    "start CPU processes by torchrun and --launcher pytorch"
+                    f"launcher {self.launcher!r} needs a GPU per process and there is none: "
+                    "start CPU processes with torchrun and --launcher pytorch"
                 )
             if not torch.distributed.is_initialized():
                 torch.distributed.init_process_group("gloo")
         super().setup_env(env_cfg)
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
-        """As MMEngine's; an unknown backbone is named beside those there are.
+        """As in MMEngine, with SyncBN replaced by BN if there is no CUDA.
 
         Raises:
-            ValueError: the backbone's type is in no registry.
+            ValueError: the backbone's type is not registered; the message lists ours.
         """
         if isinstance(model, dict):
             _refuse_unknown_backbone(model.get("backbone"))
         return revert_sync_batchnorm(super().build_model(model))
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """As MMEngine's, but without GPU numbers where there is no GPU."""
+        """As in MMEngine, without ``device_ids`` if there is no CUDA."""
         if self.distributed and not torch.cuda.is_available():
             model_wrapper_cfg = {
                 "type": "MMDistributedDataParallel",
@@ -96,13 +96,13 @@ class DenseRunner(Runner):
         return super().wrap_model(model_wrapper_cfg, model)
 
     def build_optim_wrapper(self, optim_wrapper: OptimWrapper | dict) -> OptimWrapper:
-        """As MMEngine's; AMP steps back to float32 where there is no CUDA."""
+        """As in MMEngine, with float32 instead of AMP if there is no CUDA."""
         if (
             isinstance(optim_wrapper, dict)
             and optim_wrapper.get("type") == "AmpOptimWrapper"
             and not torch.cuda.is_available()
         ):
-            self.logger.warning("no CUDA here: AMP steps back to float32")
+            self.logger.warning("no CUDA: AMP falls back to float32")
             amp_only = ("loss_scale", "dtype", "use_fsdp")
             optim_wrapper = {k: v for k, v in optim_wrapper.items() if k not in amp_only}
             optim_wrapper["type"] = "OptimWrapper"
@@ -112,7 +112,7 @@ class DenseRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """As MMEngine's; what a :class:`.resuming.ResumableSampler` samples is seeded by place."""
+        """As in MMEngine; a data set under a ResumableSampler becomes a SeededDataset."""
         if isinstance(dataloader, dict):
             sampler = dataloader.get("sampler")
             if isinstance(sampler, dict) and sampler.get("type") == "ResumableSampler":
@@ -131,23 +131,24 @@ class DenseRunner(Runner):
         strict: bool = True,
         revise_keys: list = [(r"^module.", "")],  # noqa: B006
     ) -> dict:
-        """As MMEngine's, read with ``weights_only`` and refused if it does not fit.
+        """As in MMEngine, but read with ``weights_only``.
 
         Raises:
-            CheckpointError: the file cannot be read, or leaves part of the model random.
+            CheckpointError: the file cannot be read, does not fit, or has averaged weights and the
+                resumed run has no EMA hook.
         """
         with checkpoints.refusing(filename), checkpoints.safe_reading():
             content = super().load_checkpoint(filename, map_location, strict, revise_keys)
         averaging = any(isinstance(hook, EMAHook) for hook in self.hooks)
         if self._resume and "ema_state_dict" in content and not averaging:
             raise backbones.CheckpointError(
-                f"{filename} is of a run that averages its weights: --resume needs the same --ema"
+                f"{filename} is from a run with averaged weights: --resume needs the same --ema"
             )
         return content
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        """As MMEngine's; a local file is written atomically, see :func:`dense.files.write`."""
+        """As in MMEngine; local files are written atomically, see :func:`dense.files.write`."""
         save = super().save_checkpoint
         if "://" in str(out_dir):
             save(out_dir, filename, *args, **kwargs)

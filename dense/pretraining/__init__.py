@@ -1,6 +1,6 @@
 """ImageNet pretraining: timm's data and augmentation on mmengine's Runner.
 
-Importing this registers with mmengine what the configs in ``configs/pretraining`` name.
+Importing this module registers the types that ``configs/pretraining`` uses.
 """
 
 from dense import require

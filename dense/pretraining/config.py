@@ -1,9 +1,10 @@
-"""A pretraining config made ready to run: data, classes, batches, evaluation."""
+"""Prepares a pretraining config: data, classes, batches, evaluation."""
 
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
@@ -24,14 +25,16 @@ def set_data(
     val: str | None = None,
     num_classes: int | None = None,
 ) -> None:
-    """Point a config at images and say how many classes they have.
+    """Set the image folders and the number of classes of a config.
+
+    >>> set_data(cfg, "photos", num_classes=10)
 
     Args:
         cfg: changed in place.
         data_root: a folder with ``train`` and ``val`` in it.
-        train: the training images, if not in ``data_root``.
-        val: the validation images.
-        num_classes: of the data and of the network.
+        train: the training images; None takes ``data_root/train``.
+        val: the validation images; None takes ``data_root/val``.
+        num_classes: classes of the data sets and the network; None keeps the config's.
     """
     train = train or (str(Path(data_root, "train")) if data_root else None)
     val = val or (str(Path(data_root, "val")) if data_root else None)
@@ -47,19 +50,19 @@ def set_data(
 def plan_batches(
     cfg: Config, world_size: int, batch_size: int | None = None, accumulate: int | None = None
 ) -> str:
-    """Keep the recipe's total batch on any number of processes, by gradient accumulation.
+    """Keep the recipe's total batch size on any number of processes, by gradient accumulation.
 
-    Where it cannot be kept to the image, the learning rates, the last one too, are scaled linearly
-    with the total batch; the warm-up starts from a fraction of them.
+    If the total differs from the recipe's, the learning rate and the schedule's ``eta_min`` are
+    scaled linearly with it.
 
     Args:
         cfg: changed in place; ``total_batch_size`` is the recipe's.
-        world_size: processes.
-        batch_size: images a process takes at a time, if not the config's.
-        accumulate: batches to an optimizer step; None takes as many as the recipe's total needs.
+        world_size: number of processes.
+        batch_size: images per process and batch; None keeps the config's.
+        accumulate: batches per optimizer step; None takes the number closest to the recipe's total.
 
     Returns:
-        What was decided, in a line.
+        A line for the log that describes the result.
     """
     if batch_size:
         cfg.train_dataloader.batch_size = batch_size
@@ -81,32 +84,32 @@ def plan_batches(
 
 
 def world_size(launcher: str) -> int:
-    """Processes that the launcher has started."""
+    """Number of processes that the launcher started, 1 without a launcher."""
     variable = {"pytorch": "WORLD_SIZE", "slurm": "SLURM_NTASKS", "mpi": "OMPI_COMM_WORLD_SIZE"}
     return int(os.environ.get(variable.get(launcher, ""), 1))
 
 
 def use_ema(cfg: Config, decay: float) -> None:
-    """Average the weights; validation and checkpoints then have the averaged ones.
+    """Average the weights (EMA); validation and checkpoints use the averaged ones.
 
     Raises:
-        ConfigError: not between 0 and 1.
+        ConfigError: ``decay`` is not between 0 and 1.
     """
     if not 0 < decay < 1:
-        raise ConfigError(f"--ema {decay}: a decay between 0 and 1 is needed, 0.9999 say")
+        raise ConfigError(f"--ema {decay}: a decay between 0 and 1 is needed, such as 0.9999")
     cfg.custom_hooks.append(dict(type="AveragedWeights", momentum=1 - decay, update_buffers=True))
 
 
 def build(cfg: Config, training: bool = True, real_labels: str | None = None) -> Runner:
-    """Read the data, check it against the config, and build the runner.
+    """Build the data sets, check them against the config, and build the runner.
 
     Args:
-        cfg: the final config.
-        training: whether there will be checkpoints to write.
-        real_labels: ReaL's label file, or ``"timm"`` for the copy that timm brings.
+        cfg: the final config; changed in place.
+        training: False writes no checkpoints.
+        real_labels: ReaL's label file, or ``"timm"`` for timm's copy.
 
     Raises:
-        ConfigError: the data is missing or has other classes than the config says, or the model
+        ConfigError: the data is missing or its classes differ from the config's, or the model
             cannot be built.
     """
     train, val = (DATASETS.build(cfg[loader].dataset) for loader in LOADERS)
@@ -117,8 +120,8 @@ def build(cfg: Config, training: bool = True, real_labels: str | None = None) ->
             f"training has {len(ours)} classes, validation {len(theirs)}; only one of them has "
             f"{', '.join(odd)}"
         )
-    if cfg.get("sync_bn") and not _cuda():
-        print_log("no CUDA here: SyncBN steps back to BN", logger="current")
+    if cfg.get("sync_bn") and not torch.cuda.is_available():
+        print_log("no CUDA: SyncBN falls back to BN", logger="current")
         cfg.sync_bn = None
     cfg.model.classes = train.metainfo["classes"]
     if real_labels:
@@ -129,7 +132,7 @@ def build(cfg: Config, training: bool = True, real_labels: str | None = None) ->
     if not training:
         cfg.default_hooks.checkpoint = None
     runner = build_runner(cfg)
-    # The data sets as they are: a walk through a million files is not to be done twice.
+    # Reuse the data sets: listing a million files takes long.
     runner._train_dataloader = _loader(cfg.train_dataloader, train)
     runner._val_dataloader = _loader(cfg.val_dataloader, val)
     if real_labels:
@@ -139,10 +142,10 @@ def build(cfg: Config, training: bool = True, real_labels: str | None = None) ->
 
 
 def evaluate(runner: Runner, checkpoint: str) -> dict[str, float]:
-    """The metrics of a checkpoint, of whoever's names, on the validation images.
+    """Validate a checkpoint with any supported key layout and return the metrics.
 
     Raises:
-        CheckpointError: it cannot be read, or lacks the classifier.
+        CheckpointError: the checkpoint cannot be read, does not fit or lacks the classifier.
     """
     network = runner.model.module.network if runner.distributed else runner.model.network
     classes = runner.cfg.model.classes
@@ -159,12 +162,6 @@ def evaluate(runner: Runner, checkpoint: str) -> dict[str, float]:
 def _loader(cfg: dict[str, Any], dataset: Any) -> dict[str, Any] | DataLoader:
     if not isinstance(dataset, ImageStream):
         return dict(cfg, dataset=dataset)
-    # A stream has its own order, and cannot be copied, which mmengine does with what it builds.
-    not_torchs = ("dataset", "sampler", "collate_fn")
-    return DataLoader(dataset, **{k: v for k, v in cfg.items() if k not in not_torchs})
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    # mmengine deep-copies configs, which a stream does not survive; it needs no sampler either.
+    left_out = ("dataset", "sampler", "collate_fn")
+    return DataLoader(dataset, **{k: v for k, v in cfg.items() if k not in left_out})

@@ -1,4 +1,4 @@
-"""Images and their classes from folders, tar files, lists and WebDataset shards."""
+"""Classification data sets: folders, tar files, lists and WebDataset shards."""
 
 import logging
 from collections.abc import Iterator
@@ -9,9 +9,10 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.registry import DATASETS
 from PIL import Image
-from timm.data import create_transform
+from timm.data import ImageNetInfo, create_transform
 from timm.data.readers import create_reader
 from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -22,22 +23,22 @@ _logger = logging.getLogger(__name__)
 
 
 class TooManyUnreadable(RuntimeError):
-    """More images do not decode than is allowed."""
+    """More images than ``unreadable_share`` allows cannot be decoded."""
 
     def __str__(self) -> str:
-        # A loader's worker hands on its traceback, which ends with the reason.
+        # From a worker, the message is a traceback that ends with the reason.
         return super().__str__().strip().splitlines()[-1].rpartition("TooManyUnreadable: ")[2]
 
 
 class ListReader(Reader):
-    """Images named in a text file, one ``path<TAB>label`` a line, as Swin's 22K list has them.
+    """timm reader of a text file with lines ``path<TAB>label``, the format of Swin's 22K list.
 
     Args:
-        root: the folder that the paths are below.
-        list_file: the list; labels are class indices from 0.
+        root: folder that the paths are relative to.
+        list_file: path of the list; labels are class indices from 0.
 
     Raises:
-        ConfigError: no such file, or a line of it is not of that form.
+        ConfigError: the file does not exist, is empty, or has a malformed line.
     """
 
     def __init__(self, root: str, list_file: str):
@@ -70,37 +71,38 @@ class ListReader(Reader):
         return Path(name).name if basename else name
 
     def _names(self) -> dict[str, int]:
-        """Classes by the folder of their images where each has one of its own, else by number."""
-        folders: dict[int, str] = {}
-        for name, label in self.samples:
-            if folders.setdefault(label, Path(name).parent.name) != Path(name).parent.name:
-                return {str(label): label for label in range(max(folders) + 1)}
-        if len(set(folders.values())) < len(folders):
-            return {str(label): label for label in range(max(folders) + 1)}
-        # A class without images keeps its number: ImageNet-22K's list has such.
-        return {folders.get(label, str(label)): label for label in range(max(folders) + 1)}
+        """Class names: the images' folder if it is unique to each class, else the index."""
+        pairs = {(label, Path(name).parent.name) for name, label in self.samples}
+        folders = dict(pairs)
+        count = max(folders) + 1
+        if not len(pairs) == len(folders) == len(set(folders.values())):
+            folders = {}
+        # ImageNet-22K's list has classes without images, which are named by index.
+        return {folders.get(label, str(label)): label for label in range(count)}
 
 
 @DATASETS.register_module()
 class ImageDataset(Dataset):
-    """Images by index: an ImageNet folder, tar files, or a list.
+    """Image classification data set of class folders, tar files, or a list.
 
-    An image that does not decode is named in the log and the next one takes its place.
+    An image that cannot be decoded is logged and replaced by the next one.
+
+    >>> ImageDataset("photos/train", transform=dict(input_size=224, is_training=True))
 
     Args:
-        root: the folder with a folder for every class, a ``.tar`` or a folder of them; with
-            ``list_file``, the folder that the listed paths are below.
+        root: a folder with a subfolder per class, a ``.tar`` or a folder of ``.tar`` files; with
+            ``list_file``, the folder that the listed paths are relative to.
         transform: arguments of :func:`timm.data.create_transform`.
-        list_file: a list of ``path<TAB>label``.
-        num_classes: how many classes the config counts on; None takes what there are.
-        classes: names in the order of their indices; None sorts the folders' names.
-        unreadable_share: the share of all images that may fail to decode.
+        list_file: a file with lines ``path<TAB>label``.
+        num_classes: the expected number of classes; None skips the check.
+        classes: class names, by index; None sorts the folder names.
+        unreadable_share: fraction of the images that may fail to decode; at least one may.
 
     Attributes:
-        metainfo: ``classes``, what mmengine writes into checkpoints.
+        metainfo: ``{"classes": names}``, which mmengine saves in checkpoints.
 
     Raises:
-        ConfigError: no such folder, no images in it, or another number of classes.
+        ConfigError: ``root`` does not exist, has no images, or another number of classes.
     """
 
     def __init__(
@@ -119,23 +121,22 @@ class ImageDataset(Dataset):
             shown = ", ".join(names[:3])
             raise ConfigError(
                 f"{place} has {len(names)} classes ({shown}, ...), the config {num_classes}: "
-                "--num-classes, or another folder, is needed"
+                "set --num-classes or take another folder"
             )
         self.metainfo = {"classes": names}
         self.transform = create_transform(**transform)
         self.allowed = max(1, int(unreadable_share * len(self.reader)))
-        # Shared with the loader's workers: each damaged file counts once, whoever meets it.
+        # Shared with the workers, so that each damaged file counts once.
         self._unreadable = torch.zeros(len(self.reader), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        """``(3, H, W)`` float32 normalised, its class, and the image's index.
+        """The normalised image ``(3, H, W)``, float32, its class index, and the image's index.
 
         Raises:
-            TooManyUnreadable: beyond the share of images that may fail, in this process and its
-                workers.
+            TooManyUnreadable: too many images failed in this process and its workers.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
@@ -147,7 +148,7 @@ class ImageDataset(Dataset):
                 file, label = self.reader[found]
                 with file, Image.open(file) as opened:
                     image = to_rgb(opened)
-            # A damaged file raises whatever its decoder meets first.
+            # The type of exception depends on the decoder and the damage.
             except Exception as error:
                 self._skip(found, error)
                 continue
@@ -155,43 +156,45 @@ class ImageDataset(Dataset):
         raise TooManyUnreadable("no image decodes")
 
     def filename(self, index: int) -> str:
-        """The file's name without its folder."""
+        """The file name without its folder."""
         return str(self.reader.filename(index, basename=True))
 
     def _skip(self, index: int, error: Exception) -> None:
         self._unreadable[index] = True
         name, count = self.reader.filename(index), int(self._unreadable.sum())
         _logger.warning(
-            f"{name} cannot be read ({error}): left out, {count} so far, {self.allowed} allowed"
+            f"{name} cannot be read ({error}): skipped, {count} so far, {self.allowed} allowed"
         )
         if count > self.allowed:
             raise TooManyUnreadable(
-                f"{count} of {len(self)} images cannot be read, {name} for one: "
-                "unreadable_share of the dataset allows more"
+                f"{count} of {len(self)} images cannot be read, such as {name}; "
+                "the data set's unreadable_share sets the limit"
             )
 
 
 @DATASETS.register_module()
 class ImageStream(IterableDataset):
-    """Images as they come out of WebDataset shards, by timm's reader.
+    """Iterable data set of WebDataset shards, read by timm.
 
-    The reader shares the shards among processes and workers and shuffles them; a resumed run
-    starts them anew.
+    timm's reader distributes the shards among processes and workers and shuffles them. A resumed
+    run restarts the current epoch.
 
     Args:
         root: the folder of the shards.
-        name: timm's name of the data set, ``"wds/imagenet"``.
-        split: timm's: ``"train"``, ``"validation"``, or a pattern of shards with their number of
-            samples, ``"imagenet-train-{0000..1023}.tar|1281167"``.
         transform: arguments of :func:`timm.data.create_transform`.
-        num_classes: how many classes the labels count.
-        batch_size: images a process takes at a time; the reader makes epochs of whole batches.
+        num_classes: number of classes.
+        name: timm's name of the data set, ``"wds/<name>"``.
+        split: ``"train"``, ``"validation"``, or shards with their number of samples, as timm has
+            it: ``"imagenet-train-{0000..1023}.tar|1281167"``.
+        batch_size: images per process and batch; an epoch has whole batches.
         is_training: shuffle and repeat.
-        seed: of the order of shards.
-        classes: names in the order of their indices.
+        seed: seed of the shuffling.
+        classes: class names, by index; None takes ImageNet's for 1000 or 21841 classes, else the
+            indices.
 
     Raises:
-        ConfigError: no such folder, or ``webdataset`` is not installed.
+        ConfigError: the folder does not exist, timm cannot read the split, or ``webdataset`` is not
+            installed.
     """
 
     def __init__(
@@ -228,19 +231,19 @@ class ImageStream(IterableDataset):
         for image, label in self.reader:
             if not isinstance(image, Image.Image):
                 image = Image.open(image)
-            # Nobody knows a sample's place in all shards.
+            # -1: a sample's index over all shards is unknown.
             yield self.transform(to_rgb(image)), label, -1
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order of the shards."""
+        """Set the epoch, which seeds the order of the shards."""
         if hasattr(self.reader, "set_epoch"):
             self.reader.set_epoch(epoch)
 
     def filename(self, index: int) -> str:
-        """Shards do not keep their names at hand."""
+        """A label for messages; shards have no file names by index."""
         return f"sample {index} of rank {get_rank()}"
 
 
@@ -249,13 +252,10 @@ def _reader(root: str, list_file: str | None, classes: list[str] | None) -> Read
         return ListReader(root, list_file)
     path = Path(root)
     if not path.exists():
-        raise ConfigError(f"no images at {root}: a folder with a folder for every class is needed")
+        raise ConfigError(f"no images at {root}: expected a folder with a subfolder per class")
     class_map = {name: index for index, name in enumerate(classes)} if classes else ""
-    is_tar = path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar")))
     try:
-        if is_tar and path.is_dir():
-            from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-
+        if path.is_dir() and (path.suffix == ".tar" or any(path.glob("*.tar"))):
             return ReaderImageInTar(root, class_map=class_map)
         return create_reader("", root=root, class_map=class_map)
     except (RuntimeError, AssertionError) as error:
@@ -268,7 +268,5 @@ def _class_names(reader: Reader) -> list[str]:
 
 
 def _imagenet_names(count: int) -> list[str]:
-    from timm.data import ImageNetInfo
-
     subset = {1000: "imagenet-1k", 21841: "imagenet-22k"}.get(count)
     return ImageNetInfo(subset).label_names() if subset else [str(i) for i in range(count)]

@@ -1,4 +1,4 @@
-"""What a pretraining shows while it runs."""
+"""Progress display of pretraining."""
 
 import resource
 import sys
@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 @HOOKS.register_module()
 class ProgressBar(Hook):
-    """A bar over all iterations with the time left, the loss, images per second and memory.
+    """Progress bar with remaining time, loss, images per second and memory.
 
-    The images per second, of all processes, go into the log and TensorBoard as
-    ``images_per_second``; so does the memory in MB where MMEngine has none, on a CPU.
+    It also logs ``train/images_per_second`` (of all processes) and, on a CPU, where MMEngine logs
+    no memory, ``train/memory_mb`` (the peak of this process).
     """
 
     priority = "BELOW_NORMAL"
 
     def before_train(self, runner: Runner) -> None:
-        """Open the bar where the run stands."""
+        """Open the bar at the current iteration."""
         self._images = runner.world_size * runner.train_dataloader.batch_size
         self._at = time.perf_counter()
         self._bar = tqdm(
@@ -36,7 +36,7 @@ class ProgressBar(Hook):
         )
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Validation's time is not training's."""
+        """Restart the clock, to leave out validation."""
         self._at = time.perf_counter()
 
     def after_train_iter(
@@ -46,7 +46,7 @@ class ProgressBar(Hook):
         data_batch: dict | tuple | list | None = None,
         outputs: dict | None = None,
     ) -> None:
-        """Move on by one."""
+        """Log the scalars and advance the bar."""
         now = time.perf_counter()
         speed, self._at = self._images / (now - self._at), now
         scalars = {"images_per_second": speed}
@@ -68,6 +68,6 @@ class ProgressBar(Hook):
 
 
 def _peak_mb() -> float:
-    """Most memory that this process has held."""
+    """Peak memory of this process in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,4 +1,4 @@
-"""Top-1, top-5 and ReaL accuracy, of all images and class by class."""
+"""Top-1, top-5 and ReaL accuracy, over all images and per class."""
 
 import csv
 import io
@@ -18,19 +18,21 @@ from dense import files
 
 @METRICS.register_module()
 class ClassificationMetric(BaseMetric):
-    """Accuracy in percent, and images per second.
+    """mmengine metric: ``top1`` and ``top5`` in percent, ``images_per_second``.
+
+    >>> val_evaluator = dict(type="ClassificationMetric", out_dir="work_dirs/mine/evaluation")
 
     Args:
-        real_labels: the label file of "Are we done with ImageNet?" (``real.json``), or ``"timm"``
-            for the copy that timm brings; adds ``real``, for images named as ImageNet's validation
-            set names them.
-        filenames: the data set's file names, by index; what ``real_labels`` needs.
-        out_dir: where ``per_class.csv`` (class, images, accuracy) and ``confusion.csv`` (a row for
-            every true class, a column for every predicted one) are written; None writes none.
-        **kwargs: mmengine's.
+        real_labels: ``real.json`` of "Are we done with ImageNet?" (arXiv 2006.07159), or ``"timm"``
+            for timm's copy. Adds ``real``, in percent; the file names must be those of ImageNet's
+            validation set.
+        filenames: the data set's file names, by index; required with ``real_labels``.
+        out_dir: folder for ``per_class.csv`` (class, images, accuracy) and ``confusion.csv`` (rows:
+            true classes, columns: predicted ones); None writes neither.
+        **kwargs: arguments of mmengine's ``BaseMetric``.
 
     Raises:
-        ValueError: ``real_labels`` without file names.
+        ValueError: ``real_labels`` without ``filenames``.
     """
 
     default_prefix = None
@@ -45,22 +47,18 @@ class ClassificationMetric(BaseMetric):
         super().__init__(**kwargs)
         if real_labels and filenames is None:
             raise ValueError("real_labels needs the file names of the images")
-        self.real = None
-        if real_labels:
-            self.real = _real_labels(real_labels)
+        self.real = _real_labels(real_labels) if real_labels else None
         self.filenames, self.out_dir = filenames, out_dir
         self._started: float | None = None
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Keep label, index and best five of each image; the clock starts after the first batch."""
-        for sample in data_samples:
-            row = (sample["label"], sample["index"], *sample["best"].tolist())
-            self.results.append(row)
+        """Keep label, index and top five of each image; the first batch is not timed."""
+        self.results.extend((s["label"], s["index"], *s["best"].tolist()) for s in data_samples)
         if self._started is None:
             self._started, self._first = time.perf_counter(), len(data_samples)
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """mmengine's, with the images per second of this process."""
+        """As in mmengine, with the images per second of this process."""
         timed = len(self.results) - (self._first if self._started is not None else 0)
         elapsed = time.perf_counter() - self._started if self._started is not None else 0.0
         self._started = None
@@ -70,11 +68,11 @@ class ClassificationMetric(BaseMetric):
         return metrics
 
     def compute_metrics(self, results: list[tuple[int, ...]]) -> dict[str, float]:
-        """Percentages over all images of all processes.
+        """Percentages over the images of all processes.
 
         Args:
-            results: ``(label, index, best, second, ...)`` of every image. An image that came twice,
-                in the place of one that does not decode, counts once; -1 is no index.
+            results: ``(label, index, best, second, ...)`` per image. An image that also replaces
+                undecodable ones counts once, unless indices are unknown (-1).
         """
         table = np.asarray(results)
         if (table[:, 1] >= 0).all():
@@ -97,8 +95,7 @@ class ClassificationMetric(BaseMetric):
             name = Path(self.filenames[index]).with_suffix(".JPEG").name
             if name not in self.real:
                 raise ValueError(
-                    f"{name} is in no ReaL label file: names such as ILSVRC2012_val_00000001.JPEG "
-                    "are needed"
+                    f"{name} has no ReaL label: names must be like ILSVRC2012_val_00000001.JPEG"
                 )
             valid = self.real[name]
             if valid:
@@ -125,7 +122,7 @@ class ClassificationMetric(BaseMetric):
 
 
 def _real_labels(source: str) -> dict[str, list[int]]:
-    """The valid classes of every image of ImageNet's validation set, by its name."""
+    """The valid classes of ImageNet's validation images, by file name."""
     if source == "timm":
         return RealLabelsImagenet([""] * 50_000).real_labels
     labels = json.loads(Path(source).read_text())

@@ -1,4 +1,4 @@
-"""A network and its losses as mmengine wants to train it."""
+"""mmengine model of a classifier and its loss."""
 
 from typing import Any
 
@@ -16,19 +16,22 @@ from backbones.released import source_of
 
 @MODELS.register_module()
 class ImageClassifier(BaseModel):
-    """A classifier of this package, with Mixup, CutMix and label smoothing by timm.
+    """One of our networks as an mmengine model, with timm's Mixup, CutMix and label smoothing.
+
+    >>> ImageClassifier("dw_conv_tiny", 10, drop_path_rate=0.2, label_smoothing=0.1)
 
     Args:
         name: one of ``backbones.MODEL_NAMES``.
-        num_classes: outputs.
-        classes: their names, by which a checkpoint of other classes finds its rows.
-        mixup: arguments of :class:`timm.data.Mixup` but ``num_classes`` and ``label_smoothing``;
-            None trains on plain labels.
-        label_smoothing: the share of the target that is spread over all classes.
-        init: a checkpoint or a tag of released weights to start from; what of it does not fit is
-            reported or refused as :func:`backbones.load_checkpoint` does.
-        compile: whether the network runs under ``torch.compile``, with dynamic shapes.
-        **kwargs: of the network: ``drop_path_rate``, ``img_size``, ``window_size``, ``shared``.
+        num_classes: number of logits.
+        classes: class names; the classifier's rows in ``init`` are matched by them.
+        mixup: arguments of :class:`timm.data.Mixup` except ``num_classes`` and
+            ``label_smoothing``; None disables mixing.
+        label_smoothing: share of the target spread over all classes, 0 to 1.
+        init: a checkpoint or a tag of released weights, loaded by
+            :func:`backbones.load_checkpoint`; None starts from random weights.
+        compile: run the network under ``torch.compile`` with dynamic shapes.
+        **kwargs: arguments of the network: ``drop_path_rate``, ``img_size``, ``window_size``,
+            ``shared``.
 
     Raises:
         ValueError: an unknown name; the message lists the valid ones.
@@ -51,7 +54,7 @@ class ImageClassifier(BaseModel):
             raise ValueError(f"no network {name!r}: {', '.join(backbones.MODEL_NAMES)} are valid")
         self.name, self.classes, self.init = name, classes, init
         self.network = timm.create_model(name, num_classes=num_classes, **kwargs)
-        # Not a submodule of its own: its weights are the network's.
+        # In a list, so that it is not a submodule: the weights are the network's.
         self._run = [torch.compile(self.network, dynamic=True) if compile else self.network]
         self.mixup = None
         if mixup:
@@ -61,10 +64,10 @@ class ImageClassifier(BaseModel):
             self.criterion = LabelSmoothingCrossEntropy(label_smoothing)
 
     def init_weights(self) -> None:
-        """Load ``init`` if there is one.
+        """Load ``init``, if given.
 
         Raises:
-            backbones.CheckpointError: it cannot be read or does not fit.
+            backbones.CheckpointError: ``init`` cannot be read or does not fit.
         """
         if self.init is not None:
             source = source_of(self.name, self.init)
@@ -73,17 +76,18 @@ class ImageClassifier(BaseModel):
     def forward(
         self, inputs: Tensor, labels: Tensor, indices: Tensor, mode: str = "tensor"
     ) -> Tensor | dict[str, Tensor] | list[dict[str, Any]]:
-        """Logits, the loss, or the best five classes of every image.
+        """Logits, the loss, or the top five classes of each image.
 
         Args:
             inputs: ``(B, 3, H, W)`` float32, normalised.
             labels: ``(B,)`` int64.
-            indices: ``(B,)`` int64, the images' places in the data set.
+            indices: ``(B,)`` int64, the images' indices in the data set.
             mode: ``"tensor"``, ``"loss"`` or ``"predict"``.
 
         Returns:
-            ``(B, num_classes)``; ``{"loss": scalar}``; or for every image a dict of ``label``,
-            ``index`` and ``best``, up to five classes, the best one first.
+            ``"tensor"``: logits ``(B, num_classes)``. ``"loss"``: ``{"loss": scalar}``.
+            ``"predict"``: a dict per image of ``label``, ``index`` and ``best``, up to five class
+            indices by descending logit.
         """
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         if mode == "loss":

@@ -1,4 +1,4 @@
-"""A trained classifier as a function of one image."""
+"""Predictor for trained classifiers."""
 
 from collections.abc import Callable
 
@@ -17,11 +17,11 @@ from dense.openmmlab.config import load_config
 
 
 class Predictor:
-    """The best classes of images, by the validation transform of the classifier's config.
+    """A trained classifier as a function of one image, with the config's validation transform.
 
     Attributes:
-        classes: names, by index; of ImageNet's wnids what they mean.
-        report: what the checkpoint filled.
+        classes: class names, by index; ImageNet's wnids are replaced by their descriptions.
+        report: the load report of the checkpoint.
     """
 
     def __init__(self, config_file: str, checkpoint: str, device: str = "cpu"):
@@ -48,15 +48,20 @@ class Predictor:
 def load_predictor(
     config_file: str, checkpoint: str, device: str = "cpu"
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A trained classifier as a function of one image; see :class:`Predictor`.
+    """Load a trained classifier as a function of one image; see :class:`Predictor`.
+
+    >>> predict = load_predictor("work_dirs/mine/mine.py", "work_dirs/mine/epoch_20.pth")
+    >>> predict(image)  # (H, W, 3) uint8 RGB to (num_classes,) float32 probabilities
 
     Args:
-        config_file: the config it was trained with, such as the one in its work folder.
-        checkpoint: the file that training wrote, or any other of its network with a classifier.
+        config_file: the config it was trained with, such as the copy in its work folder.
+        checkpoint: a ``.pth`` of the training, or another checkpoint of the network with a
+            classifier.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
     Raises:
-        CheckpointError: the file cannot be read or does not fit.
+        ConfigError: the config cannot be read.
+        CheckpointError: the checkpoint cannot be read or does not fit.
     """
     return Predictor(config_file, checkpoint, device)
 
@@ -64,25 +69,21 @@ def load_predictor(
 def _network(
     cfg: Config, weights: dict[str, torch.Tensor], checkpoint: str, classes: tuple | None
 ) -> tuple[torch.nn.Module, LoadReport]:
-    """The config's network with as many outputs as the file's classifier has, and its weights."""
-    not_the_networks = ("type", "name", "num_classes", "classes", "mixup", "label_smoothing")
-    options = {
-        key: value
-        for key, value in cfg.model.items()
-        if key not in (*not_the_networks, "init", "compile")
-    }
+    """Build the config's network with the file's number of classes and load the weights."""
+    own = "type name num_classes classes mixup label_smoothing init compile".split()
+    options = {key: value for key, value in cfg.model.items() if key not in own}
     count = len(classes) if classes else cfg.model.num_classes
     model = timm.create_model(cfg.model.name, num_classes=count, **options)
     state_dict, report = fit(weights, model, checkpoint)
     lacking = [name for name in report.missing if not name.endswith("num_batches_tracked")]
     if lacking:
-        raise CheckpointError(f"{checkpoint} has no {', '.join(lacking)}: no classifier to predict")
+        raise CheckpointError(f"{checkpoint} has no {', '.join(lacking)}, which prediction needs")
     model.load_state_dict(state_dict, strict=False)
     return model, report
 
 
 def _readable(names: list[str]) -> tuple[str, ...]:
-    """What ImageNet's wnids mean; other names as they are."""
+    """Replace ImageNet's wnids by their descriptions."""
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names()) | set(ImageNetInfo("imagenet-1k").label_names())
     return tuple(info.label_name_to_description(name) if name in known else name for name in names)

@@ -1,13 +1,12 @@
-"""The backbones in OpenMMLab's registry, under their names.
+"""Registers the backbones with MMEngine, for MMSegmentation, MMDetection and others.
 
-In a config of MMSegmentation, MMDetection or any other package on MMEngine::
+In a config::
 
     custom_imports = dict(imports=["dense.segmentation"])
     model = dict(backbone=dict(type="i_d_dw_conv_tiny", drop_path_rate=0.3, init="checkpoint.pth"))
 
-This import needs mmengine alone; what needs MMSegmentation stands in the modules beside it. Over
-mmcv-lite it also offers what stands in for mmcv's compiled operators
-(:mod:`dense.openmmlab.mmcv_lite`).
+This import needs mmengine only; submodules need MMSegmentation. With mmcv-lite it also provides
+replacements of mmcv's compiled operators, see :mod:`dense.openmmlab.mmcv_lite`.
 """
 
 from collections.abc import Callable
@@ -35,19 +34,20 @@ mmcv_lite.offer()
 def load_predictor(
     config_file: str, checkpoint: str, device: str = "cpu"
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A trained segmentor as a function of one image; see :class:`.predictor.Predictor`.
+    """Load a trained segmentor as a function of one image; see :class:`.predictor.Predictor`.
+
+    >>> predict = load_predictor("work_dirs/mine/mine.py", "work_dirs/mine/iter_600.pth")
+    >>> predict(image)  # (H, W, 3) uint8 RGB to (H, W) int32 class indices
 
     Args:
-        config_file: the config it was trained with, such as the one in its work folder.
-        checkpoint: the file that training wrote.
+        config_file: the config it was trained with, such as the copy in its work folder.
+        checkpoint: a ``.pth`` of the training.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-
-    Returns:
-        ``(H, W, 3)`` uint8 RGB to ``(H, W)`` int32 class indices, with ``classes``, ``palette``.
 
     Raises:
         ImportError: MMSegmentation is not installed.
-        CheckpointError: the file cannot be read or is not of this model.
+        ConfigError: the config cannot be read.
+        CheckpointError: the checkpoint cannot be read or does not fit.
     """
     require("mmseg", "segmentation")
     from dense.segmentation.predictor import Predictor

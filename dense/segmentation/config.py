@@ -1,6 +1,6 @@
-"""Configs as the command lines take them: read, pointed at data, checked before anything is built.
+"""Config handling of the segmentation tools: reading, own data, checks before building.
 
-Nothing here imports MMSegmentation.
+This module does not import MMSegmentation.
 """
 
 from pathlib import Path
@@ -20,23 +20,25 @@ _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
-    """Point all three data loaders of a config at a copy of its data set elsewhere."""
+    """Set the ``data_root`` of all three data loaders."""
     for loader in _LOADERS:
         cfg[loader].dataset.data_root = data_root
 
 
 def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
-    """Replace the data set by folders of images and masks, and the heads' classes by theirs.
+    """Replace the data sets by folders of images and masks, and set the heads' ``num_classes``.
+
+    >>> use_own_data(cfg, dict(train_images="images/train", train_masks="masks/train", ...))
 
     Args:
-        cfg: changed in place. Its ``data``, a dict, may hold ``train_images``, ``train_masks``,
-            ``val_images``, ``val_masks``, ``classes`` (names, by index), ``ignore_index`` (a value
-            of the masks that counts nowhere; 255 never does) and ``reduce_zero_label`` (0 counts
-            nowhere and the classes begin at 1).
-        given: the same keys from a command line; they win.
+        cfg: changed in place. Its dict ``data`` may have ``train_images``, ``train_masks``,
+            ``val_images``, ``val_masks``, ``classes`` (names, by index), ``ignore_index`` (a mask
+            value to ignore, besides 255) and ``reduce_zero_label`` (True ignores 0 and numbers the
+            classes from 1). Without any of these, ``cfg`` does not change.
+        given: the same keys from a command line; they take precedence.
 
     Raises:
-        ConfigError: part of it is missing or makes no sense.
+        ConfigError: a key is missing or unknown, or the classes are invalid.
     """
     data = {**(cfg.pop("data", None) or {}), **{k: v for k, v in (given or {}).items() if v}}
     if given and given.get("ignore_index") is not None:
@@ -70,14 +72,14 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
 
 
 def check(cfg: Config, training: bool) -> None:
-    """Name what cannot work before anything is built: folders, masks, batches, classes.
+    """Check folders, masks and batch size before anything is built.
 
     Args:
         cfg: the final config.
-        training: whether the training and validation data are needed, or the test data.
+        training: True checks the training and validation data, False the test data.
 
     Raises:
-        ConfigError: with the first fault found.
+        ConfigError: the first fault found.
     """
     for loader in _LOADERS[:2] if training else _LOADERS[2:]:
         dataset = cfg[loader].dataset
@@ -91,8 +93,8 @@ def check(cfg: Config, training: bool) -> None:
             )
     if training and _pools_to_one_value(cfg) and cfg.train_dataloader.batch_size < 2:
         raise ConfigError(
-            "train_dataloader.batch_size=1: the head pools an image to one value a channel, of "
-            "which batch norm takes no variance; 2 or more images a process are needed"
+            "train_dataloader.batch_size=1: the head pools an image to one value per channel, and "
+            "batch norm needs 2 or more values: take 2 or more images per process"
         )
 
 
@@ -100,18 +102,18 @@ def _checked_classes(classes: str | list[str] | tuple[str, ...]) -> tuple[str, .
     names = tuple(classes.split(",") if isinstance(classes, str) else classes)
     names = tuple(str(name).strip() for name in names)
     if len(names) < 2:
-        raise ConfigError(f"classes={names}: two at least; the background is a class of its own")
+        raise ConfigError(f"classes={names}: 2 or more; the background is a class of its own")
     if len(names) > 255:
-        raise ConfigError(f"{len(names)} classes: masks of 8 bits hold 255 at most")
+        raise ConfigError(f"{len(names)} classes: 8-bit masks hold 255 at most")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"classes: {', '.join(twice)} twice")
+        raise ConfigError(f"classes has {', '.join(twice)} twice")
     if "" in names:
-        raise ConfigError(f"classes={names}: one name is empty")
+        raise ConfigError(f"classes={names}: a name is empty")
     return names
 
 
 def _without_zero_label(step: dict) -> dict:
-    """The data set says whether zero is a label; a pipeline that says so too would contradict."""
+    """Drop ``reduce_zero_label`` from a pipeline step: the data set sets it."""
     return {k: v for k, v in step.items() if k != "reduce_zero_label"}
 
 
@@ -124,6 +126,6 @@ def _heads(cfg: Config) -> list:
 
 
 def _pools_to_one_value(cfg: Config) -> bool:
-    """Whether a process that sees one image has one value a channel under some batch norm."""
+    """Whether batch size 1 leaves some batch norm with a single value per channel."""
     synced = torch.cuda.is_available() and cfg.get("launcher", "none") != "none"
     return not synced and bool({head.type for head in _heads(cfg)} & {"UPerHead", "PSPHead"})

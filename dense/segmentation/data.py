@@ -1,4 +1,4 @@
-"""Images and their masks on disk: what belongs together, and what is wrong with it."""
+"""Finds and checks pairs of images and masks on disk."""
 
 import os
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from dense.openmmlab.config import ConfigError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MASK_SUFFIX = ".png"
-# Values of so many masks are looked at, evenly over all; the files themselves all are.
-_LOOKED_AT = 500
+# check_masks reads about this many masks (up to twice as many), evenly spaced.
+_CHECKED = 500
 _INDEX_MODES = ("1", "L", "P", "I", "I;16")
 
 
 def image_mask_pairs(
     images: Path, masks: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, mask_suffix=MASK_SUFFIX
 ) -> list[tuple[Path, Path]]:
-    """Every image below a folder with the mask of the same relative name, sorted.
+    """Sorted pairs of every image in a folder and the mask of the same relative name.
 
     Args:
-        images: the folder of images; folders inside it count.
-        masks: the folder of masks, with the same folders inside.
-        suffixes: what image names end with, in either case.
-        mask_suffix: what takes its place in the mask's name.
+        images: the folder of images, searched recursively.
+        masks: the folder of masks, with the same subfolders. The masks need not exist.
+        suffixes: suffixes of image files, case-insensitive.
+        mask_suffix: the suffix that replaces it in the mask's name.
     """
     suffixes = tuple(suffix.lower() for suffix in suffixes)
     pairs = []
@@ -41,17 +41,18 @@ def image_mask_pairs(
 
 
 def check_folders(dataset: Any, place: str) -> list[tuple[Path, Path]]:
-    """Check that a data set's folders exist, hold images, and that every image has a mask.
+    """Check that a data set's folders exist and that every image has a mask.
 
     Args:
-        dataset: a data set of a config, with MMSegmentation's keys.
-        place: where in the config it stands, for messages.
+        dataset: the config of a data set, with MMSegmentation's keys.
+        place: its place in the config, for messages.
 
     Returns:
-        The pairs of image and mask; none for a data set without folders of its own.
+        The pairs of image and mask; empty for a data set without ``data_prefix`` or with an
+        ``ann_file``.
 
     Raises:
-        ConfigError: naming the first folder or mask that is missing.
+        ConfigError: a folder or mask is missing, or there are no images.
     """
     prefix = dataset.get("data_prefix")
     if prefix is None:
@@ -72,7 +73,7 @@ def check_folders(dataset: Any, place: str) -> list[tuple[Path, Path]]:
         suffixes = (dataset.get("img_suffix", ".jpg"),)
     pairs = image_mask_pairs(images, masks, suffixes, dataset.get("seg_map_suffix", MASK_SUFFIX))
     if not pairs:
-        raise ConfigError(f"no images in {images} ({place}): {' '.join(suffixes)} are read")
+        raise ConfigError(f"no images in {images} ({place}) with a suffix of {' '.join(suffixes)}")
     if without := [pair for pair in pairs if not pair[1].is_file()]:
         image, mask = without[0]
         raise ConfigError(f"{image} has no mask {mask} ({len(without)} of {len(pairs)} have none)")
@@ -85,20 +86,20 @@ def check_masks(
     ignore_index: int = 255,
     reduce_zero_label: bool = False,
 ) -> None:
-    """Look into masks, evenly over all: one class index a pixel, of the image's size.
+    """Check up to 1000 evenly spaced masks: class index per pixel, size of the image.
 
     Args:
         pairs: images and masks.
         classes: names, by index.
-        ignore_index: a value that counts nowhere; 255 never does.
-        reduce_zero_label: 0 counts nowhere and the classes begin at 1.
+        ignore_index: a value to ignore besides 255.
+        reduce_zero_label: True ignores 0 and numbers the classes from 1.
 
     Raises:
-        ConfigError: naming the first mask that cannot be used, and why.
+        ConfigError: a mask is unusable; the message names the first one and the reason.
     """
     first = int(reduce_zero_label)
     valid = {*range(first, first + len(classes)), ignore_index, 255, *([0] if first else [])}
-    step = max(1, len(pairs) // _LOOKED_AT)
+    step = max(1, len(pairs) // _CHECKED)
 
     def fault(pair: tuple[Path, Path]) -> str | None:
         image, mask = pair
@@ -111,7 +112,7 @@ def check_masks(
         except (UnidentifiedImageError, OSError) as error:
             return f"{path} cannot be read: {error}"
         if mode not in _INDEX_MODES:
-            return f"{mask} is {mode}: one class index a pixel is needed, a grey or palette PNG"
+            return f"{mask} is {mode}: one class index per pixel is needed, a grey or palette PNG"
         if size != mask_size:
             return f"{mask} is {mask_size[0]}x{mask_size[1]}, its image {size[0]}x{size[1]}"
         if wrong := sorted(values - valid):
@@ -128,7 +129,7 @@ def check_masks(
 
 
 def _displayed_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after the rotation a photo asks for: OpenCV applies it on reading."""
+    """Width and height after EXIF rotation, which OpenCV applies on reading."""
     width, height = image.size
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (height, width) if turned else (width, height)

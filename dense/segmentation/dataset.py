@@ -1,4 +1,4 @@
-"""A folder of images and one of masks as a data set of MMSegmentation."""
+"""MMSegmentation data set of a folder of images and a folder of masks."""
 
 from pathlib import Path
 
@@ -10,15 +10,18 @@ from dense.segmentation.data import image_mask_pairs
 
 @DATASETS.register_module()
 class FolderDataset(BaseSegDataset):
-    """Images of any usual format, masks as PNG with one class index a pixel, paired by name.
+    """Images in common formats with PNG masks of class indices, paired by name.
 
-    Takes :class:`mmseg.datasets.BaseSegDataset`'s arguments; ``data_prefix`` names the two folders,
-    ``metainfo`` the classes, and ``ignore_index`` a value that counts nowhere (255 never does).
+    >>> folders = dict(img_path="images", seg_map_path="masks")
+    >>> FolderDataset(data_prefix=folders, metainfo=dict(classes=("road", "tree")))
+
+    The arguments are those of :class:`mmseg.datasets.BaseSegDataset`; mask values ``ignore_index``
+    and 255 are ignored.
     """
 
     def load_data_list(self) -> list[dict]:
-        """One entry an image, sorted by path."""
-        # The loader subtracts one first where 0 is no label.
+        """One entry per image, sorted by path."""
+        # label_map applies after LoadAnnotations has subtracted 1 for reduce_zero_label.
         ignored = self.ignore_index - int(self.reduce_zero_label)
         label_map = {ignored: 255} if self.ignore_index != 255 and ignored >= 0 else None
         images, masks = (Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path"))

@@ -1,4 +1,4 @@
-"""A trained segmentor as a function of one image."""
+"""Predictor for segmentors trained in MMSegmentation."""
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from dense.segmentation.config import load_config
 
 
 class Predictor:
-    """Label maps of images, by the test pipeline of the segmentor's config.
+    """A trained segmentor as a function of one image, with the config's test pipeline.
 
     Attributes:
-        classes: names, by index of the label map.
-        palette: one RGB colour a class.
-        report: what the checkpoint filled.
+        classes: class names, by index.
+        palette: an RGB colour per class, 0 to 255.
+        report: the load report of the checkpoint.
     """
 
     def __init__(self, config_file: str, checkpoint: str, device: str = "cpu"):
@@ -42,6 +42,6 @@ class Predictor:
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """``(H, W, 3)`` uint8 RGB to ``(H, W)`` int32 class indices."""
         check_rgb(image)
-        # MMSegmentation reads files as BGR and turns them in its data preprocessor.
+        # MMSegmentation expects BGR input, which its data preprocessor converts to RGB.
         result = inference_model(self._model, np.ascontiguousarray(image[..., ::-1]))
         return result.pred_sem_seg.data[0].to(torch.int32).cpu().numpy()

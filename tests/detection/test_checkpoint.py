@@ -98,7 +98,7 @@ class Exploit:
 def test_nothing_but_weights_is_unpickled(tmp_path, monkeypatch, save):
     monkeypatch.chdir(tmp_path)
     save({"model": Exploit()}, "bad.pth")
-    with pytest.raises(CheckpointError, match="bad.pth is damaged, or not of weights alone"):
+    with pytest.raises(CheckpointError, match="bad.pth is damaged or holds more than weights"):
         WholeCheckpointer(detector()).load_weights("bad.pth", complete=False)
     assert not Path("exploited").exists()
 

@@ -147,8 +147,8 @@ def test_two_processes_train_on_a_cpu(coco_files, tmp_path):
     base = ["--config-file", NANO, "--output-dir", str(out), *coco_files.arguments(), *SMALL]
     log = run(*base, "--num-processes", "2", "train.amp.enabled=true", "train.max_iter=3")
     assert "World size: 2" in log
-    assert "AMP steps back to float32" in log
-    assert "SyncBN steps back to BN" in log
+    assert "AMP falls back to float32" in log
+    assert "SyncBN falls back to BN" in log
     assert all(math.isfinite(v) for v in losses(out).values())
     assert json.loads((out / "results.json").read_text())["bbox"]
 

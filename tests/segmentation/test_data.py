@@ -89,7 +89,7 @@ def test_masks_that_fit_pass(pair):
     [
         (np.full((4, 6), 3), r"a\.png holds 3: 3 classes are 0 to 2"),
         (np.zeros((6, 4)), r"a\.png is 4x6, its image 6x4"),
-        (np.zeros((4, 6, 3)), r"a\.png is RGB: one class index a pixel"),
+        (np.zeros((4, 6, 3)), r"a\.png is RGB: one class index per pixel"),
     ],
 )
 def test_masks_that_do_not_fit_are_named(pair, mask, message):

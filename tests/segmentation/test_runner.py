@@ -53,7 +53,7 @@ def test_syncbn_and_amp_step_back_without_cuda_and_say_so(nano_cfg, monkeypatch)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in runner.model.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in runner.model.decode_head.modules())
     runner.train()
-    assert "AMP steps back to float32" in log_of(runner)
+    assert "AMP falls back to float32" in log_of(runner)
     assert type(runner.optim_wrapper).__name__ == "OptimWrapper"
 
 

@@ -1,10 +1,10 @@
-"""Triton kernels of the operators, for GPUs; imported when the first of them runs.
+"""The ``triton`` backend: kernels for GPUs, imported on first use.
 
-All maps are contiguous and channels-last. Sums are kept in float32, offsets in 64 bits; what sums
-over positions does so in parts whose number depends on shapes alone, and the parts are added up in
-order: no atomics, so that gradients repeat bit for bit. With ``TRITON_INTERPRET=1`` they run on a
-CPU, slowly, which is how they are tested where there is no GPU.
-Masks of a scalar and a vector end in `!= 0`: Triton 3.9's interpreter makes int32 of them.
+All tensors are contiguous and maps channels-last. Kernels accumulate in float32 and use 64-bit
+offsets. Sums over positions use no atomics but partial sums, whose number depends on shapes alone,
+added in order: gradients are bitwise reproducible. With ``TRITON_INTERPRET=1`` the kernels run on a
+CPU, slowly, for tests. Masks that combine a scalar and a vector end in ``!= 0`` because the
+interpreter of Triton 3.9 turns them into int32.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-# Sums over positions: parts of them, enough for every multiprocessor of a large GPU.
+# Most partial sums over positions: enough for every multiprocessor of a large GPU.
 PARTS = 256
-# Arguments that a detector changes with every image: no kernel is compiled for each of their kinds.
+# Arguments that change with the image size: Triton must not compile a kernel for each.
 CHANGING = ["H", "W", "rows", "chunks", "shared", "windows", "members", "M", "bucket"]
 
 
 def launches(function: Callable) -> Callable:
-    """Run kernels where the first tensor is, whatever device is the process's current one."""
+    """Decorate a launcher to run on the device of its first tensor."""
 
     @wraps(function)
     def launch(first: torch.Tensor, *others):
@@ -32,17 +32,17 @@ def launches(function: Callable) -> Callable:
 
 
 def power(n: int, least: int = 16) -> int:
-    """The next power of two, at least as large as a tile's side must be."""
+    """The next power of two, at least ``least``: ``tl.dot`` needs tiles of 16."""
     return max(least, triton.next_power_of_2(n))
 
 
 def parts(blocks: int, numel: int) -> int:
-    """Parts of a sum over so many blocks whose results have so many numbers: 64 MB at most."""
+    """Number of partial sums of ``numel`` elements, capped by ``blocks``, PARTS and 64 MB."""
     return max(1, min(blocks, PARTS, 2**24 // max(1, numel)))
 
 
 def operands(dtype: torch.dtype) -> tl.dtype:
-    """What products multiply; the interpreter cannot multiply bfloat16."""
+    """The dtype of ``tl.dot`` operands; the interpreter gets float32, it lacks bfloat16."""
     if triton.knobs.runtime.interpret:
         return tl.float32
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)

@@ -1,6 +1,8 @@
-"""Depth-wise convolution by kernels given at every position: output and both gradients.
+"""Depth-wise convolution with a given kernel at every position: forward and both gradients.
 
-Maps are ``(B, H, W, S, G)``, kernels ``(B, H, W, G, K*K)``. The map's gradient gathers.
+Arguments of the kernels: ``x`` and ``grad`` are maps ``(B, H, W, S, G)``, ``kernels``
+``(B, H, W, G, K*K)``; ``before`` is the zero padding before each axis; ``bucket`` only keys the
+autotuner. A tile has BLOCK_P positions of a row, BLOCK_S of the S channels and BLOCK_G groups.
 """
 
 import torch
@@ -18,7 +20,9 @@ def _mix(
     x, kernels, out, H, W, S, G, bucket, K: tl.constexpr, before: tl.constexpr,
     gather: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """``out[p] = sum of x[p + tap] * kernel[p, tap]``, or with ``gather`` its gradient."""
+    """``out[p] = sum of x[p + tap] * kernel[p, tap]``, with ``gather`` the map gradient,
+    ``sum of x[p - tap] * kernel[p - tap, tap]``.
+    """
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     blocks = tl.cdiv(G, BLOCK_G)
@@ -55,7 +59,7 @@ def _kernel_gradient(
     x, grad, out, H, W, S, G, bucket, K: tl.constexpr, before: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """``sum over S of x[p + tap] * grad[p]`` for every tap of a piece of a row."""
+    """``sum over S of x[p + tap] * grad[p]`` for all taps of a tile."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     groups = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -78,7 +82,7 @@ def _kernel_gradient(
 
 @launches
 def aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
-    """All contiguous."""
+    """Convolve ``(B, H, W, S, G)`` with kernels ``(B, H, W, G, K*K)``."""
     return _run_mix(x, kernels, size, gather=False)
 
 
@@ -86,7 +90,7 @@ def aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
 def aggregate_backward(
     grad: Tensor, x: Tensor, kernels: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of both, in their dtypes."""
+    """The gradients of ``x`` and ``kernels``, in their dtypes."""
     grad_kernels = torch.empty_like(kernels)
     batch, height, width, shared, groups = x.shape
     if x.numel():

@@ -1,4 +1,11 @@
-"""Depth-wise convolution with kernels for all images or for each: forward and both gradients."""
+"""Static and dynamic depth-wise convolution: forward, map gradient and weight gradient.
+
+Arguments of the kernels: ``x``, ``grad`` and ``out`` are maps ``(B, H, W, C)``; ``taps`` is
+``(B or 1, K*K, C)``, ``step`` the elements from one image's taps to the next image's (0 if shared);
+``before`` is the zero padding before each axis; ``flip`` reverses the taps, for the map gradient;
+``bucket`` only keys the autotuner. A program has a tile of BLOCK_W positions of a row and BLOCK_C
+channels.
+"""
 
 import torch
 import triton
@@ -14,7 +21,7 @@ def _forward(
     x, taps, bias, out, H, W, C, step, bucket, K: tl.constexpr, before: tl.constexpr,
     flip: tl.constexpr, biased: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A piece of a row, a block of channels: ``bias + sum of x[p + tap] * taps[tap]``."""
+    """``out[p] = bias + sum over taps of x[p + tap] * taps[tap]`` for one tile."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     channels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -43,14 +50,17 @@ def _weight_gradient(
     x, grad, out, H, W, C, rows, chunks, shared, K: tl.constexpr, before: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tap over one chunk of rows: ``sum of x[p + tap] * grad[p]``."""
+    """``sum of x[p + tap] * grad[p]`` for one tap and one of ``chunks`` chunks of ``rows``.
+
+    ``shared`` images in a row have the same taps.
+    """
     part, tap = tl.program_id(0), tl.program_id(1)
     channels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     kernel, chunk = part // chunks, part % chunks
     u, v = tap // K, tap % K
     real = channels < C
     total = tl.full((BLOCK_C,), 0.0, tl.float32)
-    # Rows of all images that share the kernel, one after the other.
+    # Rows are counted through all images that share the taps.
     first, last = rows * chunk // chunks, rows * (chunk + 1) // chunks
     for row in range(first, last):
         image, y = (kernel * shared + row // H).to(tl.int64), row % H
@@ -71,7 +81,7 @@ def _weight_gradient(
 def convolve(
     x: Tensor, taps: Tensor, bias: Tensor | None, size: int, before: int, flip: bool
 ) -> Tensor:
-    """``(B, H, W, C)`` by ``(B or 1, K*K, C)``, ``before`` zeros before each axis."""
+    """Convolve ``(B, H, W, C)`` with taps ``(B or 1, K*K, C)``."""
     out = torch.empty_like(x)
     batch, height, width, channels = x.shape
     if not out.numel():
@@ -92,7 +102,7 @@ def convolve(
 
 @launches
 def weight_gradient(x: Tensor, grad: Tensor, kernels: int, size: int, before: int) -> Tensor:
-    """``(kernels, K*K, C)`` float32, of one kernel for all images or one for each."""
+    """``(kernels, K*K, C)`` in float32, ``kernels`` being 1 or B."""
     batch, height, width, channels = x.shape
     if not x.numel():
         return x.new_zeros(kernels, size**2, channels, dtype=torch.float32)
@@ -109,7 +119,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernels: int, size: int, before: in
 
 
 def tiles(width: int, channels: int) -> tuple[triton.Config, ...]:
-    """Of positions and channels."""
+    """The tiles to time."""
     width, channels = _blocks(width, channels)
     sides = [(width, channels), (8, 64), (32, 64), (16, 128), (32, 32)]
     return tuple(tile(BLOCK_W=w, BLOCK_C=c) for w, c in dict.fromkeys(sides))

@@ -1,9 +1,13 @@
 """Depth-wise convolution with kernels predicted at every position; the kernels are never stored.
 
-Maps are ``(B, H, W, S, G)``, group-innermost; weights are tap-major, ``(K*K, G, D)``. Each pass
-predicts the kernels again by a small matrix product a tap: for the output, for the map's gradient
-(gathered, with the kernels of the positions that saw it), for what the prediction read, and for the
-prediction's own weights.
+Forward and map gradient predict the kernels, one matrix product per tap; the gradients of
+``hidden`` and ``weight`` multiply the kernel gradient, which is not stored either.
+
+Arguments of the kernels: ``x`` and ``grad`` are maps ``(B, H, W, S, G)``, channel ``c`` being
+``(c % S, c // S)``; ``hidden`` is ``(B, H, W, D)``, ``weight`` ``(K*K, G, D)``, ``bias``
+``(K*K, G)``. ``before`` is the zero padding before each axis; ``bucket`` only keys the autotuner.
+A tile has BLOCK_P positions of a row, BLOCK_S of the S channels, BLOCK_G groups and BLOCK_D of D;
+BLOCKS blocks of BLOCK_G cover G; DOT is the dtype of ``tl.dot`` operands.
 """
 
 import torch
@@ -20,7 +24,7 @@ def _predict(
     hidden, weight, bias, places, here, groups, tap, G, D,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Kernels of one tap, ``(positions, groups)`` in float32, zero where nothing is."""
+    """The kernels of one tap, ``(BLOCK_P, BLOCK_G)`` in float32, zero where ``here`` is False."""
     total = tl.full((BLOCK_P, BLOCK_G), 0.0, tl.float32)
     for start in range(0, D, BLOCK_D):
         depth = start + tl.arange(0, BLOCK_D)
@@ -43,9 +47,7 @@ def _mix(
     gather: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A piece of a row, some of the S channels of some of the groups.
-
-    ``out[p] = sum of x[p + tap] * kernel[p, tap]``, or with ``gather`` the gradient of that,
+    """``out[p] = sum of x[p + tap] * kernel[p, tap]``, with ``gather`` the map gradient,
     ``sum of x[p - tap] * kernel[p - tap, tap]``.
     """
     row = tl.program_id(0)
@@ -89,7 +91,7 @@ def _kernel_gradient(
     x, grad, image, y, columns, here, groups, u, v, H, W, S, G, before,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """What one tap's kernels receive at these positions, the sum of ``x[p + tap] * grad[p]``."""
+    """The gradient of one tap's kernels, ``sum over S of x[p + tap] * grad[p]``."""
     from_y, from_x = y + u - before, columns + v - before
     inside = (here & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)) != 0
     own = ((image * H + y) * W + columns)[:, None] * S * G + groups[None]
@@ -108,7 +110,7 @@ def _hidden_gradient(
     before: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """``sum over taps of kernel gradient @ weight[tap]`` for a piece of a row, a block of D."""
+    """``sum over taps of kernel_gradient @ weight[tap]`` for a tile of positions and D."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     depth = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -139,9 +141,9 @@ def _weight_gradient(
     K: tl.constexpr, before: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One tap over one chunk of rows, for some groups and a block of D.
+    """``kernel_gradient^T @ hidden`` and ``sum of kernel_gradient`` for one tap.
 
-    ``kernel gradient^T @ hidden``, and the sum of the kernel gradient.
+    A program sums one of ``chunks`` chunks of ``rows``, for a tile of groups and D.
     """
     chunk, tap = tl.program_id(0), tl.program_id(1)
     blocks = tl.cdiv(G, BLOCK_G)
@@ -165,13 +167,13 @@ def _weight_gradient(
     place = (chunk.to(tl.int64) * K * K + tap) * G + groups
     mask = (groups < G)[:, None] & (depth < D)[None]
     tl.store(out + place[:, None] * D + depth[None], total, mask)
-    # The programs of all blocks of D write the same.
+    # Programs of all blocks of D write the same values.
     tl.store(out_bias + place, total_bias, groups < G)
 
 
 @launches
 def forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    """``(B, H, W, S, G)``, ``(B, H, W, D)``, ``(K*K, G, D)``, ``(K*K, G)``; all contiguous."""
+    """Predict the kernels from ``hidden`` and convolve ``x`` with them."""
     return _run_mix(x, hidden, weight, bias, size, gather=False)
 
 
@@ -179,7 +181,7 @@ def forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) 
 def backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of all four, those of weight and bias in float32."""
+    """The gradients of x, hidden, weight and bias; the last two in float32."""
     grad_x = _run_mix(grad, hidden, weight, bias, size, gather=True)
     grad_hidden = torch.empty_like(hidden)
     batch, height, width, shared, groups = x.shape
@@ -227,7 +229,7 @@ def _run_mix(
 
 
 def boxes(shared: int, block_g: int) -> tuple[triton.Config, ...]:
-    """Tiles of positions and shared channels, whose sums fit into registers."""
+    """Tiles of positions and S channels to time; their sums fit into registers."""
     least, most = min(4, power(shared, 1)), min(32, power(shared, 1))
     sides = [(16, least), (32, least), (64, least), (16, 8), (32, 8), (64, 8), (16, 32)]
     sides = [(p, s) for p, s in sides if s <= most and p * s * block_g <= 64 * 256]
@@ -237,11 +239,11 @@ def boxes(shared: int, block_g: int) -> tuple[triton.Config, ...]:
 
 
 def pieces() -> tuple[triton.Config, ...]:
-    """Tiles of positions."""
+    """Tiles of positions to time."""
     return tuple(tile(BLOCK_P=p) for p in (16, 32, 64))
 
 
 def _fixed(x: Tensor, depth: int) -> dict[str, object]:
-    """Groups and hidden channels of a tile, and what products multiply."""
+    """The constants that are not tuned."""
     block_g, block_d = min(32, power(x.shape[4])), min(64, power(depth))
     return {"BLOCK_G": block_g, "BLOCK_D": block_d, "DOT": operands(x.dtype)}

@@ -1,7 +1,11 @@
-"""Learned static mixing inside shifted windows: shift, windows and way back in index arithmetic.
+"""Learned static mixing inside shifted windows; roll and partition are index arithmetic.
 
-``M`` sets of weights, one shared by all windows or one for each window of an image: the windows
-that use set ``m`` are then those of number ``i * M + m``, all images' counted row by row.
+Arguments of the kernels: ``value``, ``grad`` and ``out`` are maps ``(B, H, W, heads * D)``;
+``mixing`` is ``(M, heads, N, N)``, M being 1 or the windows of an image. Set ``m`` is for
+``members`` windows, numbers ``i * M + m`` counted through all images, in ``chunks`` chunks.
+``rows`` and ``columns`` are the window size, ``down`` and ``right`` the shift, N the positions of a
+window.
+BLOCK_N covers N, BLOCKS blocks of BLOCK_D cover D, and DOT is the dtype of ``tl.dot`` operands.
 """
 
 import torch
@@ -12,9 +16,9 @@ from torch import Tensor
 from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
 from backbones.ops.triton_kernels.window import _places
 
-# Windows that meet one load of weights in the forward pass.
+# Windows per program of the forward pass, which loads their weights once.
 _WINDOWS = 4
-# Whose registers hold a few squares of 64x64.
+# num_warps: a few 64x64 tiles exceed the registers of 4 warps.
 WARPS = 8
 
 
@@ -24,7 +28,7 @@ def _mix(
     back: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """One head of some of the windows that share their weights, with ``back`` transposed ones."""
+    """Mix one head of a chunk of windows; ``back`` transposes the weights, for the gradient."""
     group, head = tl.program_id(0), tl.program_id(1)
     m, chunk = (group % M).to(tl.int64), (group // M).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
@@ -50,7 +54,7 @@ def _weight_gradient(
     value, grad, out, M, members, chunks, H, W, heads, D, rows, columns, down, right, N,
     BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The same windows' sum of ``grad @ value^T``, zero across the seam."""
+    """Sum ``grad @ value^T``, masked across the seam, over one head of a chunk of windows."""
     group, head = tl.program_id(0), tl.program_id(1)
     m, chunk = (group % M).to(tl.int64), (group // M).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
@@ -72,7 +76,7 @@ def _weight_gradient(
 
 @launches
 def forward(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
-    """``(B, H, W, C)`` by ``(heads, N, N)`` or ``(nH, nW, heads, N, N)``, contiguous."""
+    """Mix ``(B, H, W, C)`` by ``(heads, N, N)`` or ``(nH, nW, heads, N, N)``."""
     return _run_mix(value, mixing, window_size, shift, back=False)
 
 
@@ -80,7 +84,7 @@ def forward(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[i
 def backward(
     grad: Tensor, value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the values and, in float32, of the weights."""
+    """The gradients of ``value`` and, in float32, of ``mixing``."""
     sets, members, sizes, blocks = _options(value, mixing, window_size, shift)
     chunks = max(1, parts(members, mixing.numel()) // sets)
     grad_mixing = mixing.new_zeros(chunks, *mixing.shape, dtype=torch.float32)
@@ -105,7 +109,7 @@ def _run_mix(
 
 
 def _options(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]):
-    """M, the windows of each set, and the sizes and blocks that both kernels take."""
+    """M, ``members``, and the sizes and blocks that both kernels take."""
     batch, height, width, channels = value.shape
     heads, positions = mixing.shape[-3:-1]
     windows = batch * (height // window_size[0]) * (width // window_size[1])

@@ -1,8 +1,8 @@
-"""Tiles of the kernels: the fastest of a few, timed on the GPU when a kernel first meets a size.
+"""Autotuning: a kernel's tile is the fastest of a few, timed on the GPU at first use.
 
-What is timed counts for all maps of the same channels, groups, precision and size to a factor of
-two, and is kept on disk by Triton. Kernels that sum over a whole map have no choice: the gradients
-of weights are the same whatever was timed.
+A timing holds for all maps with the same channels, groups and dtype and a size within a factor of
+two; Triton caches it on disk. Kernels that sum over a whole map have a fixed tile, so that weight
+gradients do not depend on timings.
 """
 
 from collections.abc import Callable
@@ -11,17 +11,17 @@ from functools import cache
 import torch
 import triton
 
-# What a timing counts for, besides the precision.
+# Kernel arguments that key a timing, beside the dtypes.
 _KEY = ["C", "S", "G", "D", "N", "heads", "K", "gather", "flip", "back", "bucket"]
 
 
 def tile(warps: int = 4, **blocks: int) -> triton.Config:
-    """Sides of a tile and the warps that share it."""
+    """A config with block sizes and num_warps."""
     return triton.Config(blocks, num_warps=warps)
 
 
 def bucket(x: torch.Tensor) -> int:
-    """Maps ``(B, H, W, ...)`` of one bucket share a timing: their sizes to a factor of two."""
+    """The size class of a map ``(B, H, W, ...)``: the bit length of H*W."""
     return (x.shape[1] * x.shape[2]).bit_length()
 
 
@@ -32,7 +32,7 @@ def run(
     *arguments: torch.Tensor | int | float,
     **constants: object,
 ) -> None:
-    """Run a kernel by the fastest of ``tiles``; by the first where nothing can be timed."""
+    """Launch a kernel with the fastest of ``tiles``; the interpreter takes the first."""
     if len(tiles) > 1 and _times():
         kernel = _tuned(kernel, tiles)
     else:
@@ -41,7 +41,7 @@ def run(
 
 
 def _times() -> bool:
-    """Whether there is a GPU at work, and not the interpreter."""
+    """Whether kernels run on a GPU, which can be timed, and not in the interpreter."""
     return not triton.knobs.runtime.interpret
 
 
@@ -49,6 +49,6 @@ def _times() -> bool:
 def _tuned(
     kernel: triton.runtime.JITFunction, tiles: tuple[triton.Config, ...]
 ) -> triton.runtime.Autotuner:
-    # Triton 3.9 refuses names that are no arguments of the kernel.
+    # Triton 3.9 rejects keys that are not arguments of the kernel.
     key = [name for name in _KEY if name in kernel.arg_names]
     return triton.autotune(configs=list(tiles), key=key, cache_results=True)(kernel)

@@ -1,6 +1,10 @@
-"""Attention inside shifted windows: shift, windows and their way back are index arithmetic.
+"""Attention inside shifted windows; roll and partition are index arithmetic.
 
-A program works on windows of one head; the backward pass computes the weights again.
+Arguments of the kernels: ``qkv`` is ``(B, H, W, 3 * heads * D)``, ``out`` and ``grad``
+``(B, H, W, heads * D)``, ``bias`` ``(heads, N, N)``. ``rows`` and ``columns`` are the window size,
+``down`` and ``right`` the shift, N the positions of a window; ``scale`` is ``D**-0.5``; ``bucket``
+only keys the autotuner. BLOCK_N and BLOCK_D cover N and D; DOT is the dtype of ``tl.dot`` operands.
+A program has one head; the backward pass computes the attention weights again.
 """
 
 import torch
@@ -11,22 +15,22 @@ from torch import Tensor
 from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
-# Of the backward pass, whose three squares of 64x64 fill the registers of four.
+# num_warps of the backward pass: three 64x64 tiles exceed the registers of 4 warps.
 WARPS = 8
-# Nothing but the warps can be chosen of the forward pass.
+# The forward pass tunes num_warps only.
 FORWARD = tile(4), tile(8)
 
 
 @triton.jit
 def _places(window, H, W, rows, columns, down, right, N, BLOCK_N: tl.constexpr):
-    """Where the positions of a window lie in all images, and on which sides of the seam."""
+    """Indices into ``B*H*W`` of a window's positions, and on which sides of the seam they are."""
     across = W // columns
     windows = H // rows * across
     image, window = (window // windows).to(tl.int64), window % windows
     n = tl.arange(0, BLOCK_N)
     y = window // across * rows + n // columns
     x = window % across * columns + n % columns
-    # Only the last windows of an axis have positions that the shift brought around.
+    # Only the last windows of an axis have positions that the roll wrapped around.
     side = tl.where(y >= H - down, 1, 0) + tl.where(x >= W - right, 2, 0)
     y, x = (y + down) % H, (x + right) % W
     return (image * H + y) * W + x, side
@@ -34,13 +38,13 @@ def _places(window, H, W, rows, columns, down, right, N, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _attend(query, key, bias, side, head, N, scale, BLOCK_N: tl.constexpr, DOT: tl.constexpr):
-    """``softmax(query @ key^T * scale + bias)``, zero across the seam and beyond the window."""
+    """``softmax(query @ key^T * scale + bias)``, zero across the seam and in the padding."""
     n = tl.arange(0, BLOCK_N)
     scores = tl.dot(query.to(DOT), tl.trans(key.to(DOT)), input_precision="ieee") * scale
     square = (n < N)[:, None] & (n < N)[None]
     place = (head * N + n)[:, None] * N + n[None]
     scores += tl.load(bias + place, square, 0.0).to(tl.float32)
-    # Rows beyond the window see something, so that nothing is divided by zero.
+    # Padding rows are not masked, so that no sum of weights is zero.
     seen = ((side[:, None] == side[None]) | (n >= N)[:, None]) & (n < N)[None]
     scores = tl.where(seen, scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
@@ -72,7 +76,7 @@ def _backward(
     down, right, N, scale,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One head of a chunk of windows, and the sum of their gradients of the bias."""
+    """Gradients of one head of one of ``chunks`` chunks of ``windows``; bias gradients summed."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     real = (n < N)[:, None] & (d < D)[None]
@@ -107,7 +111,7 @@ def _backward(
 def forward(
     qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int], shift: list[int]
 ) -> Tensor:
-    """``(B, H, W, 3*C)`` and ``(heads, N, N)``, contiguous, to ``(B, H, W, C)``."""
+    """Attention of qkv ``(B, H, W, 3*C)`` with bias ``(heads, N, N)``: ``(B, H, W, C)``."""
     batch, height, width, channels = qkv.shape
     out = qkv.new_empty(batch, height, width, channels // 3)
     windows, sizes, blocks = _options(qkv, num_heads, window_size, shift)
@@ -126,7 +130,7 @@ def backward(
     window_size: list[int],
     shift: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of qkv and, in float32, of the bias."""
+    """The gradients of ``qkv`` and, in float32, of ``bias``."""
     windows, sizes, blocks = _options(qkv, num_heads, window_size, shift)
     grad_qkv = torch.empty_like(qkv)
     chunks = parts(windows, bias.numel())

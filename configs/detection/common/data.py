@@ -10,10 +10,10 @@ from detectron2.data import (
 )
 from detectron2.evaluation import COCOEvaluator
 
-# Files of your own; where all are None, COCO is used. ``classes``: a choice of category names.
+# Your own COCO-style files; if all are None, COCO is used. ``classes`` selects category names.
 data = dict(train_json=None, train_images=None, val_json=None, val_images=None, classes=None)
 
-# DETR's augmentation, as Swin trained with it: flip, half of the time crop, then scale.
+# DETR's augmentation, as in Swin: flip, crop with probability 0.5, resize.
 _crop = [
     L(T.ResizeShortestEdge)(
         short_edge_length=[400, 500, 600], max_size=1333, sample_style="choice"
@@ -35,7 +35,7 @@ dataloader = dict(
             ],
             image_format="RGB",
             use_instance_mask=True,
-            # After a crop the box of what is left is tighter than the cropped box.
+            # A box around the cropped mask is tighter than the cropped box.
             recompute_boxes=True,
         ),
         total_batch_size=16,

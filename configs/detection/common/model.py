@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN over a feature pyramid of a backbone of ours (section 3.2, appendix E)."""
+"""Cascade Mask R-CNN with an FPN over one of our backbones (section 3.2, appendix E)."""
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
@@ -8,7 +8,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLaye
 
 from dense.detection import PyramidBackbone
 
-# Detectron2's own cascade; what follows are the paper's differences.
+# Detectron2's cascade, changed below to the paper's settings.
 model = get_config("common/models/cascade_rcnn.py").model
 
 model.input_format = "RGB"
@@ -27,7 +27,7 @@ model.backbone.bottom_up = L(PyramidBackbone)(
     fuse=False,
 )
 
-# Every stage: 4 convolutions with SyncBN, one linear layer; GIoU loss of weight 10 on the box.
+# Each stage: 4 convolutions with SyncBN, one linear layer, GIoU box loss of weight 10.
 model.roi_heads.update(
     box_heads=[
         L(FastRCNNConvFCHead)(
@@ -51,7 +51,7 @@ model.roi_heads.update(
         for w in (10.0, 20.0, 30.0)
     ],
 )
-# Four convolutions; the fifth width is that of the transposed one that doubles the resolution.
+# Four convolutions and the transposed convolution that doubles the resolution.
 model.roi_heads.mask_head.update(
     input_shape=L(ShapeSpec)(channels="${model.backbone.out_channels}", height=14, width=14),
     conv_dims=[256, 256, 256, 256, 256],

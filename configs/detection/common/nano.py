@@ -1,4 +1,4 @@
-"""The same detector and loaders, small: minutes on a CPU, a few hundred images of your own."""
+"""A small version of detector and loaders: a few hundred images, minutes on a CPU."""
 
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler

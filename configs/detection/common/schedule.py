@@ -1,4 +1,4 @@
-"""36 epochs of COCO with AdamW, and what the trainer needs to know beside it."""
+"""36 epochs of COCO with AdamW, and the trainer's settings."""
 
 import torch
 from detectron2.config import LazyCall as L
@@ -7,8 +7,8 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from dense.optim import param_groups
 
-# 117,266 images of train2017 have an object to learn from; 16 an iteration make 7,329 iterations
-# an epoch, and 117,266 * 36 / 16 = 263,848 iterations 36 epochs.
+# 117,266 images of train2017 have objects that are not crowds. At batch 16, an epoch has 7,329
+# iterations, 36 epochs 263,848.
 _EPOCH = 117_266 // 16
 _ITERATIONS = 117_266 * 36 // 16
 
@@ -27,13 +27,13 @@ train = dict(
 
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1, 0.01], milestones=[27, 33, 36]),
-    # Swin's 500 iterations; the paper takes over its settings.
+    # 500 iterations as in Swin, whose settings the paper adopts.
     warmup_length=500 / _ITERATIONS,
     warmup_factor=0.001,
 )
 
 optimizer = L(torch.optim.AdamW)(
-    # No decay on norms, batch norms among them, nor on bias tables.
+    # No weight decay on norms (batch norms included) and relative position bias tables.
     params=L(param_groups)(base_lr="${..lr}", layer_decay=1.0),
     lr=1e-4,
     betas=(0.9, 0.999),

@@ -12,7 +12,7 @@ model = dict(
         norm="SyncBN",
     ),
     roi_head=dict(
-        # Every stage: 4 convolutions with SyncBN, one linear layer, a box for each class.
+        # Each stage: 4 convolutions with SyncBN, one linear layer, class-specific boxes.
         bbox_head=[
             dict(
                 type="ConvFCBBoxHead",

@@ -36,7 +36,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),
-    # After Resize: the truth keeps its own size, to which predictions are scaled.
+    # After Resize: ground truth keeps its original size, to which predictions are resized.
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(
         type="PackDetInputs",

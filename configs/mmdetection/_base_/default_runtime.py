@@ -1,6 +1,6 @@
-"""What every run has: the backbones by name, a runner for CPU and GPU, logs for TensorBoard."""
+"""Settings of every run: registered backbones, a runner for CPU and GPU, TensorBoard logs."""
 
-# The names are OpenMMLab's, whichever package asks: this import needs no MMSegmentation.
+# dense.segmentation registers the backbones for MMDetection too; it needs mmengine only.
 custom_imports = dict(
     imports=["dense.segmentation", "dense.openmmlab.hooks", "dense.openmmlab.runner"]
 )

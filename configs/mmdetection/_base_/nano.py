@@ -1,4 +1,4 @@
-"""The same detector, small: images of about 160 pixels, minutes on a CPU, from random weights."""
+"""A small version for CPUs: images of about 160 pixels, minutes of training, random weights."""
 
 _base_ = ["./cascade_mask_rcnn.py", "./coco.py", "./schedule_3x.py", "./default_runtime.py"]
 

@@ -1,13 +1,13 @@
-"""36 epochs of AdamW in mixed precision, 16 images an iteration (8 GPUs of 2)."""
+"""36 epochs of AdamW in mixed precision, batch 16 (8 GPUs x 2)."""
 
 optim_wrapper = dict(
     type="AmpOptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    # No decay on norms, batch norms among them, nor on bias tables.
+    # No weight decay on norms (batch norms included) and relative position bias tables.
     constructor="DenseOptimWrapperConstructor",
 )
 param_scheduler = [
-    # Swin's warm-up; the paper takes over its settings.
+    # Warm-up as in Swin, whose settings the paper adopts.
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
     dict(type="MultiStepLR", by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
 ]

@@ -1,4 +1,4 @@
-"""What every run has: logs for people and TensorBoard, checkpoints, a stop at a loss of NaN."""
+"""Settings of every run: text and TensorBoard logs, checkpoints, a stop at non-finite losses."""
 
 custom_imports = dict(
     imports=[

@@ -1,4 +1,4 @@
-"""Folders of classes, Swin's augmentation, 224x224; validation takes the centre of 256x256."""
+"""A folder per class, Swin's augmentation, 224x224; validation crops the centre of 256x256."""
 
 train_dataloader = dict(
     batch_size=128,

@@ -5,7 +5,7 @@ total_batch_size = 1024
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
-    # None on norms, biases and bias tables.
+    # No weight decay on norms, biases and relative position bias tables.
     constructor="DenseOptimWrapperConstructor",
     paramwise_cfg=dict(no_decay_bias=True),
     clip_grad=dict(max_norm=5.0),

@@ -5,6 +5,6 @@ train_dataloader = dict(batch_size=64, dataset=dict(transform=dict(input_size=38
 val_dataloader = dict(dataset=dict(transform=dict(input_size=384, crop_pct=1.0)))
 model = dict(img_size=384, drop_path_rate=0.1)
 optim_wrapper = dict(optimizer=dict(lr=1e-5, weight_decay=1e-8))
-# The learning rate is constant.
+# Constant learning rate.
 param_scheduler = []
 train_cfg = dict(max_epochs=30)

@@ -1,6 +1,6 @@
 """ImageNet-22K: 90 epochs of 14.2M images, 4096 a step, 5 epochs of warm-up, drop path 0.2.
 
-Its classes are folders; a list of ``path<TAB>label`` instead is ``dataset.list_file``.
+The data is a folder per class; ``dataset.list_file`` takes a list of ``path<TAB>label`` lines.
 """
 
 _base_ = "./in1k_300e.py"

@@ -1,4 +1,4 @@
-"""ImageNet-1K from a network trained on ImageNet-22K: 30 epochs, its classifier's rows by wnid."""
+"""ImageNet-1K from a network trained on ImageNet-22K: 30 epochs; classifier rows by wnid."""
 
 _base_ = "./in1k_300e.py"
 model = dict(drop_path_rate=0.2)

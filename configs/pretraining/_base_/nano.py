@@ -1,4 +1,4 @@
-"""For small data and a CPU: 64x64, 20 epochs, mild augmentation."""
+"""For small data and CPUs: 64x64, 20 epochs, mild augmentation."""
 
 _base_ = "./in1k_300e.py"
 small = dict(num_workers=2, batch_size=32, pin_memory=False)

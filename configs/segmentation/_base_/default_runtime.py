@@ -1,4 +1,4 @@
-"""What every run has: the backbones by name, a runner for CPU and GPU, logs for TensorBoard."""
+"""Settings of every run: registered backbones, a runner for CPU and GPU, TensorBoard logs."""
 
 custom_imports = dict(
     imports=[

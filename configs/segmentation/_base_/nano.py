@@ -1,4 +1,4 @@
-"""A small UPerNet for small data and a CPU, from random weights; a recipe adds the backbone."""
+"""A small UPerNet for small data and CPUs, from random weights; a recipe adds the backbone."""
 
 _base_ = [
     "./models/upernet.py",

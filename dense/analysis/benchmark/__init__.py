@@ -1,1 +1,1 @@
-"""How fast operators, networks and whole models are, beside the peers a user would take instead."""
+"""Time and memory of operators, networks and whole models, beside their alternatives."""

@@ -1,10 +1,10 @@
-"""Several implementations of one thing timed in turns, in one process, with their memory."""
+"""Time several implementations in turns in one process, and measure their peak memory."""
 
 import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ class Contender:
     """One implementation.
 
     Attributes:
-        name: what the table calls it.
-        build: sets it up and returns what is timed.
-        ours: whether it is of this package.
+        name: name in the table.
+        build: sets the implementation up and returns the step to be timed.
+        ours: whether it is part of this package.
     """
 
     name: str
@@ -30,13 +30,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Contest:
-    """Implementations of one thing, on one input.
+    """Implementations of one computation, on one input.
 
     Attributes:
-        suite: the table it belongs to.
-        title: what is done, on what.
-        contenders: the first is what the others are compared with.
-        images: images in a step, for images per second.
+        suite: ``"operators"``, ``"networks"``, ``"scaling"`` or ``"models"``.
+        title: computation and input size; unique within the suite.
+        contenders: the first is the reference of the speed ratios.
+        images: images in a step.
         pixels: pixels in a step.
     """
 
@@ -48,27 +48,26 @@ class Contest:
 
     @property
     def key(self) -> str:
-        """What tells it from every other one."""
+        """Unique identifier."""
         return f"{self.suite}: {self.title}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one contender.
+    """Measurements of one contender; None where it failed.
 
     Attributes:
         contest: the contest's key.
-        name: the contender's.
-        ours: whether it is of this package.
-        seconds: median of the timed steps; None where it could not be run.
-        low: their first quartile.
-        high: their third quartile.
-        rounds: how many steps were timed.
-        peak_bytes: most memory that a step held beside the network's weights and its input; None
-            where it could not be run.
+        name: the contender's name.
+        ours: whether it is part of this package.
+        seconds: median of the timed steps.
+        low: first quartile.
+        high: third quartile.
+        rounds: number of timed steps.
+        peak_bytes: peak memory of a step beyond what was allocated before it (weights, input).
         images: images in a step.
         pixels: pixels in a step.
-        error: why it could not be run.
+        error: why it failed; empty if it did not.
     """
 
     contest: str
@@ -81,7 +80,7 @@ class Result:
     peak_bytes: int | None = None
     images: int = 1
     pixels: int = 0
-    error: str = field(default="")
+    error: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -95,21 +94,19 @@ def hold(
     seconds: float = 60.0,
     tick: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
-    """Run a contest: memory and warm-up one by one, then one step of each in turns.
+    """Run a contest: warm up and measure memory one by one, then time one step of each in turns.
 
-    Turns, and the order reversed in every second round, let a machine that slows down or warms up
-    slow all of them alike.
+    Every second round runs in reverse order, so that clock changes affect all contenders alike.
 
     Args:
-        contest: who runs what.
-        device: where.
-        rounds: steps timed of each, at least 3.
-        seconds: about how long the timed rounds may take in all; fewer rounds are run then, never
-            fewer than 3.
-        tick: called with a line on what is being done.
+        contest: the contenders.
+        device: where they run.
+        rounds: timed steps of each contender, at least 3.
+        seconds: approximate limit of all timed rounds; at least 3 rounds are run.
+        tick: called with a line about the progress.
 
     Returns:
-        One result a contender, in their order. One that raises has an ``error`` and no figures.
+        One result for each contender, in their order; a contender that raises has an ``error``.
     """
     steps: dict[str, Step] = {}
     peaks: dict[str, int] = {}
@@ -121,7 +118,7 @@ def hold(
             step()
             peaks[contender.name] = _peak(step, device)
             steps[contender.name] = step
-        # A peer that cannot do a shape, or lacks a package, is a line in the table.
+        # An unsupported shape or a missing package becomes a row of the table.
         except Exception as error:
             errors[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         _collect(device)
@@ -141,24 +138,13 @@ def hold(
 
 
 def _result(contest: Contest, contender: Contender, times, peaks, error: str) -> Result:
-    common = dict(
-        contest=contest.key,
-        name=contender.name,
-        ours=contender.ours,
-        images=contest.images,
-        pixels=contest.pixels,
-    )
+    name, shape = contender.name, dict(images=contest.images, pixels=contest.pixels)
+    result = Result(contest.key, name, contender.ours, **shape, error=error)
     if error:
-        return Result(**common, error=error)
-    low, median, high = statistics.quantiles(times[contender.name], n=4, method="inclusive")
-    return Result(
-        **common,
-        seconds=median,
-        low=low,
-        high=high,
-        rounds=len(times[contender.name]),
-        peak_bytes=peaks[contender.name],
-    )
+        return result
+    low, median, high = statistics.quantiles(times[name], n=4, method="inclusive")
+    rounds, peak = len(times[name]), peaks[name]
+    return replace(result, seconds=median, low=low, high=high, rounds=rounds, peak_bytes=peak)
 
 
 def _time(step: Step, device: torch.device) -> float:
@@ -170,7 +156,7 @@ def _time(step: Step, device: torch.device) -> float:
 
 
 def _peak(step: Step, device: torch.device) -> int:
-    """Most bytes a step holds beyond those held before it."""
+    """Peak bytes of a step beyond those allocated before it."""
     _collect(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -178,7 +164,7 @@ def _peak(step: Step, device: torch.device) -> int:
         step()
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # What PyTorch's allocator gave out; a library's own scratch is not seen.
+    # Only PyTorch's allocator is seen, not the scratch memory of libraries.
     with profile(
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:

@@ -1,4 +1,4 @@
-"""Whole detectors and segmentors: a training iteration, beside the frameworks' own Swin."""
+"""A training iteration of whole detectors and segmentors, beside the frameworks' own Swin-T."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,10 +15,10 @@ _SWIN_TINY = dict(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=
 
 
 def contests(device: torch.device) -> list[Contest]:
-    """UPerNet at 512x512 and Cascade Mask R-CNN at 800x1344, where their frameworks are here."""
+    """UPerNet at 512x512 and Cascade Mask R-CNN at 800x1344, if their frameworks are installed."""
     found = []
     if find_spec("mmseg"):
-        # Two at least: UPerNet pools to one position, whose batch norm needs another image.
+        # At least 2: UPerNet pools to 1x1, where batch norm needs a second image.
         images = 8 if device.type == "cuda" else 2
         found.append(_contest("UPerNet", (512, 512), images, _segmentor, device, "MMSegmentation"))
     if find_spec("detectron2"):
@@ -58,7 +58,7 @@ def _builder(make, name: str | None, size: tuple[int, int], images: int, device:
         half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
         def step() -> None:
-            # The same proposals and drawn paths for everybody.
+            # The same sampled proposals and drop paths for all contenders.
             torch.manual_seed(1)
             optimizer.zero_grad(set_to_none=True)
             with half:
@@ -72,6 +72,7 @@ def _builder(make, name: str | None, size: tuple[int, int], images: int, device:
 
 
 def _segmentor(name: str | None, size: tuple[int, int], images: int, device: torch.device):
+    from mmengine.structures import PixelData
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
     from mmseg.utils import register_all_modules
@@ -89,7 +90,7 @@ def _segmentor(name: str | None, size: tuple[int, int], images: int, device: tor
     data = {"inputs": [], "data_samples": []}
     for _ in range(images):
         sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
-        sample.set_data({"gt_sem_seg": _pixels(torch.randint(0, 150, (1, *size)))})
+        sample.set_data({"gt_sem_seg": PixelData(data=torch.randint(0, 150, (1, *size)))})
         data["inputs"].append(torch.randint(0, 256, (3, *size), dtype=torch.uint8))
         data["data_samples"].append(sample)
 
@@ -99,12 +100,6 @@ def _segmentor(name: str | None, size: tuple[int, int], images: int, device: tor
         return model.parse_losses(losses)[0]
 
     return model, loss_of
-
-
-def _pixels(labels: torch.Tensor):
-    from mmengine.structures import PixelData
-
-    return PixelData(data=labels)
 
 
 def _detector(name: str | None, size: tuple[int, int], images: int, device: torch.device):

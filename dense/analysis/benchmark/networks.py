@@ -1,4 +1,4 @@
-"""The networks, whole, beside timm's and torchvision's of the same size."""
+"""Whole networks, beside those of timm and torchvision of the same size."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ from dense.analysis.benchmark.measure import Contender, Contest, Step
 
 SIZES = ((224, 224), (512, 512), (512, 2048), (800, 1344))
 REFERENCE = "timm swin_tiny"
-# Swin's window of 7 does not divide the larger sizes: each library pads in its own way.
+# Swin's window of 7 does not divide the larger feature maps: each library pads in its own way.
 _PEERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
     REFERENCE: lambda size: timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=size, window_size=7
@@ -29,18 +29,17 @@ def contests(
     scale: str = "tiny",
     modes: Sequence[str] = ("inference", "training"),
 ) -> list[Contest]:
-    """The five families and three peers at every size, in inference and in training.
+    """The five families and three peers at every size.
 
     Args:
-        sizes: rows and columns of the images.
-        batch: images in a step; None takes what fits the size.
-        device: where; on a GPU in bfloat16 autocast, else in float32.
-        compiled: every network also under ``torch.compile`` with dynamic shapes.
-        scale: ``"nano"``, ``"tiny"`` or ``"base"`` of ours.
-        modes: ``"inference"`` (folded norms, no gradients) and ``"training"`` (forward and
+        sizes: height and width of the images in pixels.
+        batch: images in a step; None takes :func:`_default_batch`.
+        device: CUDA runs in bfloat16 autocast, a CPU in float32.
+        compiled: run every network also under ``torch.compile(dynamic=True)``.
+        scale: ``"nano"``, ``"tiny"`` or ``"base"`` of our networks.
+        modes: ``"inference"`` (:func:`backbones.fuse`, no gradients), ``"training"`` (forward and
             backward).
     """
-    ours = {f"{family}_{scale}": family for family in backbones.FAMILIES}
     found = []
     for size in sizes:
         images = batch or _default_batch(size, device)
@@ -51,7 +50,7 @@ def contests(
                 for name, make in _PEERS.items():
                     build = _builder(make, size, images, mode, device, compile_it)
                     contenders.append(Contender(name + suffix, build))
-                for name in ours:
+                for name in (f"{family}_{scale}" for family in backbones.FAMILIES):
                     build = _builder(_our(name, mode), size, images, mode, device, compile_it)
                     contenders.append(Contender(name + suffix, build, ours=True))
             title = f"{scale}, {mode}, {size[0]}x{size[1]}, batch {images}"
@@ -62,7 +61,7 @@ def contests(
 
 
 def scaling_contests(device: torch.device, modes: Sequence[str] = ("inference",)) -> list[Contest]:
-    """Each family from 224 to 1344 on a side, and from 1 to 64 images of 224."""
+    """Each family at sides of 224 to 1344 pixels, and with 1 to 64 images of 224x224."""
     shapes = [(1, side) for side in (224, 320, 448, 640, 896, 1344)]
     shapes += [(batch, 224) for batch in (2, 4, 8, 16, 32, 64)]
     found = []
@@ -84,7 +83,7 @@ def scaling_contests(device: torch.device, modes: Sequence[str] = ("inference",)
 
 def _our(name: str, mode: str) -> Callable[[tuple[int, int]], nn.Module]:
     def make(size: tuple[int, int]) -> nn.Module:
-        # The window grid of Swin-Local-MLP is that of the image, as a trained one would have it.
+        # Swin-Local-MLP's learned weights depend on img_size: build it for the measured size.
         model = timm.create_model(name, img_size=size)
         return backbones.fuse(model, inplace=True) if mode == "inference" else model
 
@@ -107,8 +106,7 @@ def _builder(
 ) -> Callable[[], Step]:
     def build() -> Step:
         torch.manual_seed(0)
-        model = make(size).to(device)
-        model = model.to(memory_format=torch.channels_last)
+        model = make(size).to(device, memory_format=torch.channels_last)
         model.train(mode == "training")
         x = torch.randn(images, 3, *size, device=device)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -131,6 +129,6 @@ def _builder(
 
 
 def _default_batch(size: tuple[int, int], device: torch.device) -> int:
-    """Images of 224x224 that a step is worth: 4 on a CPU, 64 on a GPU, at least one image."""
+    """The batch with as many pixels as 4 (CPU) or 64 (GPU) images of 224x224, at least 1."""
     budget = (64 if device.type == "cuda" else 4) * 224 * 224
     return max(1, budget // (size[0] * size[1]))

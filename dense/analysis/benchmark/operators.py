@@ -1,6 +1,6 @@
-"""The operators at the size of a tiny network's first stage, beside what one would write instead.
+"""The operators of :mod:`backbones.ops` at the first stage of a tiny network, beside alternatives.
 
-Peers get their own preferred layout, contiguous, before the clock starts.
+Inputs are in the preferred memory layout of each implementation; conversion is not timed.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 from backbones import ops
 from dense.analysis.benchmark.measure import Contender, Contest, Step
 
-# Images, rows, columns of the map: 8 images of 224x224, and one of 800x1344.
+# Batch, height, width of the feature map: 8 images of 224x224, and one of 800x1344.
 SHAPES = ((8, 56, 56), (1, 200, 336))
 CHANNELS, HEADS, GROUPS, KERNEL, WINDOW = 96, 3, 32, 7, 7
 TAPS = KERNEL**2
@@ -21,7 +21,7 @@ Function = Callable[..., Tensor]
 
 
 def contests(device: torch.device, modes: Sequence[str]) -> list[Contest]:
-    """Every operator at both shapes, forward alone and with the backward pass."""
+    """Every operator at both shapes, in inference (forward) and training (forward and backward)."""
     found = []
     for images, height, width in SHAPES:
         for make in OPERATORS:
@@ -136,7 +136,7 @@ def _aggregation(images: int, height: int, width: int, device: torch.device):
 
 
 def _carafe(channels_first: Callable[[], list[Tensor]]) -> dict:
-    """mmcv's kernel for the same aggregation, where mmcv was built for CUDA."""
+    """mmcv's kernel for the same aggregation; it needs mmcv compiled for CUDA."""
 
     def carafe(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         from mmcv.ops import carafe_naive
@@ -148,7 +148,7 @@ def _carafe(channels_first: Callable[[], list[Tensor]]) -> dict:
 
 
 class _SumOfTaps(torch.autograd.Function):
-    """``(B, G, S, H, W)`` by stored kernels ``(B, G, 1, K*K, H, W)``, tap by tap."""
+    """Aggregate ``(B, G, S, H, W)`` with kernels ``(B, G, 1, K*K, H, W)``, one tap at a time."""
 
     @staticmethod
     def forward(ctx, x: Tensor, kernels: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def _attention(images: int, height: int, width: int, device: torch.device, shift
         ]
 
     def windows(qkv: Tensor) -> Tensor:
-        """``(3, B*windows, heads, N, C/heads)``."""
+        """To ``(3, B * windows, heads, N, C / heads)``."""
         qkv = qkv.roll((-shift, -shift), (1, 2)) if shift else qkv
         qkv = qkv.reshape(images, height // WINDOW, WINDOW, width // WINDOW, WINDOW, 3, HEADS, -1)
         return qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(1, 3).flatten(3, 4)
@@ -286,11 +286,9 @@ def _attention(images: int, height: int, width: int, device: torch.device, shift
         from torch.nn.attention.flex_attention import flex_attention
 
         compiled = torch.compile(flex_attention, dynamic=False)
-        same = (
-            mask
-            if mask is not None
-            else torch.ones(1, positions, positions, dtype=torch.bool, device=device)
-        )
+        same = mask
+        if same is None:
+            same = torch.ones(1, positions, positions, dtype=torch.bool, device=device)
 
         def attend(qkv: Tensor, bias: Tensor) -> Tensor:
             query, key, v = windows(qkv)
@@ -323,7 +321,7 @@ def _shifted_attention(images: int, height: int, width: int, device: torch.devic
 
 
 def _regions(height: int, width: int, shift: int, device: torch.device) -> Tensor:
-    """``(windows, N, N)``: which pairs were neighbours before the shift."""
+    """``(windows, N, N)`` bool: pairs of positions that were in one region before the shift."""
     label = torch.zeros(height, width, dtype=torch.long, device=device)
     spans = (slice(0, -WINDOW), slice(-WINDOW, -shift), slice(-shift, None))
     for row, rows in enumerate(spans):

@@ -1,4 +1,4 @@
-"""What was measured as tables and plots; everything in them comes from the results alone."""
+"""Benchmark results as Markdown tables and plots."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from dense.analysis.benchmark.measure import Result
 
 
 def machine(device: torch.device) -> str:
-    """The machine in words: processor or GPU, threads, versions, dtype."""
+    """Describe the machine: processor or GPU, threads, dtype, versions."""
     if device.type == "cuda":
         name, numbers = torch.cuda.get_device_name(device), "bfloat16 autocast"
     else:
@@ -25,7 +25,7 @@ def machine(device: torch.device) -> str:
 
 
 def markdown(results: Sequence[Result], where: str) -> str:
-    """One table a contest: time, spread, images a second, memory, and the ratio to the first."""
+    """One table for each contest: time, quartiles, images/s, memory, speed ratio to the first."""
     lines = [f"Machine: {where}.", ""]
     for contest in dict.fromkeys(result.contest for result in results):
         group = [result for result in results if result.contest == contest]
@@ -42,7 +42,7 @@ def markdown(results: Sequence[Result], where: str) -> str:
 
 
 def plot_scaling(results: Sequence[Result], path: str | Path) -> None:
-    """Time and memory per pixel against the image's side, per image against the batch."""
+    """Plot time and memory per pixel against image size and batch size, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,14 +66,8 @@ def plot_scaling(results: Sequence[Result], path: str | Path) -> None:
         for row, quantity in enumerate(("ns per pixel", "peak bytes per pixel")):
             axes[row][column].set(xlabel=label, ylabel=quantity, xscale="log", ylim=(0, None))
             axes[row][column].grid(alpha=0.3)
-            # Ticks where something was measured, in plain numbers.
-            ticks = sorted(
-                {
-                    line.get_xdata()[i]
-                    for line in axes[row][column].lines
-                    for i in range(len(line.get_xdata()))
-                }
-            )
+            # Matplotlib's log scale would tick powers of ten only.
+            ticks = sorted({x for line in axes[row][column].lines for x in line.get_xdata()})
             axes[row][column].set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
             axes[row][column].minorticks_off()
     axes[0][0].legend()

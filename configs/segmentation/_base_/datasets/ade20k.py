@@ -1,4 +1,4 @@
-"""ADE20K, 512x512 crops of images scaled by 0.5 to 2; tested whole, the short side 512."""
+"""ADE20K: 512x512 crops of images scaled by 0.5 to 2; whole images with short side 512 in tests."""
 
 dataset_type = "ADE20KDataset"
 data_root = "data/ade/ADEChallengeData2016"
@@ -14,7 +14,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
-    # After Resize: the truth keeps its own size, to which predictions are scaled.
+    # After Resize: ground truth keeps its original size, to which predictions are resized.
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]

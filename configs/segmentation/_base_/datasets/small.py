@@ -1,4 +1,4 @@
-"""Small data in ADE20K's layout, or your own folders: 128x128 crops, tested with short side 128."""
+"""Small data in ADE20K's layout or your own folders: 128x128 crops, short side 128 in tests."""
 
 _base_ = "./ade20k.py"
 train_pipeline = [

@@ -1,9 +1,9 @@
-"""160k iterations of AdamW, 16 images each (8 GPUs of 2), linear to 0 after 1500 of warm-up."""
+"""160k iterations of AdamW, batch 16 (8 GPUs x 2): 1500 of warm-up, then linear decay to 0."""
 
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    # No decay on norms, batch norms among them, nor on bias tables.
+    # No weight decay on norms (batch norms included) and relative position bias tables.
     constructor="DenseOptimWrapperConstructor",
 )
 param_scheduler = [
