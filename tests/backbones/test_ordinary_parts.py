@@ -323,7 +323,10 @@ def test_transformers_save_and_load(family, tmp_path):
     expected = model(x).logits
     model.save_pretrained(tmp_path)
     again = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(again(x).logits, expected, rtol=0, atol=0)
+    for name, value in model.state_dict().items():
+        assert again.state_dict()[name].equal(value), name
+    # Not bit for bit: products depend on how the memory of the weights is aligned.
+    torch.testing.assert_close(again(x).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 @FAMILY
