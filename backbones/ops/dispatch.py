@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from subprocess import SubprocessError
 from typing import TypeVar
 
 import torch
@@ -40,6 +41,14 @@ ON_GPUS = (
 
 T = TypeVar("T")
 _forced: str | None = None
+# From the RuntimeErrors by which LLVM's passes and the builds of Triton's launchers fail.
+_COMPILERS_SAY = (
+    "PassManager::run failed",
+    "Failed to find C compiler",
+    "Failed to load newly compiled",
+    "failed to translate module to LLVM IR",
+    "active drivers",
+)
 # Operators whose Triton kernels failed to compile in this process, and the reason.
 _broken: dict[str, str] = {}
 
@@ -89,23 +98,32 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
 
 
 def attempt(operator: str, compute: Callable[[], T]) -> T | None:
-    """Run Triton kernels; if they fail, warn, drop Triton for this operator, and return None.
+    """Run Triton kernels; if they do not compile, warn, drop them for ``operator``, return None.
 
     Raises:
-        Exception: the original error if ``triton`` was forced or the GPU is out of memory.
+        Exception: what ``compute`` raised, if no compiler did (an error of CUDA, memory that ran
+            out, a capture that does not permit it) or if ``triton`` was forced.
     """
-    from triton.errors import TritonError
-
     try:
         return compute()
-    except (TritonError, ImportError, OSError, RuntimeError) as error:
-        if _forced == "triton" or os.environ.get(ENVIRONMENT) == "triton":
+    except Exception as error:
+        forced = "triton" in (_forced, os.environ.get(ENVIRONMENT))
+        if forced or not _is_of_a_compiler(error):
             raise
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        _broken[operator] = f"Triton did not compile it: {str(error).strip().splitlines()[0][:200]}"
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        _broken[operator] = f"Triton did not compile it: {said[:200]}"
         warnings.warn(f"{operator}: {_broken[operator]}", RuntimeWarning, stacklevel=2)
         return None
+
+
+def _is_of_a_compiler(error: Exception) -> bool:
+    from triton.errors import TritonError
+
+    # Triton's own, those of the C compiler that builds its launchers, and of its cache on disk.
+    if isinstance(error, TritonError | ImportError | OSError | SubprocessError):
+        return True
+    # CUDA's errors are RuntimeErrors too, and so is what a launch returns.
+    return type(error) is RuntimeError and any(part in str(error) for part in _COMPILERS_SAY)
 
 
 def exporting() -> bool:

@@ -1,28 +1,19 @@
 """The ``native`` backend: C kernels, compiled on first use and called by ctypes.
 
-The libraries are cached on disk for all processes. Without a C compiler operators use another
-backend; so they do if the compiler fails, with one warning.
+Without a C compiler operators use another backend; so they do if the compiler fails, with one
+warning. :mod:`backbones.ops.library` compiles and caches.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 import warnings
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.c") for name in ("depthwise", "inhomogeneous", "windows")
-)
-_HEADER = Path(__file__).with_name("matrix.h")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+from backbones.ops import library
+
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -57,55 +48,22 @@ def call(name: str, *arguments: Tensor | int | None) -> None:
         else ctypes.c_int64(a)
         for a in arguments
     ]
-    if getattr(_library(dtype), name)(*values, ctypes.c_int64(torch.get_num_threads())):
+    if getattr(_build()[0][dtype], name)(*values, ctypes.c_int64(torch.get_num_threads())):
         raise MemoryError(f"native {name}: out of memory")
 
 
 @cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    return ctypes.CDLL(str(_build()[0] / f"{_TYPES[dtype]}.so"))
-
-
-@cache
-def _build() -> tuple[Path, str | None]:
-    """The folder of the libraries, and why there is none (None if there is)."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
-        return Path(), "no C compiler was found: neither cc nor one that CC names"
-    if platform.system() != "Linux":
-        return Path(), f"the C kernels are built on Linux only, not on {platform.system()}"
+def _build() -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
+    """The library of each dtype, and why there is none (None if there is)."""
     try:
-        folder = _folder(compiler)
-        for name in _TYPES.values():
-            if not (folder / f"{name}.so").exists():
-                _compile(compiler, name, folder)
-            ctypes.CDLL(str(folder / f"{name}.so"))
+        compiler = library.compiler()
+        return {dtype: library.load(compiler, real) for dtype, real in _TYPES.items()}, None
+    except library.MissingCompiler as error:
+        return {}, str(error)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        lines = said.strip().splitlines()
+        lines = said.strip().splitlines() or [type(error).__name__]
         said = next((line for line in lines if "error" in line.lower()), lines[-1])
-        reason = f"{compiler} could not build the C kernels: {said.strip()}"
+        reason = f"{' '.join(compiler)} could not build the C kernels: {said.strip()}"
         warnings.warn(f"{reason}; slower backends take over", RuntimeWarning, stacklevel=2)
-        return Path(), reason
-    return folder, None
-
-
-def _folder(compiler: str) -> Path:
-    """The cache folder for these sources, this compiler and this processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = next((line for line in cpu if line.startswith(("flags", "Features"))), "")
-    sources = [path.read_text() for path in (*_SOURCES, _HEADER)]
-    key = *sources, version.stdout, str(_FLAGS), flags
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "dense-backbones" / hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
-
-
-def _compile(compiler: str, name: str, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / f"{name}.so"
-        command = [compiler, *_FLAGS, f"-DREAL={name}", *_SOURCES, "-o", built, "-lm"]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        # Atomic: several processes may build at once.
-        built.replace(folder / f"{name}.so")
+        return {}, reason

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
+
 from backbones import ops  # noqa: E402
 from backbones.ops import dispatch, reference  # noqa: E402
 from backbones.ops.__main__ import main  # noqa: E402
@@ -355,6 +357,54 @@ def test_kernels_that_do_not_compile_are_said_once(monkeypatch, recwarn):
     assert backend == "torch" and "no such processor" in reason
     with ops.force("triton"), pytest.raises(TritonError):
         dispatch.attempt("window_attention", compute)
+
+
+@pytest.mark.usefixtures("unforced")
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(114688, 101376, "shared memory"),
+        PTXASError("`ptxas` failed"),
+        RuntimeError("PassManager::run failed"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        PermissionError(13, "Permission denied", "/root/.triton"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_what_compilers_raise_is_caught(monkeypatch, error):
+    monkeypatch.setattr(dispatch, "_broken", {})
+    with pytest.warns(RuntimeWarning, match="did not compile"):
+        assert dispatch.attempt("local_mlp", raising(error)) is None
+    assert explain("local_mlp", "cuda", torch.float32)[0] == "torch"
+
+
+@pytest.mark.usefixtures("unforced")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        AttributeError("no such name"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_other_errors_come_through_and_keep_the_kernels(monkeypatch, error):
+    broken = {}
+    monkeypatch.setattr(dispatch, "_broken", broken)
+    with pytest.raises(type(error)) as raised:
+        dispatch.attempt("local_mlp", raising(error))
+    assert raised.value is error and not broken
+
+
+def raising(error):
+    def compute():
+        raise error
+
+    return compute
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")

@@ -1,0 +1,186 @@
+"""Compiles the C kernels into a shared library and keeps it in a cache that others cannot write.
+
+The cache is ``$XDG_CACHE_HOME/dense-backbones``, or ``~/.cache/dense-backbones``. Loading a library
+runs its code, so a file is loaded only if this user owns it, nobody else can write it or a folder
+on its path, and its name holds the hash of its content. A cache that does not meet this is left
+alone, with one warning, and each process compiles into a folder of its own; so it does if there is
+no home folder.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import grp
+import hashlib
+import os
+import platform
+import pwd
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+SECONDS = 300
+"""How long a compiler may take, and how long a process waits for another one that compiles."""
+
+_SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.c") for name in ("depthwise", "inhomogeneous", "windows")
+)
+_HEADER = Path(__file__).with_name("matrix.h")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+
+
+class MissingCompiler(Exception):
+    """There is no C compiler, or none that the kernels are written for."""
+
+
+def compiler() -> list[str]:
+    """The command of the C compiler: ``CC``, which may hold arguments, or ``cc``.
+
+    Raises:
+        MissingCompiler: it is not on the path, or this is not Linux.
+    """
+    if platform.system() != "Linux":
+        raise MissingCompiler(f"the C kernels are built on Linux only, not on {platform.system()}")
+    try:
+        command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        raise MissingCompiler(f"CC={os.environ['CC']}: {error}") from error
+    if shutil.which(command[0]) is None:
+        raise MissingCompiler("no C compiler was found: neither cc nor one that CC names")
+    return command
+
+
+def load(command: list[str], real: str) -> ctypes.CDLL:
+    """Load the kernels for C's type ``real``, ``float`` or ``double``; compile them if need be.
+
+    Raises:
+        OSError: the cache cannot be written, or the library cannot be loaded.
+        subprocess.SubprocessError: the compiler failed, or took longer than :data:`SECONDS`.
+    """
+    folder = _cache(_key(command))
+    if (found := _intact(folder, real)) is None:
+        with _alone(folder):
+            # Another process may have compiled it in the meantime.
+            found = _intact(folder, real) or _compile(command, real, folder)
+    return ctypes.CDLL(str(found))
+
+
+def _key(command: list[str]) -> str:
+    """A hash of everything that the machine code depends on."""
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    cpu = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line for line in cpu if line.startswith(("flags", "Features"))), "")
+    sources = [path.read_text() for path in (*_SOURCES, _HEADER)]
+    key = *sources, *command, version.stdout, str(_FLAGS), processor, *platform.libc_ver()
+    return hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
+
+
+@cache
+def _cache(key: str) -> Path:
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = root.absolute() / "dense-backbones" / key
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.parent.mkdir(exist_ok=True, mode=0o700)  # parents=True would leave its mode to umask
+        folder.mkdir(exist_ok=True, mode=0o700)
+        folder = folder.resolve()
+        if (reason := _untrusted(folder)) is None and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        if reason is not None:
+            message = f"{reason}; the C kernels are compiled for this process alone"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except (OSError, RuntimeError):  # the folder cannot be made, or there is no home
+        pass
+    folder = Path(_scratch().name) / key
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    """A folder of this process, removed at its end."""
+    return tempfile.TemporaryDirectory(prefix="dense-backbones-")
+
+
+def _untrusted(path: Path) -> str | None:
+    """Why somebody else could put a file of theirs at ``path``, None if nobody can."""
+    for place in (path, *path.parents):
+        about = place.stat()
+        # In a sticky folder, such as /tmp, only the owner replaces an entry.
+        sticky = place != path and about.st_mode & stat.S_ISVTX
+        owners = (os.geteuid(),) if place == path else (os.geteuid(), 0)
+        if about.st_uid not in owners:
+            return f"{place} belongs to user {about.st_uid}"
+        writers = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if writers == stat.S_IWGRP and _is_of_this_user_alone(about.st_gid):
+            writers = 0
+        if writers and not sticky:
+            return f"{place} can be written by others"
+    return None
+
+
+def _is_of_this_user_alone(group: int) -> bool:
+    """Whether it is the group that many systems make for each user, with no other member."""
+    try:
+        user, about = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return about.gr_name == user and set(about.gr_mem) <= {user}
+
+
+def _intact(folder: Path, real: str) -> Path | None:
+    """The library in ``folder`` whose content is whole; damaged ones are removed."""
+    for path in sorted(folder.glob(f"{real}-*.so")):
+        if path.is_symlink() or _untrusted(path) is not None:
+            continue
+        if path.stem == f"{real}-{_digest(path)}":
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``, so that one process on a machine compiles and others wait."""
+    with open(folder / "lock", "w") as lock:
+        end = time.monotonic() + SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"{folder}/lock was held for {SECONDS} s") from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+
+
+def _compile(command: list[str], real: str, folder: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / f"{real}.so"
+        build = [*command, *_FLAGS, f"-DREAL={real}", *_SOURCES, "-o", built, "-lm"]
+        subprocess.run(build, capture_output=True, text=True, check=True, timeout=SECONDS)
+        built.chmod(0o700)
+        with open(built, "rb") as file:
+            os.fsync(file.fileno())
+        final = folder / f"{real}-{_digest(built)}.so"
+        try:
+            os.link(built, final)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            built.replace(final)
+    return final

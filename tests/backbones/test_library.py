@@ -1,0 +1,207 @@
+"""The cache of compiled C kernels: what is loaded, what is refused, who compiles."""
+
+import ctypes
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+
+from backbones.ops import library
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache folder of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    library._cache.cache_clear()
+    yield tmp_path / "cache"
+    library._cache.cache_clear()
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """The command of a compiler that builds one small function, and the file of its calls."""
+    source, calls = tmp_path / "small.c", tmp_path / "calls"
+    source.write_text("int answer(void) { return 42; }")
+    script = tmp_path / "quick cc"
+    script.write_text(
+        f"""#!/bin/sh
+[ "$2" = --version ] && exec echo 1
+echo "$1" >> '{calls}'
+while [ "$1" != -o ]; do shift; done
+sleep 0.3
+exec cc -shared -fPIC '{source}' -o "$2"
+"""
+    )
+    script.chmod(0o755)
+    return [str(script), "first"], calls
+
+
+def loaded(command) -> Path:
+    """The file that ``load`` takes."""
+    library.load(command, "float")
+    (path,) = library._cache(library._key(command)).glob("float-*.so")
+    return path
+
+
+def compiled(calls: Path) -> int:
+    return len(calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def plant(path: Path, marker: Path, tmp_path: Path) -> Path:
+    """A library that leaves ``marker`` when it is loaded, under a name that fits its content."""
+    (tmp_path / "planted.c").write_text(
+        "#include <stdio.h>\n__attribute__((constructor)) static void run(void) "
+        f'{{ fclose(fopen("{marker}", "w")); }}\n'
+    )
+    built = tmp_path / "planted.so"
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "planted.c", "-o", built], check=True)
+    return Path(shutil.copy(built, path / f"float-{library._digest(built)}.so"))
+
+
+def test_a_second_process_compiles_nothing(cache, quick):
+    command, calls = quick
+    path = loaded(command)
+    assert path.is_relative_to(cache) and path.parent.stat().st_mode & 0o777 == 0o700
+    assert library.load(command, "float").answer() == 42
+    assert compiled(calls) == 1
+    assert not [entry for entry in path.parent.iterdir() if entry.name not in ("lock", path.name)]
+
+
+@pytest.mark.parametrize("size", [0, 100, 4097])
+def test_a_damaged_library_is_built_again(cache, quick, size):
+    command, calls = quick
+    path = loaded(command)
+    # A new file: the one that is loaded stays mapped.
+    content = path.read_bytes()[:size]
+    path.unlink()
+    path.write_bytes(content)
+    assert library.load(command, "float").answer() == 42
+    assert compiled(calls) == 2
+
+
+def test_a_library_of_this_user_is_loaded(cache, quick, tmp_path):
+    """What the tests of refusal rest on: the planted one does run where nothing is wrong."""
+    folder = library._cache(library._key(quick[0]))
+    plant(folder, tmp_path / "ran", tmp_path)
+    library.load(quick[0], "float")
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("open_to_all", ["cache", "cache/dense-backbones", "key", "file"])
+def test_a_planted_library_is_not_loaded(cache, quick, tmp_path, open_to_all):
+    command, calls = quick
+    folder = library._cache(library._key(command))
+    planted = plant(folder, tmp_path / "ran", tmp_path)
+    places = {"key": folder, "file": planted}
+    places.get(open_to_all, tmp_path / open_to_all).chmod(0o777)
+    library._cache.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert library.load(command, "float").answer() == 42
+    assert not (tmp_path / "ran").exists()
+    assert compiled(calls) == 1
+    if open_to_all != "file":
+        (message,) = [str(warning.message) for warning in said]
+        assert "can be written by others; the C kernels are compiled for this process" in message
+
+
+def test_a_library_of_another_user_is_not_loaded(cache, quick, tmp_path, monkeypatch):
+    folder = library._cache(library._key(quick[0]))
+    plant(folder, tmp_path / "ran", tmp_path)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert library._untrusted(folder) == f"{folder} belongs to user {user}"
+    assert library._intact(folder, "float") is None
+
+
+def test_a_link_to_a_library_is_not_loaded(cache, quick, tmp_path):
+    folder = library._cache(library._key(quick[0]))
+    planted = plant(folder, tmp_path / "ran", tmp_path)
+    planted.rename(tmp_path / "elsewhere.so")
+    planted.symlink_to(tmp_path / "elsewhere.so")
+    assert library.load(quick[0], "float").answer() == 42
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_group_counts_as_others_unless_it_is_the_users_own(cache, quick, monkeypatch):
+    folder = library._cache(library._key(quick[0]))
+    folder.chmod(0o770)
+    monkeypatch.setattr(library, "_is_of_this_user_alone", lambda group: False)
+    assert "can be written by others" in library._untrusted(folder)
+    monkeypatch.setattr(library, "_is_of_this_user_alone", lambda group: True)
+    assert library._untrusted(folder) is None
+
+
+def test_without_a_home_the_process_has_a_folder_of_its_own(cache, quick, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert library.load(quick[0], "float").answer() == 42
+    folder = library._cache(library._key(quick[0]))
+    assert folder.parent == Path(library._scratch().name) and not folder.is_relative_to(cache)
+
+
+def test_a_cache_that_cannot_be_made_is_no_error(cache, quick):
+    cache.write_text("a file")
+    assert library.load(quick[0], "float").answer() == 42
+
+
+def test_one_compiles_while_the_others_wait(cache, quick):
+    command, calls = quick
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(library.load(command, "float").answer()))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [42] * 4 and compiled(calls) == 1
+
+
+def test_waiting_has_an_end(cache, quick, monkeypatch):
+    monkeypatch.setattr(library, "SECONDS", 0.2)
+    folder = library._cache(library._key(quick[0]))
+    with open(folder / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="lock was held for 0.2 s"):
+            library.load(quick[0], "float")
+
+
+def test_the_compilers_command_may_have_arguments(monkeypatch):
+    monkeypatch.setenv("CC", "env 'A=b c' cc")
+    assert library.compiler() == ["env", "A=b c", "cc"]
+    library._key(library.compiler())
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    with pytest.raises(library.MissingCompiler, match="no C compiler was found"):
+        library.compiler()
+    monkeypatch.setenv("CC", "cc 'half")
+    with pytest.raises(library.MissingCompiler, match="CC=cc 'half: No closing quotation"):
+        library.compiler()
+
+
+def test_the_c_library_is_in_the_key(monkeypatch):
+    key = library._key(["cc"])
+    monkeypatch.setattr(library.platform, "libc_ver", lambda: ("glibc", "2.99"))
+    assert library._key(["cc"]) != key
+
+
+def test_the_kernels_themselves_load(cache):
+    for real in ("float", "double"):
+        assert isinstance(library.load(["cc"], real), ctypes.CDLL)
