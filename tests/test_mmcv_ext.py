@@ -237,6 +237,7 @@ def test_our_import_offers_it_where_there_is_none(bare_mmcv):
     assert done.stdout.strip() == str(mmcv_lite.STAND_IN), done.stderr
 
 
+@pytest.mark.e2e
 def test_our_import_leaves_a_compiled_one_alone(bare_mmcv):
     (bare_mmcv / "_ext.py").touch()
     done = python(bare_mmcv, "-c", f"import dense.segmentation\n{WHERE}")

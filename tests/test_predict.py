@@ -366,6 +366,7 @@ def test_tool_detects_beside_an_unreadable_photo(detector, tmp_path, quadrants):
     assert result.returncode == 0 and "already" in result.stdout
 
 
+@pytest.mark.e2e
 def test_tool_takes_a_released_detector_of_mmdetection(tmp_path, quadrants):
     """Cascade Mask R-CNN as MMDetection 2 wrote it: the authors' names inside, CLASSES beside."""
     pytest.importorskip("mmdet", reason="MMDetection is not installed")

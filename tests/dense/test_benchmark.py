@@ -82,6 +82,7 @@ def test_who_cannot_run_is_named_with_the_reason():
     assert "ValueError: no such shape" in report.markdown([first, second], "here")
 
 
+@pytest.mark.e2e
 def test_the_tool_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(networks, "_PEERS", {"timm resnet10t": lambda size: _resnet()})
     args = ["networks", "--sizes", "64x64", "--scale", "nano", "--batch", "1", "--rounds", "3"]
