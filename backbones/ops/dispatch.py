@@ -9,11 +9,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
+from math import prod
 from subprocess import SubprocessError
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -200,8 +203,31 @@ def _no_onednn(device: str, dtype: torch.dtype) -> str | None:
         return "torch.compile chooses its own kernels"
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return "this PyTorch has no mkldnn._linear_pointwise"
+    if type(torch.empty(0, device="cpu")) is not Tensor:
+        return "under a mode of fake tensors nothing can be compared"
+    return _no_linear_pointwise()
+
+
+@cache
+def _no_linear_pointwise() -> str | None:
+    """Why oneDNN's linear, which is private in PyTorch, cannot be used; None if it agrees."""
+
+    def values(*shape: int) -> Tensor:
+        return torch.linspace(-2, 2, prod(shape), dtype=torch.float32, device="cpu").view(shape)
+
+    x, weight, bias = values(5, 7), values(3, 7), values(3)
+    try:
+        with torch.no_grad():
+            expected = F.linear(x, weight, bias)
+            plain = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            gelu = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+        torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gelu, F.gelu(expected), rtol=1e-5, atol=1e-5)
+    except (AttributeError, AssertionError, TypeError, RuntimeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = f"mkldnn._linear_pointwise does not do what F.linear does here: {said}"
+        warnings.warn(f"{reason}; F.linear is used", RuntimeWarning, stacklevel=2)
+        return reason
     return None
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from backbones import ops
 from backbones.fusion import InferenceLinear, InferenceMlp
 from backbones.layers import Mlp
+from backbones.ops import dispatch
 from backbones.ops.dispatch import explain
 
 BACKENDS = ["torch", "onednn"]
@@ -126,3 +127,38 @@ def test_mlp_is_timms():
     x = torch.randn(2, 3, 4, 8)
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(InferenceMlp(ours)(x), theirs(x))
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """Nothing is known of oneDNN's linear yet."""
+    dispatch._no_linear_pointwise.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    dispatch._no_linear_pointwise.cache_clear()
+
+
+def wrong(x, weight, bias, name, *_):
+    """Right without GELU only."""
+    return F.linear(x, weight, bias)
+
+
+def another_signature(x, weight):
+    raise AssertionError("is never called")
+
+
+@pytest.mark.parametrize("given", [wrong, another_signature, None])
+@pytest.mark.usefixtures("unforced")
+def test_a_private_product_that_changed_is_said_once_and_left(unknown, recwarn, given):
+    if given is None:
+        unknown.setattr(torch.ops, "mkldnn", object())
+    else:
+        unknown.setattr(torch.ops.mkldnn, "_linear_pointwise", given)
+    x, weight = torch.randn(4, 6), torch.randn(5, 6)
+    with torch.no_grad():
+        for _ in range(2):
+            expected = F.gelu(F.linear(x, weight))
+            torch.testing.assert_close(ops.linear(x, weight, gelu=True), expected)
+    said = [str(w.message) for w in recwarn if "mkldnn" in str(w.message)]
+    assert len(said) == 1 and said[0].endswith("F.linear is used")
+    assert "does not do what F.linear does" in dispatch.explain("linear", "cpu", x.dtype)[1]
