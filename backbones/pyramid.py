@@ -155,13 +155,12 @@ class Pyramid(nn.Module):
             size = None if img_size is None else _feat_size(img_size, i)
             for block in stage.blocks:
                 block.mixer.set_input_size(size, window_size)
+        # Read by timm's get_model_input_config and get_model_args.
+        changed = {} if window_size is None else {"window_size": window_size}
         if img_size is not None:
-            # Read by timm's get_model_input_config and get_model_args (1.0.31 and later).
-            changed = {"img_size": to_2tuple(img_size)}
-            self._traits = getattr(self, "_traits", {}) | changed
-            if window_size is not None:
-                changed["window_size"] = window_size
-            self._model_args = getattr(self, "_model_args", {}) | changed
+            changed["img_size"] = to_2tuple(img_size)
+            self._traits = getattr(self, "_traits", {}) | {"img_size": changed["img_size"]}
+        self._model_args = getattr(self, "_model_args", {}) | changed
 
     def forward_intermediates(
         self,

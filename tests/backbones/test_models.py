@@ -196,13 +196,14 @@ def test_input_size_resizes_what_depends_on_it():
 
 
 def test_timm_is_told_the_new_size():
-    if not hasattr(timm.models, "get_model_input_config"):
-        pytest.skip("timm asks from 1.0.31 on")
     model = build("swin_nano")
     model.set_input_size(96, window_size=3)
     assert timm.models.get_model_input_config(model)["input_size"] == (3, 96, 96)
     arguments = timm.models.get_model_args(model)
     assert arguments["img_size"] == (96, 96) and arguments["window_size"] == 3
+    model.set_input_size(window_size=2)
+    arguments = timm.models.get_model_args(model)
+    assert arguments["img_size"] == (96, 96) and arguments["window_size"] == 2
 
 
 def test_stages_are_taken_by_number():
