@@ -368,7 +368,7 @@ def test_kernels_that_do_not_compile_are_said_once(monkeypatch, recwarn):
         RuntimeError("PassManager::run failed"),
         RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
         subprocess.CalledProcessError(1, ["gcc"]),
-        PermissionError(13, "Permission denied", "/root/.triton"),
+        PermissionError(13, "Permission denied", "/cache/.triton"),
     ],
     ids=lambda error: str(error)[:30],
 )
