@@ -154,3 +154,13 @@ def test_labels_without_folders_of_their_own_keep_their_numbers(photos, tmp_path
     (tmp_path / "list.txt").write_text("\n".join(lines))
     dataset = ImageDataset(str(root), PLAIN, list_file=str(tmp_path / "list.txt"))
     assert dataset.metainfo["classes"] == ["0", "1"]
+
+
+def test_labels_after_the_first_shared_folder_are_counted(photos, tmp_path):
+    root = photos / "val"
+    files = sorted(root.rglob("*.jpg"))
+    first = [f"{p.relative_to(root)}\t0" for p in (files[0], files[-1])]
+    assert files[0].parent != files[-1].parent
+    (tmp_path / "list.txt").write_text("\n".join([*first, f"{files[1].relative_to(root)}\t2"]))
+    dataset = ImageDataset(str(root), PLAIN, list_file=str(tmp_path / "list.txt"))
+    assert dataset.metainfo["classes"] == ["0", "1", "2"]
