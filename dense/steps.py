@@ -169,7 +169,7 @@ def only_one(out: Path, patience: float = 15) -> Iterator[int]:
 
 
 def run_all(
-    steps: Sequence[Step],
+    steps: Sequence[Step | Sequence[Step]],
     out: Path,
     places: Mapping[str, str],
     state: State,
@@ -180,23 +180,26 @@ def run_all(
     """Run the steps that are not done, with progress on the terminal and one log file for each.
 
     Args:
-        steps: in order.
+        steps: in order; a sequence among them is run step after step, as one.
         out: the output folder.
         places: values of the templates' ``{...}``.
         state: from :func:`prepare`; updated while steps run.
         lock: from :func:`only_one`.
         cwd: working directory of the commands.
-        jobs: steps that run in parallel; above 1 no step may need another's result.
+        jobs: how many run in parallel; above 1 none may need another's result, but those of a
+            sequence the results of earlier ones in it.
 
     Raises:
         StepError: a step failed; the message has the end of its log. Parallel steps are terminated.
     """
     stop = threading.Event()
+    chains = [[entry] if isinstance(entry, Step) else list(entry) for entry in steps]
+    every = [step.name for steps in chains for step in steps]
 
-    def run(number: int, step: Step) -> None:
+    def run(step: Step) -> None:
         if stop.is_set():
             return
-        head = f"[{number}/{len(steps)}]"
+        head = f"[{every.index(step.name) + 1}/{len(every)}]"
         if state.done(step):
             tqdm.write(f"{head} {step.title}: done before, in {state.seconds(step):.0f} s")
             return
@@ -210,7 +213,7 @@ def run_all(
 
     # Steps run in threads: signals are delivered to the main thread alone.
     with ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(run, *numbered) for numbered in enumerate(steps, start=1)]
+        running = [pool.submit(lambda chain: [*map(run, chain)], chain) for chain in chains]
         try:
             for done in as_completed(running):
                 done.result()

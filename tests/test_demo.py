@@ -250,14 +250,39 @@ def script(folder, name, text):
     return Step(name, f"do {name}", f"{path} {{out}}")
 
 
-def run(steps_to_run, out, digest="code", fresh=False):
+def run(steps_to_run, out, digest="code", fresh=False, jobs=1):
     with steps.only_one(out) as lock:
         state = steps.prepare(out, ("made",), digest, fresh)
-        steps.run_all(steps_to_run, out, {"out": str(out)}, state, lock, out)
+        steps.run_all(steps_to_run, out, {"out": str(out)}, state, lock, out, jobs)
         return state
 
 
 COUNTING = "import sys, pathlib; open(pathlib.Path(sys.argv[1], 'made'), 'a').write('x')"
+
+
+def test_sequences_run_side_by_side_each_in_order(tmp_path):
+    """The first step of either sequence waits for the other's, the second for its own first."""
+    out = tmp_path / "out"
+    meet = (
+        "import sys, time, pathlib\n"
+        "out, me, other = pathlib.Path(sys.argv[1]), {me!r}, {other!r}\n"
+        "(out / me).touch()\n"
+        "end = time.monotonic() + 60\n"
+        "while not (out / other).exists():\n"
+        "    assert time.monotonic() < end\n"
+        "    time.sleep(0.05)\n"
+        "(out / (me + '_met')).touch()"
+    )
+    after = "import sys, pathlib; assert (pathlib.Path(sys.argv[1]) / {name!r}).exists()"
+    chains = [
+        [
+            script(tmp_path, me, meet.format(me=me, other=other)),
+            script(tmp_path, f"after_{me}", after.format(name=f"{me}_met")),
+        ]
+        for me, other in (("a", "b"), ("b", "a"))
+    ]
+    state = run(chains, out, jobs=2)
+    assert all(state.done(step) for chain in chains for step in chain)
 
 
 def test_done_steps_are_not_done_again_until_the_code_changes(tmp_path):

@@ -2,8 +2,9 @@
 
     python tools/demo.py
 
-Generates scenes, trains i_d_dw_conv_nano on them in Detectron2 and in MMSegmentation, evaluates
-both on held-out scenes, predicts, and writes one HTML page, which lists the command of every step.
+Generates scenes, trains i_d_dw_conv_nano on them in Detectron2 and in MMSegmentation, at the same
+time where there are two cores, evaluates both on held-out scenes, predicts, and writes one HTML
+page, which lists the command of every step.
 After a kill the same command continues; --fresh starts over.
 """
 
@@ -56,8 +57,8 @@ def places(out: Path) -> dict[str, str]:
     }
 
 
-STEPS = (
-    Step("scenes", "generate scenes", "tools/make_scenes.py {out}/scenes"),
+SCENES = Step("scenes", "generate scenes", "tools/make_scenes.py {out}/scenes")
+DETECTOR = (
     Step(
         "train_detector",
         f"train Cascade Mask R-CNN on {BACKBONE}",
@@ -84,6 +85,8 @@ STEPS = (
         DATA.val,
         lambda out: count(out / "predictions" / "detector" / prediction.DETECTIONS, "*.json"),
     ),
+)
+SEGMENTOR = (
     Step(
         "train_segmentor",
         f"train UPerNet on {BACKBONE}",
@@ -110,6 +113,7 @@ STEPS = (
         lambda out: count(out / "predictions" / "segmentor" / prediction.LABELS, "*.png"),
     ),
 )
+STEPS = (SCENES, *DETECTOR, *SEGMENTOR)
 
 
 def last_step(read: Callable[[], report.Curves]) -> int:
@@ -232,13 +236,15 @@ def demo(out: Path, fresh: bool) -> None:
     )
     with steps.only_one(out) as lock:
         state = steps.prepare(out, MADE, digest, fresh)
-        steps.run_all(STEPS, out, places(out), state, lock, ROOT)
+        jobs = min(2, len(os.sched_getaffinity(0)))
+        for row in ([SCENES], [DETECTOR, SEGMENTOR]):
+            steps.run_all(row, out, places(out), state, lock, ROOT, jobs)
         measured = write_page(out, state)
     for figure in measured:
         least = "" if figure.least is None else f"  (at least {figure.least:.0f})"
         print(f"{figure.name:>16} {figure.value:6.1f}{least}")
     total = sum(state.seconds(step) for step in STEPS)
-    print(f"{total / 60:.1f} minutes in all; the page: {out / PAGE}")
+    print(f"{total / 60:.1f} minutes of steps, {jobs} in parallel; the page: {out / PAGE}")
     missed = [f"{f.name} is {f.value:.1f}, below {f.least:.0f}" for f in measured if f.missed]
     if missed:
         raise StepError("; ".join(missed))
