@@ -22,6 +22,7 @@ from backbones.reading import CheckpointError, read_with_classes
 
 _logger = logging.getLogger(__name__)
 
+_22K = 21841
 # Entries that a file may lack, or have in excess: no stage depends on them.
 _OPTIONAL = re.compile(r"^(norm|norms\.\d+|head(\.fc)?)\.|num_batches_tracked$")
 _CLASSIFIER = ("head.fc.weight", "head.fc.bias")
@@ -82,7 +83,8 @@ def load_checkpoint(
             package: timm's ``features_only`` wrapper, DDP, a detector, a segmentor.
         source: a ``.pth`` or ``.safetensors`` file, or a URL.
         classes: class names of the model's classifier, to pick its rows from a file with other
-            classes; None takes ImageNet's wnids for 1000 or 21841 outputs.
+            classes; None takes ImageNet's sorted wnids for 1000 or 21841 outputs. The same wnids
+            stand for a file without class names, for Swin's 21841 in the order of Swin's list.
         prefix: prefix of the backbone's names in a file with several backbones; None finds it.
         weights_only: False also unpickles unsafe files, which can run code: only for trusted files.
 
@@ -266,7 +268,11 @@ def _map_classifier(
         return ""
     rows, outputs = len(weight), len(target)
     if rows != outputs:
-        theirs, ours = theirs or _imagenet(rows), ours or _imagenet(outputs)
+        ours = ours or _imagenet(outputs)
+    if ours and not theirs:
+        theirs = _imagenet(rows, family_of(given))
+        if rows == outputs and theirs and set(theirs).isdisjoint(ours):
+            return ""
     if not theirs or not ours or tuple(theirs) == tuple(ours):
         return ""
     for names, count, whose in ((theirs, rows, "file"), (ours, outputs, "network")):
@@ -290,9 +296,17 @@ def _map_classifier(
     return f"{len(found)} of {outputs} classes found among the file's {rows} by name{rest}"
 
 
-def _imagenet(count: int) -> Sequence[str] | None:
-    """The sorted wnids of ImageNet-1K or ImageNet-22K, chosen by the number of classes."""
-    subset = {1000: "imagenet-1k", 21841: "imagenet-22k"}.get(count)
+def _imagenet(count: int, family: str | None = None) -> Sequence[str] | None:
+    """The wnids of ImageNet-1K or ImageNet-22K, chosen by the number of classes.
+
+    They are sorted, except for Swin's ImageNet-22K. Its list is Google's sorted list of 21843
+    classes, two of which have no images: the last two classes take their places.
+    """
+    if count == _22K and family == "swin":
+        names = list(ImageNetInfo("imagenet-21k-goog").label_names())
+        names[9205], names[15027] = names[_22K:]
+        return names[:_22K]
+    subset = {1000: "imagenet-1k", _22K: "imagenet-22k"}.get(count)
     return ImageNetInfo(subset).label_names() if subset else None
 
 

@@ -1,6 +1,8 @@
 """Classification data sets: folders, tar files, lists and WebDataset shards."""
 
+import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,30 +33,26 @@ class TooManyUnreadable(RuntimeError):
 
 
 class ListReader(Reader):
-    """timm reader of a text file with lines ``path<TAB>label``, the format of Swin's 22K list.
+    """timm reader of a text file with lines ``path<TAB>label``, or of a JSON list of pairs.
 
     Args:
         root: folder that the paths are relative to.
-        list_file: path of the list; labels are class indices from 0.
+        list_file: path of the list; labels are class indices from 0. Swin's 22K list is JSON,
+            ``[[path, label], ...]``, which is recognised by its content.
 
     Raises:
-        ConfigError: the file does not exist, is empty, or has a malformed line.
+        ConfigError: the file does not exist, is empty, or has a malformed entry.
     """
 
     def __init__(self, root: str, list_file: str):
         super().__init__()
         self.root = Path(root)
-        self.samples: list[tuple[str, int]] = []
         path = Path(list_file)
         if not path.is_file():
             raise ConfigError(f"no list of images at {list_file}")
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            name, tab, label = line.rpartition("\t")
-            if not tab or not label.strip().isdigit():
-                raise ConfigError(
-                    f"{list_file}, line {number}: {line!r} is not a path, a tab and a class index"
-                )
-            self.samples.append((name, int(label)))
+        text = path.read_text()
+        is_json = re.match(r"\s*\[\s*[\[\]]", text)
+        self.samples = list((_json_pairs if is_json else _line_pairs)(text, list_file))
         if not self.samples:
             raise ConfigError(f"{list_file} is empty")
         self.class_to_idx = self._names()
@@ -81,6 +79,31 @@ class ListReader(Reader):
         return {folders.get(label, str(label)): label for label in range(count)}
 
 
+def _line_pairs(text: str, list_file: str) -> Iterator[tuple[str, int]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        name, tab, label = line.rpartition("\t")
+        if not tab or not label.strip().isdigit():
+            raise ConfigError(
+                f"{list_file}, line {number}: {line!r} is not a path, a tab and a class index"
+            )
+        yield name, int(label)
+
+
+def _json_pairs(text: str, list_file: str) -> Iterator[tuple[str, int]]:
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{list_file} is not JSON: {error}") from error
+    for number, entry in enumerate(entries, start=1):
+        match entry:
+            case [str() as name, label] if str(label).isdigit():
+                yield name, int(label)
+            case _:
+                raise ConfigError(
+                    f"{list_file}, entry {number}: {entry!r} is not a path and a class index"
+                )
+
+
 @DATASETS.register_module()
 class ImageDataset(Dataset):
     """Image classification data set of class folders, tar files, or a list.
@@ -93,7 +116,7 @@ class ImageDataset(Dataset):
         root: a folder with a subfolder per class, a ``.tar`` or a folder of ``.tar`` files; with
             ``list_file``, the folder that the listed paths are relative to.
         transform: arguments of :func:`timm.data.create_transform`.
-        list_file: a file with lines ``path<TAB>label``.
+        list_file: a file with lines ``path<TAB>label``, or JSON: see :class:`ListReader`.
         num_classes: the expected number of classes; None skips the check.
         classes: class names, by index; None sorts the folder names.
         unreadable_share: fraction of the images that may fail to decode; at least one may.

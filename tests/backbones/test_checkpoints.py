@@ -1,5 +1,6 @@
 """Loading: what is taken, what is refused, and what the report says."""
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.data import ImageNetInfo
 from torch import nn
 
 import backbones
@@ -372,3 +374,57 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(backbones.CheckpointError, match="holds no state dict"):
         backbones.read_checkpoint(tmp_path / "list.pth")
+
+
+# data/map22kto1k.txt of microsoft/Swin-Transformer: each ImageNet-1K class's row in ImageNet-22K.
+SWINS_MAP = "4fff66d6f337db6dd0b41d1b6c863e617f9400d37892df630eecfcfa50131aab"
+SWINS_ROWS = {0: 359, 499: 5672, 718: 9212, 852: 11186, 997: 21200, 999: 21817}
+TEDDY = 850  # n04399382 is no class of ImageNet-22K; Swin's map has row 5564 there.
+# n03933933, the 718th of ImageNet-1K, is row 9211 of the sorted list.
+SORTED_ROW = 9211
+
+
+def rows_of(tmp_path, names_of="ours", family="swin", outputs=1000, meta=None, **kwargs):
+    """The rows that a network takes from a classifier of 21841 rows."""
+    state_dict = build(f"{family}_nano", num_classes=21841).state_dict()
+    state_dict["head.fc.bias"] = torch.arange(21841.0)
+    given = from_ours(state_dict, LAYOUTS[names_of]) if names_of != "ours" else state_dict
+    if names_of == "openmmlab":
+        given = {f"backbone.{k}": v for k, v in given.items()}
+        given |= {f"head.fc.{k}": state_dict[f"head.fc.{k}"] for k in ("weight", "bias")}
+    torch.save({"state_dict": given, "meta": meta or {}}, tmp_path / "22k.pth")
+    model = build(f"{family}_nano", seed=1, num_classes=outputs)
+    nn.init.zeros_(model.head.fc.bias)
+    backbones.load_checkpoint(model, tmp_path / "22k.pth", **kwargs)
+    rows = model.head.fc.bias.detach().long()
+    taken = rows > 0
+    assert model.head.fc.weight[taken].equal(state_dict["head.fc.weight"][rows[taken]])
+    return rows.tolist()
+
+
+@pytest.mark.parametrize("names_of", ["ours", "original", "timm", "torchvision", "openmmlab"])
+def test_swins_22k_rows_are_those_of_swins_own_map(names_of, tmp_path):
+    rows = rows_of(tmp_path, names_of)
+    assert {place: rows[place] for place in SWINS_ROWS} == SWINS_ROWS
+    rows[TEDDY] = 5564
+    assert hashlib.sha256("\n".join(map(str, rows)).encode()).hexdigest() == SWINS_MAP
+
+
+def test_a_22k_file_that_names_its_classes_is_believed(tmp_path):
+    names = ImageNetInfo("imagenet-22k").label_names()
+    assert rows_of(tmp_path, meta={"classes": names})[718] == SORTED_ROW
+
+
+def test_22k_rows_of_other_families_are_sorted(tmp_path):
+    assert rows_of(tmp_path, family="dw_conv")[718] == SORTED_ROW
+
+
+def test_swins_22k_rows_follow_the_classes_of_a_network_of_as_many(tmp_path):
+    names = ImageNetInfo("imagenet-22k").label_names()
+    rows = rows_of(tmp_path, outputs=21841, classes=names)
+    # Google's list has n03931044 and n09859684 there, which have no images.
+    assert (rows[names.index("n15102455")], rows[names.index("n15102894")]) == (9205, 15027)
+    assert sum(row != place for place, row in enumerate(rows)) == 12636
+    unchanged = list(range(21841))
+    assert rows_of(tmp_path, outputs=21841) == unchanged
+    assert rows_of(tmp_path, outputs=21841, classes=[str(i) for i in unchanged]) == unchanged

@@ -48,6 +48,15 @@ def test_folder_tar_folder_of_tars_and_list_agree(photos, tmp_path):
     assert listed.metainfo["classes"] == ["n01", "n02", "n03"]
     assert_same(everything(listed), expected)
 
+    # Swin's list of ImageNet-22K is JSON in a .txt; its own reader converts labels with int().
+    pairs = [line.split("\t") for line in lines]
+    pairs = [[name, label if i % 2 else int(label)] for i, (name, label) in enumerate(pairs)]
+    for indent in (None, 1):
+        (tmp_path / "map.txt").write_text(json.dumps(pairs, indent=indent))
+        listed = ImageDataset(str(root), PLAIN, list_file=str(tmp_path / "map.txt"))
+        assert listed.metainfo["classes"] == ["n01", "n02", "n03"]
+        assert_same(everything(listed), expected)
+
 
 def test_shards(photos, tmp_path):
     pytest.importorskip("webdataset")
@@ -134,11 +143,17 @@ def test_what_does_not_decode_is_named_and_skipped_up_to_a_share(tmp_path, caplo
         (dict(num_classes=5), r"has 3 classes \(n01, n02, n03, ...\), the config 5"),
         (dict(list_file="ROOT/absent.txt"), "no list of images at"),
         (dict(list_file="ROOT/bad.txt"), "bad.txt, line 2: 'b.jpg 1' is not a path"),
+        (dict(list_file="ROOT/bad.json"), r"bad.json, entry 2: \['b.jpg', 1.5\] is not a path"),
+        (dict(list_file="ROOT/cut.json"), "cut.json is not JSON: "),
+        (dict(list_file="ROOT/none.json"), "none.json is empty"),
     ],
 )
 def test_what_is_missing_is_named(photos, tmp_path, change, reason):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.txt").write_text("a.jpg\t0\nb.jpg 1\n")
+    (tmp_path / "bad.json").write_text('[["a.jpg", 0], ["b.jpg", 1.5]]')
+    (tmp_path / "cut.json").write_text('[["a.jpg", 0], ["b.')
+    (tmp_path / "none.json").write_text("[]")
     change = {
         k: v.replace("ROOT", str(tmp_path)) if k != "num_classes" else v for k, v in change.items()
     }
