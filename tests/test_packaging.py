@@ -1,15 +1,20 @@
 """What the wheel holds: what users' runs need, and nothing of the developers' tools."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from setuptools import find_namespace_packages, find_packages
 
-from tests.support import ROOT
+from backbones.ops import library
+from tests.support import ROOT, environment
 
 
 def test_packages_of_the_wheel():
@@ -80,3 +85,79 @@ def python(root: Path, *arguments: str | Path, cwd: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+# Arguments: an instruction set, and whether PyTorch shows its OpenMP to the libraries loaded later.
+COMPARE = """
+import ctypes, re, sys
+load = ctypes.CDLL
+if sys.argv[2] == "hidden":
+    ctypes.CDLL = lambda name, mode=0: load(name)
+import torch
+ctypes.CDLL = load
+from backbones.ops import library, native
+library.INSTRUCTIONS = {sys.argv[1]: library.INSTRUCTIONS[sys.argv[1]]}
+assert native.missing() is None, native.missing()
+from tests.support import OperatorCases, agrees
+torch.manual_seed(0)
+for kernel in 3, 7:
+    for make in OperatorCases(kernel).all:
+        for dtype, tolerance in (torch.float32, 1e-5), (torch.float64, 1e-12):
+            agrees(make((9, 23), groups=3, shared=13), "native", dtype, tolerance)
+paths = {line.split()[-1] for line in open("/proc/self/maps")}
+print(native.origin())
+print(*sorted(path for path in paths if re.search(r"/ops/kernels/|/lib[a-z]*omp[^/]*$", path)))
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and GCC"
+)
+def test_make_wheel_holds_the_kernels_compiled(tmp_path):
+    subprocess.run(["make", "wheel", f"DIST={tmp_path}"], cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    (minor,) = re.search(r"-py3-none-.*manylinux_2_(\d+)_x86_64\.whl$", wheel.name).groups()
+    assert int(minor) <= 28  # which PyTorch's own wheels need
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".so" in name} == {
+        f"backbones/ops/kernels/{real}-{instructions}.so"
+        for real in ("float", "double")
+        for instructions in library.INSTRUCTIONS
+    }
+
+    lib, nowhere = tmp_path / "lib", tmp_path / "nowhere"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
+    subprocess.run([*install, "--target", lib, wheel], check=True)
+    flags = library._processor().split()
+    here = [name for name, needs in library.INSTRUCTIONS.items() if {*needs} <= {*flags}]
+    print(f"{wheel.name}; this processor runs {here} of {[*library.INSTRUCTIONS]}")
+    for instructions in here:
+        for openmp in ("shown", "hidden"):
+            program = ["-W", "error::RuntimeWarning", "-c", COMPARE, instructions, openmp]
+            paths = {"PATH": str(nowhere), "XDG_CACHE_HOME": str(nowhere), "CC": ""}
+            ran = subprocess.run(
+                [sys.executable, *program],
+                cwd=tmp_path,
+                env=environment(PYTHONPATH=f"{lib}{os.pathsep}{ROOT}", **paths),
+                capture_output=True,
+                text=True,
+            )
+            assert ran.returncode == 0, ran.stderr
+            origin, mapped = ran.stdout.strip().splitlines()
+            print(f"OpenMP {openmp}, {origin}; mapped {mapped}")
+            assert origin == f"from the package: float-{instructions}.so"
+            names = {Path(path).name for path in mapped.split()}
+            kernels = {f"{real}-{instructions}.so" for real in ("float", "double")}
+            assert names == kernels | {"libgomp.so.1"}
+    assert not nowhere.exists()
+
+
+@pytest.mark.e2e
+def test_a_wheel_needs_no_compiler(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."]
+    nowhere = environment(PATH=str(tmp_path), CC="")
+    subprocess.run([*build, "--wheel-dir", tmp_path], cwd=ROOT, env=nowhere, check=True)
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "backbones/ops/depthwise.c" in names and not any(".so" in name for name in names)

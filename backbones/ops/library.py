@@ -1,5 +1,7 @@
 """Compiles the C kernels into a shared library and keeps it in a cache that others cannot write.
 
+A wheel built by ``make wheel`` holds compiled ones (:func:`packaged`); the rest is for all others.
+
 The cache is ``$XDG_CACHE_HOME/dense-backbones``, or ``~/.cache/dense-backbones``. Loading a library
 runs its code, so a file is loaded only if this user owns it, nobody else can write it or a folder
 on its path, and its name holds the hash of its content. A cache that does not meet this is left
@@ -12,6 +14,7 @@ import ctypes
 import fcntl
 import grp
 import hashlib
+import itertools
 import os
 import platform
 import pwd
@@ -34,6 +37,14 @@ _SOURCES = tuple(
 )
 _HEADER = Path(__file__).with_name("matrix.h")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_PACKAGED = Path(__file__).with_name("kernels")
+# What the packaged libraries are compiled for, as compilers and /proc/cpuinfo name it, best first.
+# PyTorch's get_cpu_capability() would not do: ATEN_CPU_CAPABILITY overrides it, to what the
+# processor lacks too.
+INSTRUCTIONS = {
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
+    "avx2": ("avx2", "fma"),
+}
 
 
 class MissingCompiler(Exception):
@@ -72,13 +83,53 @@ def load(command: list[str], real: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(found))
 
 
+def packaged(real: str) -> Path | None:
+    """The kernels for C's type ``real`` in the installed package, None if none fits the processor.
+
+    ``import torch`` must come before they are loaded: OpenMP's functions are PyTorch's.
+    """
+    if _PACKAGED.is_dir():
+        flags = _processor().split()
+        for name, needs in INSTRUCTIONS.items():
+            if set(needs) <= set(flags):
+                return _PACKAGED / f"{real}-{name}.so"
+    return None
+
+
+def package(folder: Path) -> None:
+    """Compile the kernels that :func:`packaged` finds into ``folder``, for ``setup.py``.
+
+    Raises:
+        MissingCompiler: see :func:`compiler`.
+        OSError: they need more than the C library and GNU's OpenMP, with another compiler than GCC.
+        subprocess.CalledProcessError: the compiler failed.
+    """
+    command, sources = compiler(), [path.absolute() for path in _SOURCES]
+    folder.mkdir(parents=True, exist_ok=True)
+    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    for real, (name, needs) in itertools.product(("float", "double"), INSTRUCTIONS.items()):
+        # 256 bits is what GCC prefers on Intel's processors, and the width of the kernels' vectors.
+        flags = [*(f"-m{need}" for need in needs), "-mprefer-vector-width=256", f"-DREAL={real}"]
+        built = folder.absolute() / f"{real}-{name}.so"
+        with tempfile.TemporaryDirectory() as scratch:
+            compile_ = [*command, "-O3", "-fopenmp", "-fPIC", *flags, "-c", *sources]
+            subprocess.run(compile_, cwd=scratch, check=True)
+            # Without -fopenmp no OpenMP is linked: PyTorch's, loaded before, is the only one.
+            objects = sorted(Path(scratch).iterdir())
+            subprocess.run([*command, "-shared", "-s", *objects, "-o", built, "-lm"], check=True)
+        ctypes.CDLL(str(built))
+
+
+def _processor() -> str:
+    cpu = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in cpu if line.startswith(("flags", "Features"))), "")
+
+
 def _key(command: list[str]) -> str:
     """A hash of everything that the machine code depends on."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line for line in cpu if line.startswith(("flags", "Features"))), "")
     sources = [path.read_text() for path in (*_SOURCES, _HEADER)]
-    key = *sources, *command, version.stdout, str(_FLAGS), processor, *platform.libc_ver()
+    key = *sources, *command, version.stdout, str(_FLAGS), _processor(), *platform.libc_ver()
     return hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
 
 

@@ -1,13 +1,16 @@
-"""The ``native`` backend: C kernels, compiled on first use and called by ctypes.
+"""The ``native`` backend: C kernels, called by ctypes.
 
-Without a C compiler operators use another backend; so they do if the compiler fails, with one
+They are those of the installed package; if it has none that run here, they are compiled on first
+use. Without a C compiler operators use another backend; so they do if the compiler fails, with one
 warning. :mod:`backbones.ops.library` compiles and caches.
 """
 
 import ctypes
+import os
 import subprocess
 import warnings
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +24,18 @@ _TYPES = {torch.float32: "float", torch.float64: "double"}
 def missing() -> str | None:
     """Why the C kernels cannot be used, None if they can; the first call compiles them."""
     return _build()[1]
+
+
+@torch.compiler.assume_constant_result
+def origin() -> str | None:
+    """Where the C kernels are from, None if they cannot be used; the first call compiles them."""
+    libraries, reason = _build()
+    if reason is not None:
+        return None
+    file = Path(libraries[torch.float32]._name)
+    if file == library.packaged("float"):
+        return f"from the package: {file.name}"
+    return f"compiled on this machine: {file}"
 
 
 def call(name: str, *arguments: Tensor | int | None) -> None:
@@ -55,6 +70,15 @@ def call(name: str, *arguments: Tensor | int | None) -> None:
 @cache
 def _build() -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
     """The library of each dtype, and why there is none (None if there is)."""
+    packaged = {dtype: library.packaged(real) for dtype, real in _TYPES.items()}
+    if None not in packaged.values():
+        try:
+            # Not every PyTorch shows its OpenMP to other libraries; RTLD_NOLOAD loads no second.
+            ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | ctypes.RTLD_GLOBAL)
+            return {dtype: ctypes.CDLL(str(path)) for dtype, path in packaged.items()}, None
+        except OSError as error:
+            message = f"{error}; the packaged C kernels are left for ones compiled here"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
     try:
         compiler = library.compiler()
         return {dtype: library.load(compiler, real) for dtype, real in _TYPES.items()}, None

@@ -3,6 +3,8 @@
 import ctypes
 import fcntl
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
-from backbones.ops import library
+from backbones.ops import library, native
+from tests.support import run_python
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
@@ -205,3 +209,68 @@ def test_the_c_library_is_in_the_key(monkeypatch):
 def test_the_kernels_themselves_load(cache):
     for real in ("float", "double"):
         assert isinstance(library.load(["cc"], real), ctypes.CDLL)
+
+
+AVX512 = "avx512f avx512bw avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    "flags, chosen",
+    [
+        (f"sse2 {AVX512} avx2 fma", "avx512"),
+        (f"sse2 {AVX512.replace(' avx512vl', '')} avx2 fma", "avx2"),
+        ("fma avx2", "avx2"),
+        ("avx fma", None),
+        ("avx2 avx512f", None),
+        ("fp asimd", None),
+    ],
+)
+def test_the_processor_chooses_the_packaged_library(monkeypatch, tmp_path, flags, chosen):
+    monkeypatch.setattr(library, "_processor", lambda: f"flags : {flags}")
+    assert library.packaged("double") is None  # a checkout has none
+    monkeypatch.setattr(library, "_PACKAGED", tmp_path)
+    assert library.packaged("double") == (chosen and tmp_path / f"double-{chosen}.so")
+
+
+def test_the_packaged_library_comes_first_and_the_compiler_is_behind_it(
+    cache, quick, monkeypatch, tmp_path, recwarn
+):
+    command, calls = quick
+    monkeypatch.setenv("CC", shlex.join(command))
+    monkeypatch.setattr(library, "_PACKAGED", tmp_path)
+    monkeypatch.setattr(library, "_processor", lambda: "flags : avx2 fma")
+    double = tmp_path / "double-avx2.so"
+    built = ["cc", "-shared", "-fPIC", tmp_path / "small.c", "-o"]
+    subprocess.run([*built, tmp_path / "float-avx2.so"], check=True)
+    double.write_text("of another platform")
+    native._build.cache_clear()
+    try:
+        assert native.origin().startswith(f"compiled on this machine: {cache}")
+        assert compiled(calls) == 2
+        (said,) = [str(warning.message) for warning in recwarn]
+        assert "double-avx2.so" in said and "the packaged C kernels are left" in said
+
+        native._build.cache_clear()
+        monkeypatch.setenv("CC", "no-such-compiler")
+        assert native.origin() is None and "no C compiler was found" in native.missing()
+
+        native._build.cache_clear()
+        double.unlink()
+        subprocess.run([*built, double], check=True)
+        assert native.origin() == "from the package: float-avx2.so"
+    finally:
+        native._build.cache_clear()
+
+
+def test_one_openmp_is_loaded():
+    """PyTorch's; a second one would start as many threads again."""
+    code = (
+        "import torch; from backbones import ops\n"
+        "x, taps = torch.ones(1, 9, 9, 8), torch.ones(8, 1, 3, 3)\n"
+        "with ops.force('native'): ops.depthwise_conv(x, taps)\n"
+        "for line in open('/proc/self/maps'): print(line.split()[-1])"
+    )
+    ran = run_python("-c", code)
+    assert ran.returncode == 0, ran.stderr
+    mapped = {path for path in ran.stdout.split() if re.search(r"/lib[a-z]*omp[^/]*$", path)}
+    assert mapped == set(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))
