@@ -97,6 +97,19 @@ def assert_same(one: Any, two: Any, path: str = "") -> None:
         assert one == two, path
 
 
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts and of lists of dicts, by dotted path."""
+    if isinstance(node, list) and node and isinstance(node[0], dict):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return {path: node}
+    return {
+        key: value
+        for name, part in node.items()
+        for key, value in flat(part, f"{path}.{name}" if path else str(name)).items()
+    }
+
+
 def losses(work_dir: Path) -> dict[int, dict[str, float]]:
     """By step, the losses and accuracies that mmengine logged; a later run's win."""
     return {

@@ -39,6 +39,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the network")
     add("--sync-bn", action="store_true", help="SyncBN: batch statistics over all GPUs")
     add("--ema", type=float, nargs="?", const=0.9999, metavar="DECAY", help="average the weights")
+    add(
+        "--anneal-after-warmup",
+        action="store_true",
+        help="start the cosine after warm-up, as Swin since 2022-10 (default: at step 0)",
+    )
     add("--eval-only", metavar="CHECKPOINT", help="evaluate a checkpoint, do not train")
     add(
         "--real-labels",
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         require("mmengine", "pretraining")
         from backbones import CheckpointError
         from dense.metrics import plot_finished
-        from dense.openmmlab.config import ConfigError, best_half, load_config, use_amp
+        from dense.openmmlab.config import ConfigError, load_config, use_amp
         from dense.pretraining import config
         from dense.pretraining.data import TooManyUnreadable
     except ImportError as error:
@@ -86,13 +91,15 @@ def main(argv: list[str] | None = None) -> None:
         if args.init or args.eval_only:
             cfg.model.init = None if args.eval_only else args.init
         if args.amp:
-            use_amp(cfg, best_half())
+            use_amp(cfg)
         if args.compile:
             cfg.model.compile = True
         if args.sync_bn:
             cfg.sync_bn = "torch"
         if args.ema is not None:
             config.use_ema(cfg, args.ema)
+        if args.anneal_after_warmup:
+            config.anneal_after_warmup(cfg)
         world = config.world_size(args.launcher)
         batches = config.plan_batches(cfg, world, args.batch_size, args.accumulate)
         runner = config.build(cfg, not args.eval_only, args.real_labels)

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from dense.amp import best_half
 from dense.openmmlab.runner import DenseRunner
 
 
@@ -44,8 +44,8 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
     """Enable mixed precision; the loss is scaled dynamically unless the type is bfloat16.
 
     Args:
-        cfg: changed in place.
-        dtype: ``"bfloat16"``, ``"float16"``, or None for autocast's default.
+        cfg: changed in place; an ``optim_wrapper.dtype`` in it takes precedence.
+        dtype: ``"bfloat16"`` or ``"float16"``; None takes :func:`dense.amp.best_half`.
 
     Raises:
         ConfigError: the config's optimizer wrapper has no AMP counterpart.
@@ -54,17 +54,10 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
     if kind not in ("OptimWrapper", "AmpOptimWrapper"):
         raise ConfigError(f"--amp needs optim_wrapper.type='OptimWrapper', not {kind!r}")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
-    if dtype is not None:
-        cfg.optim_wrapper.setdefault("dtype", dtype)
+    cfg.optim_wrapper.setdefault("dtype", dtype or best_half())
     # bfloat16 has float32's exponent range and needs no scaling.
-    scaled = cfg.optim_wrapper.get("dtype") != "bfloat16"
+    scaled = cfg.optim_wrapper.dtype != "bfloat16"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic" if scaled else 1.0)
-
-
-def best_half() -> str:
-    """``"bfloat16"`` if the GPU supports it, else ``"float16"``."""
-    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return "bfloat16" if bfloat16 else "float16"
 
 
 def build_runner(cfg: Config) -> Runner:

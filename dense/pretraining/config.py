@@ -52,8 +52,8 @@ def plan_batches(
 ) -> str:
     """Keep the recipe's total batch size on any number of processes, by gradient accumulation.
 
-    If the total differs from the recipe's, the learning rate and the schedule's ``eta_min`` are
-    scaled linearly with it.
+    If the total differs from the recipe's, the learning rate and the schedule's ``warmup_lr`` and
+    ``eta_min`` are scaled linearly with it.
 
     Args:
         cfg: changed in place; ``total_batch_size`` is the recipe's.
@@ -75,12 +75,25 @@ def plan_batches(
     cfg.optim_wrapper.accumulative_counts = accumulate
     cfg.optim_wrapper.optimizer.lr *= scale
     for schedule in cfg.param_scheduler:
-        if "eta_min" in schedule:
-            schedule.eta_min *= scale
+        for key in {"warmup_lr", "eta_min"} & set(schedule):
+            schedule[key] *= scale
     return (
         f"{world_size} x {cfg.train_dataloader.batch_size} images x {accumulate} accumulated = "
         f"{total} a step (recipe: {recipe}), learning rate {cfg.optim_wrapper.optimizer.lr:g}"
     )
+
+
+def anneal_after_warmup(cfg: Config) -> None:
+    """Start the cosine after warm-up instead of at step 0, as Swin since October 2022.
+
+    Raises:
+        ConfigError: the config has no ``WarmupCosineLR``.
+    """
+    schedules = [s for s in cfg.param_scheduler if s.type == "WarmupCosineLR"]
+    if not schedules:
+        raise ConfigError(f"--anneal-after-warmup: {cfg.filename} has no WarmupCosineLR")
+    for schedule in schedules:
+        schedule.warmup_prefix = True
 
 
 def world_size(launcher: str) -> int:

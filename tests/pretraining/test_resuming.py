@@ -1,7 +1,11 @@
 """A run that was stopped and resumed is the run that was not, bit for bit."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler
 
 from dense.openmmlab.resuming import Place, ResumableSampler, SeededDataset
 from tests.support import assert_same, losses
@@ -9,25 +13,41 @@ from tests.support import assert_same, losses
 SAVE = ["default_hooks.checkpoint.by_epoch=False", "default_hooks.checkpoint.interval=1"]
 SAVE += ["default_hooks.checkpoint.max_keep_ckpts=-1", "default_hooks.checkpoint.save_best=None"]
 SAVE += ["default_hooks.logger.interval=1", "randomness.seed=3"]
+# ImageNet-1K's recipe, on a network and images of a size for tests.
+RECIPE = "dw_conv_tiny_8xb128-300e_in1k-224x224"
+SMALL = ["model.name=dw_conv_nano", "param_scheduler.0.warmup=1"]
+SMALL += [f"{loader}_dataloader.dataset.transform.input_size=32" for loader in ("train", "val")]
+
+
+def rates(work_dir: Path) -> dict[int, float]:
+    """The learning rates in a work folder's logs, by step."""
+    return {
+        entry["step"]: entry["lr"]
+        for log in sorted(work_dir.glob("*/vis_data/scalars.json"))
+        for entry in map(json.loads, log.read_text().splitlines())
+        if "lr" in entry
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [2, 3])
 def test_pretraining(run, tmp_path, workers, stop):
     """Two epochs of three iterations, stopped in the middle of the first or at its end; dropout,
-    mixing, averaged weights and augmentation all draw."""
-    options = [*SAVE, "model.drop_path_rate=0.3", f"train_dataloader.num_workers={workers}"]
-    options += ["model.drop_rate=0.2", "train_dataloader.dataset.transform.color_jitter=0.4"]
-    whole = run("--ema", "0.9", options=options, work_dir=tmp_path / "whole")
-    parts = tmp_path / "parts"
+    mixing, averaged weights and augmentation all draw, and the learning rate has its schedule."""
+    options = [*SAVE, *SMALL, "model.drop_rate=0.2", f"train_dataloader.num_workers={workers}"]
+
+    def train(*args, work_dir):
+        return run("--ema", "0.9", *args, config=RECIPE, options=options, work_dir=work_dir)
+
+    whole, parts = train(work_dir=tmp_path / "whole"), tmp_path / "parts"
     # Stopped: the schedule is that of the whole run, and what came after is gone.
-    run("--ema", "0.9", options=options, work_dir=parts)
+    train(work_dir=parts)
     for path in parts.glob("*.pth"):
         if int(path.stem.split("_")[-1]) > stop:
             path.unlink()
     for log in parts.glob("*/vis_data/scalars.json"):
         log.write_text("")
-    run("--ema", "0.9", "--resume", options=options, work_dir=parts)
+    train("--resume", work_dir=parts)
 
     expected, found = losses(whole), losses(parts)
     assert set(found) == set(range(stop + 1, 7))
@@ -35,6 +55,14 @@ def test_pretraining(run, tmp_path, workers, stop):
     one, two = (torch.load(w / "iter_6.pth", weights_only=False) for w in (whole, parts))
     for key in ("state_dict", "ema_state_dict", "optimizer", "param_schedulers"):
         assert_same(one[key], two[key], key)
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    settings = dict(t_initial=6, warmup_t=3, warmup_lr_init=1e-6, lr_min=1e-5, t_in_epochs=False)
+    timms = CosineLRScheduler(optimizer, **settings)
+    for step, rate in sorted(rates(whole).items()):
+        timms.step_update(step - 1)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+    assert rates(whole).items() >= rates(parts).items() and len(rates(whole)) == 6
 
 
 def test_every_process_takes_its_turn_from_any_place(monkeypatch):

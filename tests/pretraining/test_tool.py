@@ -113,6 +113,7 @@ def test_going_on(run, tmp_path):
         (["--init", "absent.pth"], [], "no file, URL or tag"),
         ([], ["model.name=resnet50"], "no network 'resnet50'.*swin_nano"),
         (["--ema", "1.5"], [], "--ema 1.5"),
+        (["--anneal-after-warmup"], [], "dw_conv_nano.py has no WarmupCosineLR"),
         (["--eval-only", "absent.pth"], [], "no checkpoint at absent.pth"),
         (["--real-labels", "absent.json"], [], "no label file at absent.json"),
     ],

@@ -7,6 +7,7 @@ custom_imports = dict(
         "dense.openmmlab.optim",
         "dense.openmmlab.resuming",
         "dense.openmmlab.runner",
+        "dense.openmmlab.schedule",
     ]
 )
 runner_type = "DenseRunner"

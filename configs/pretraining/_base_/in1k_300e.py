@@ -10,8 +10,8 @@ optim_wrapper = dict(
     paramwise_cfg=dict(no_decay_bias=True),
     clip_grad=dict(max_norm=5.0),
 )
+# Swin's 5e-4, 5e-7 and 5e-6 for 512 images, scaled to 1024.
 param_scheduler = [
-    dict(type="LinearLR", start_factor=5e-4, begin=0, end=20, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", eta_min=5e-6, begin=20, end=300, convert_to_iter_based=True),
+    dict(type="WarmupCosineLR", warmup=20, warmup_lr=1e-6, eta_min=1e-5, convert_to_iter_based=True)
 ]
 train_cfg = dict(max_epochs=300)
