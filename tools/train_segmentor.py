@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("config", help="a config of MMSegmentation")
     add("--work-dir", help="logs and checkpoints (default: work_dirs/<name of the config>)")
     add("--resume", action="store_true", help="continue from the last complete checkpoint")
-    add("--amp", action="store_true", help="mixed precision on CUDA; a CPU stays in float32")
+    add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     add("--data-root", help="folder of the data set (default: the config's data_root)")
     add("--train-images", help="folder of the training images")

@@ -1,5 +1,6 @@
 """I-D-DW-Conv: depth-wise convolution with kernels predicted per position."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,6 +8,7 @@ from backbones import ops
 from backbones.layers import Size, is_plain
 from backbones.mixers.conv import AROUND, ConvMixer
 from backbones.mixers.norm import batch_norm
+from backbones.ops.common import autocast_dtype, without_autocast
 
 
 class InhomogeneousDynamicDepthwiseConv(ConvMixer):
@@ -56,7 +58,11 @@ class InhomogeneousDynamicDepthwiseConv(ConvMixer):
         return cls(dim, window_size, num_groups)
 
     def mix(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        """``(B, H, W, C)`` to ``(B, H, W, C)``; in float32 under float16 autocast."""
+        if autocast_dtype(x) == torch.float16 != self.reduce.weight.dtype:
+            # The features that predict the kernels may exceed 65504, float16's largest number.
+            with without_autocast(x):
+                return self.mix(x.to(self.reduce.weight.dtype))
         hidden = F.relu(batch_norm(self.reduce_norm, self.reduce(x)))
         if is_plain(self.expand, nn.Linear):
             # Fused, so that the kernels, num_groups*K*K numbers per position, are never stored.

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dense.amp import warn_of_float16
 from dense.finite import stop_if_not_finite
 
 _ADVICE = "a lower optimizer.lr, or train.amp.precision=bfloat16, may help"
@@ -30,6 +31,7 @@ def build_trainer(
         trainer: SimpleTrainer = _Trainer(model, loader, optimizer)
     else:
         precision = getattr(torch, cfg.train.amp.get("precision", "float16"))
+        warn_of_float16(model, precision, "train.amp.precision")
         trainer = _AMPTrainer(model, loader, optimizer, precision=precision)
     for module in model.modules():
         if isinstance(module, RPN):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from mmengine.dist import master_only
 from mmengine.hooks import EMAHook
-from mmengine.optim import OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import DATASETS, MODELS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import backbones
 from dense import files
+from dense.amp import warn_of_float16
 from dense.backbone import DenseBackbone, revert_sync_batchnorm
 from dense.openmmlab import checkpoints
 from dense.openmmlab.resuming import SeededDataset
@@ -96,7 +97,10 @@ class DenseRunner(Runner):
         return super().wrap_model(model_wrapper_cfg, model)
 
     def build_optim_wrapper(self, optim_wrapper: OptimWrapper | dict) -> OptimWrapper:
-        """As in MMEngine, with float32 instead of AMP if there is no CUDA."""
+        """As in MMEngine, with float32 instead of AMP if there is no CUDA.
+
+        Float16 AMP with I-D-DW-Conv logs a warning.
+        """
         if (
             isinstance(optim_wrapper, dict)
             and optim_wrapper.get("type") == "AmpOptimWrapper"
@@ -106,7 +110,12 @@ class DenseRunner(Runner):
             amp_only = ("loss_scale", "dtype", "use_fsdp")
             optim_wrapper = {k: v for k, v in optim_wrapper.items() if k not in amp_only}
             optim_wrapper["type"] = "OptimWrapper"
-        return super().build_optim_wrapper(optim_wrapper)
+        wrapper = super().build_optim_wrapper(optim_wrapper)
+        if isinstance(wrapper, AmpOptimWrapper):
+            # Without a dtype, it is autocast's default.
+            dtype = wrapper.cast_dtype or torch.float16
+            warn_of_float16(self.model, dtype, "optim_wrapper.dtype")
+        return wrapper
 
     @staticmethod
     def build_dataloader(

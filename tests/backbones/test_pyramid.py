@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones.mixers import LocalMLP
+from backbones.mixers import InhomogeneousDynamicDepthwiseConv, LocalMLP
 from dense.backbone import DenseBackbone
 from tests.support import NANO, build
 
@@ -145,6 +145,27 @@ def test_autocast(name, dtype):
         assert error < 20 * torch.finfo(dtype).eps
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("large", ["reduce", "reduce_norm"])
+def test_i_d_dw_predicts_its_kernels_in_float32_under_float16_autocast(large, hooked):
+    """Numbers over 65504 before the predictor's norm, or after it; by the operator or by layers."""
+    mixer = InhomogeneousDynamicDepthwiseConv(32)
+    with torch.no_grad():
+        getattr(mixer, large).weight.mul_(1e7)
+        if large == "reduce_norm":
+            mixer.expand.weight.mul_(1e-7)
+    if hooked:
+        mixer.expand.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 9, 9, 32)
+    expected = mixer(x)
+    with torch.autocast("cpu", torch.float16):
+        got = mixer(x)
+    assert got.dtype == torch.float16
+    assert (got - expected).norm() / expected.norm() < 0.02
+    got.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
 
 
 @pytest.mark.parametrize("name", ["swin_nano", "d_dw_conv_nano"])

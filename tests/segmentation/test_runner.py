@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import AmpOptimWrapper
 from torch import nn
 
 from backbones import FAMILIES, CheckpointError
@@ -55,6 +56,48 @@ def test_syncbn_and_amp_step_back_without_cuda_and_say_so(nano_cfg, monkeypatch)
     runner.train()
     assert "AMP falls back to float32" in log_of(runner)
     assert type(runner.optim_wrapper).__name__ == "OptimWrapper"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "native", "dtype", "scale"),
+    [(True, True, "bfloat16", 1.0), (True, False, "float16", "dynamic")]
+    + [(False, False, "float16", "dynamic")],
+)
+def test_amp_is_bfloat16_where_the_gpu_computes_in_it(
+    nano_cfg, monkeypatch, cuda, native, dtype, scale
+):
+    """A V100 emulates it only, which PyTorch counts as support unless told otherwise."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    cfg = nano_cfg()
+    use_amp(cfg)
+    wrapper = cfg.optim_wrapper
+    assert (wrapper.type, wrapper.dtype) == ("AmpOptimWrapper", dtype)
+    assert wrapper.loss_scale == scale
+    cfg = nano_cfg(**{"optim_wrapper.dtype": "float16"})
+    use_amp(cfg)
+    assert (cfg.optim_wrapper.dtype, cfg.optim_wrapper.loss_scale) == ("float16", "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "warns"),
+    [("i_d_dw_conv", "float16", 1), ("i_d_dw_conv", None, 1)]
+    + [("i_d_dw_conv", "bfloat16", 0), ("dw_conv", "float16", 0)],
+)
+def test_float16_with_i_d_dw_warns(nano_cfg, monkeypatch, family, dtype, warns):
+    """Without a dtype, autocast takes float16."""
+    module = "mmengine.optim.optimizer.amp_optimizer_wrapper"
+    monkeypatch.setattr(f"{module}.is_cuda_available", lambda: True)
+    runner = build_runner(nano_cfg(family))
+    optimizer = torch.optim.SGD(runner.model.parameters(), lr=1.0)
+    wrapper = AmpOptimWrapper(optimizer=optimizer, dtype=dtype)
+    assert runner.build_optim_wrapper(wrapper) is wrapper
+    lines = log_of(runner).splitlines()
+    assert sum("float16 AMP with I-D-DW-Conv" in line for line in lines) == warns
 
 
 def test_amp_of_an_unknown_wrapper_is_refused(nano_cfg):
