@@ -36,9 +36,21 @@ def power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-def parts(blocks: int, numel: int) -> int:
-    """Number of partial sums of ``numel`` elements, capped by ``blocks``, PARTS and 64 MB."""
-    return max(1, min(blocks, PARTS, 2**24 // max(1, numel)))
+def divisor(n: int, least: int, most: int) -> int:
+    """The largest power of two that divides ``n``, or where it is below ``least``, covers it."""
+    found = n & -n
+    return min(most, found if found >= least else power(n))
+
+
+def parts(blocks: int, numel: int, read: int | None = None) -> int:
+    """Number of partial sums of ``numel`` float32 elements, capped by ``blocks``, PARTS and 64 MB.
+
+    If a kernel reads maps of ``read`` bytes, the sums are written and read in an eighth of that.
+    """
+    most = min(blocks, PARTS, 2**24 // max(1, numel))
+    if read is not None:
+        most = min(most, read // max(1, 8 * 2 * 4 * numel))
+    return max(1, most)
 
 
 def operands(dtype: torch.dtype) -> tl.dtype:
@@ -46,3 +58,21 @@ def operands(dtype: torch.dtype) -> tl.dtype:
     if triton.knobs.runtime.interpret:
         return tl.float32
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
+
+
+@triton.jit
+def located(W, blocks, BLOCK: tl.constexpr):
+    """The row, first column and block of a program, one of ``blocks`` for a tile of BLOCK columns.
+
+    Programs that read the same rows follow each other, so that the cache has them.
+    """
+    program, tiles = tl.program_id(0), tl.cdiv(W, BLOCK)
+    return program // blocks // tiles, program // blocks % tiles * BLOCK, program % blocks
+
+
+@triton.jit
+def span(chunk, chunks, number):
+    """Where one of ``chunks`` chunks of ``number`` things begins and where it ends, exclusive."""
+    chunk = chunk.to(tl.int64)
+    first, last = number * chunk // chunks, number * (chunk + 1) // chunks
+    return first.to(tl.int32), last.to(tl.int32)

@@ -3,8 +3,8 @@
 Arguments of the kernels: ``qkv`` is ``(B, H, W, 3 * heads * D)``, ``out`` and ``grad``
 ``(B, H, W, heads * D)``, ``bias`` ``(heads, N, N)``. ``rows`` and ``columns`` are the window size,
 ``down`` and ``right`` the shift, N the positions of a window; ``scale`` is ``D**-0.5``; ``bucket``
-only keys the autotuner. BLOCK_N and BLOCK_D cover N and D; DOT is the dtype of ``tl.dot`` operands.
-A program has one head; the backward pass computes the attention weights again.
+only keys the autotuner. BLOCK_N covers N, BLOCKS blocks of BLOCK_D cover D, and DOT is the dtype of
+``tl.dot`` operands. A program has one head; the backward pass computes the attention weights again.
 """
 
 import torch
@@ -12,13 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
+from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power, span
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
-# num_warps of the backward pass: three 64x64 tiles exceed the registers of 4 warps.
-WARPS = 8
+# Of the backward pass. Three 64x64 tiles exceed the registers of 4 warps, and with the windows of
+# two iterations in flight float32 exceeds the 99 KB of shared memory of a consumer GPU.
+BACKWARD = {"num_warps": 8, "num_stages": 1}
 # The forward pass tunes num_warps only.
 FORWARD = tile(4), tile(8)
+# Channels of a head in a block: more of them and float32 exceeds the shared memory, too.
+_DEPTH = 32
 
 
 @triton.jit
@@ -37,10 +40,10 @@ def _places(window, H, W, rows, columns, down, right, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _attend(query, key, bias, side, head, N, scale, BLOCK_N: tl.constexpr, DOT: tl.constexpr):
-    """``softmax(query @ key^T * scale + bias)``, zero across the seam and in the padding."""
+def _attend(products, bias, side, head, N, scale, BLOCK_N: tl.constexpr):
+    """``softmax(products * scale + bias)``, zero across the seam and in the padding."""
     n = tl.arange(0, BLOCK_N)
-    scores = tl.dot(query.to(DOT), tl.trans(key.to(DOT)), input_precision="ieee") * scale
+    scores = products * scale
     square = (n < N)[:, None] & (n < N)[None]
     place = (head * N + n)[:, None] * N + n[None]
     scores += tl.load(bias + place, square, 0.0).to(tl.float32)
@@ -54,54 +57,78 @@ def _attend(query, key, bias, side, head, N, scale, BLOCK_N: tl.constexpr, DOT: 
 @triton.jit(do_not_specialize=CHANGING)
 def _forward(
     qkv, bias, out, H, W, heads, D, rows, columns, down, right, N, scale, bucket,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     window, head = tl.program_id(0), tl.program_id(1)
     places, side = _places(window, H, W, rows, columns, down, right, N, BLOCK_N)
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    real = (n < N)[:, None] & (d < D)[None]
+    n = tl.arange(0, BLOCK_N)
     C = heads * D
-    at = places[:, None] * 3 * C + (head * D + d)[None]
-    query, key = tl.load(qkv + at, real, 0.0), tl.load(qkv + at + C, real, 0.0)
-    value = tl.load(qkv + at + 2 * C, real, 0.0)
-    weights = _attend(query, key, bias, side, head, N, scale, BLOCK_N, DOT)
-    result = tl.dot(weights.to(DOT), value.to(DOT), input_precision="ieee")
-    at = places[:, None] * C + (head * D + d)[None]
-    tl.store(out + at, result.to(out.dtype.element_ty), real)
+    products = tl.full((BLOCK_N, BLOCK_N), 0.0, tl.float32)
+    for block in range(BLOCKS):
+        d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        real = (n < N)[:, None] & (d < D)[None]
+        at = places[:, None] * 3 * C + (head * D + d)[None]
+        query = tl.load(qkv + at, real, 0.0).to(DOT)
+        key = tl.load(qkv + at + C, real, 0.0).to(DOT)
+        products += tl.dot(query, tl.trans(key), input_precision="ieee")
+    weights = _attend(products, bias, side, head, N, scale, BLOCK_N).to(DOT)
+    for block in range(BLOCKS):
+        d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        real = (n < N)[:, None] & (d < D)[None]
+        at = places[:, None] * 3 * C + (head * D + d)[None]
+        value = tl.load(qkv + at + 2 * C, real, 0.0).to(DOT)
+        result = tl.dot(weights, value, input_precision="ieee")
+        at = places[:, None] * C + (head * D + d)[None]
+        tl.store(out + at, result.to(out.dtype.element_ty), real)
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _backward(
     grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, H, W, heads, D, rows, columns,
     down, right, N, scale,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one head of one of ``chunks`` chunks of ``windows``; bias gradients summed."""
     chunk, head = tl.program_id(0), tl.program_id(1)
-    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    real = (n < N)[:, None] & (d < D)[None]
+    n = tl.arange(0, BLOCK_N)
     C = heads * D
+    kind = grad_qkv.dtype.element_ty
     total = tl.full((BLOCK_N, BLOCK_N), 0.0, tl.float32)
-    for window in range(windows * chunk // chunks, windows * (chunk + 1) // chunks):
+    first, last = span(chunk, chunks, windows)
+    for window in range(first, last):
         places, side = _places(window, H, W, rows, columns, down, right, N, BLOCK_N)
-        at = places[:, None] * 3 * C + (head * D + d)[None]
-        query, key = tl.load(qkv + at, real, 0.0), tl.load(qkv + at + C, real, 0.0)
-        value = tl.load(qkv + at + 2 * C, real, 0.0)
-        given = tl.load(grad + places[:, None] * C + (head * D + d)[None], real, 0.0)
-        weights = _attend(query, key, bias, side, head, N, scale, BLOCK_N, DOT)
-        rounded, given = weights.to(DOT), given.to(DOT)
-        grad_value = tl.dot(tl.trans(rounded), given, input_precision="ieee")
-        grad_weights = tl.dot(given, tl.trans(value.to(DOT)), input_precision="ieee")
+        products = tl.full((BLOCK_N, BLOCK_N), 0.0, tl.float32)
+        grad_weights = tl.full((BLOCK_N, BLOCK_N), 0.0, tl.float32)
+        for block in range(BLOCKS):
+            d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+            real = (n < N)[:, None] & (d < D)[None]
+            at = places[:, None] * 3 * C + (head * D + d)[None]
+            query = tl.load(qkv + at, real, 0.0).to(DOT)
+            key = tl.load(qkv + at + C, real, 0.0).to(DOT)
+            value = tl.load(qkv + at + 2 * C, real, 0.0).to(DOT)
+            at = places[:, None] * C + (head * D + d)[None]
+            given = tl.load(grad + at, real, 0.0).to(DOT)
+            products += tl.dot(query, tl.trans(key), input_precision="ieee")
+            grad_weights += tl.dot(given, tl.trans(value), input_precision="ieee")
+        weights = _attend(products, bias, side, head, N, scale, BLOCK_N)
         mean = tl.sum(weights * grad_weights, 1)
         grad_scores = weights * (grad_weights - mean[:, None])
         total += grad_scores
-        rounded = grad_scores.to(DOT)
-        grad_query = tl.dot(rounded, key.to(DOT), input_precision="ieee") * scale
-        grad_key = tl.dot(tl.trans(rounded), query.to(DOT), input_precision="ieee") * scale
-        kind = grad_qkv.dtype.element_ty
-        tl.store(grad_qkv + at, grad_query.to(kind), real)
-        tl.store(grad_qkv + at + C, grad_key.to(kind), real)
-        tl.store(grad_qkv + at + 2 * C, grad_value.to(kind), real)
+        weights, grad_scores = weights.to(DOT), grad_scores.to(DOT)
+        for block in range(BLOCKS):
+            d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+            real = (n < N)[:, None] & (d < D)[None]
+            at = places[:, None] * C + (head * D + d)[None]
+            given = tl.load(grad + at, real, 0.0).to(DOT)
+            at = places[:, None] * 3 * C + (head * D + d)[None]
+            query = tl.load(qkv + at, real, 0.0).to(DOT)
+            key = tl.load(qkv + at + C, real, 0.0).to(DOT)
+            grad_value = tl.dot(tl.trans(weights), given, input_precision="ieee")
+            grad_query = tl.dot(grad_scores, key, input_precision="ieee") * scale
+            grad_key = tl.dot(tl.trans(grad_scores), query, input_precision="ieee") * scale
+            tl.store(grad_qkv + at, grad_query.to(kind), real)
+            tl.store(grad_qkv + at + C, grad_key.to(kind), real)
+            tl.store(grad_qkv + at + 2 * C, grad_value.to(kind), real)
     square = (n < N)[:, None] & (n < N)[None]
     place = ((chunk * heads + head) * N + n)[:, None] * N + n[None]
     tl.store(grad_bias + place, total, square)
@@ -137,9 +164,8 @@ def backward(
     grad_bias = bias.new_zeros(chunks, *bias.shape, dtype=torch.float32)
     if windows:
         _backward[(chunks, num_heads)](
-            grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, *sizes, **blocks,
-            num_warps=WARPS,
-        )  # fmt: skip
+            grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, *sizes, **blocks, **BACKWARD
+        )
     return grad_qkv, grad_bias.sum(0)
 
 
@@ -147,6 +173,12 @@ def _options(qkv: Tensor, num_heads: int, window_size: list[int], shift: list[in
     batch, height, width, channels = qkv.shape
     positions, depth = window_size[0] * window_size[1], channels // (3 * num_heads)
     windows = batch * (height // window_size[0]) * (width // window_size[1])
-    blocks = {"BLOCK_N": power(positions), "BLOCK_D": power(depth), "DOT": operands(qkv.dtype)}
+    block_d = min(_DEPTH, power(depth))
+    blocks = {
+        "BLOCKS": triton.cdiv(depth, block_d),
+        "BLOCK_N": power(positions),
+        "BLOCK_D": block_d,
+        "DOT": operands(qkv.dtype),
+    }
     sizes = (height, width, num_heads, depth, *window_size, *shift, positions, depth**-0.5)
     return windows, sizes, blocks
