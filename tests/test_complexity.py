@@ -108,6 +108,27 @@ def test_fused_attention_is_counted():
     assert complexity.flops(Attention(), (2, 3, 10, 8)) == 2 * 3 * 10 * 10 * 8 * 2
 
 
+def test_what_pytorchs_counter_leaves_out_is_counted_as_by_fvcore():
+    class Everything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8)
+            self.gn, self.ln = nn.GroupNorm(2, 8), nn.LayerNorm(8)
+            self.linear = nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.gn(self.bn(self.conv(x)))
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = F.interpolate(x, size=(9, 11), mode="bilinear", align_corners=False)
+            x = F.adaptive_avg_pool2d(x, 3) + F.adaptive_avg_pool2d(x, 1) + x.mean()
+            return self.linear(self.ln(x.permute(0, 2, 3, 1))).mean((1, 2))
+
+    model = Everything().eval()
+    theirs = FlopCountAnalysis(model, torch.zeros(2, 3, 6, 7)).unsupported_ops_warnings(False)
+    theirs.set_op_handle("aten::_convolution_mode", lambda *_: 2 * 6 * 7 * 8 * 3 * 9)
+    assert complexity.flops(model, (2, 3, 6, 7)) == theirs.total()
+
+
 @pytest.fixture(scope="module")
 def built():
     """A section's tables, parameters only, built once."""

@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-pytest.importorskip("fvcore", reason="fvcore is not installed")
 
 ROOT = Path(__file__).parents[1]
 

@@ -72,7 +72,6 @@ def run(args: argparse.Namespace) -> None:
     from dense import require
 
     require("mmengine", "pretraining")
-    require("fvcore", "complexity")
     from dense.analysis import comparison
 
     data = Path(args.data_root).resolve()

@@ -1,6 +1,6 @@
 """Count parameters and FLOPs of every model and config, beside the paper's tables.
 
-    python tools/complexity.py                       # all sections, some minutes on a CPU
+    python tools/complexity.py                       # all sections, a minute on a CPU
     python tools/complexity.py backbones --json counts.json
     python tools/complexity.py --parameters-only     # seconds
     python tools/complexity.py --write               # updates the tables of the READMEs
@@ -51,8 +51,7 @@ def main() -> None:
     from dense import require
 
     try:
-        for package in ("fvcore", "rich"):
-            require(package, "complexity")
+        require("rich", "complexity")
         from dense.analysis import complexity_tables as tables
 
         for name in args.sections:

@@ -1,26 +1,26 @@
 """Parameters and FLOPs of backbones, detectors and segmentors.
 
-A FLOP is a multiply-add, as in the paper. fvcore counts PyTorch's operators. The operators of
-:mod:`backbones.ops` are counted by :mod:`backbones.ops.flops`, independent of the backend, and are
-not computed while counting.
+A FLOP is a multiply-add, as in the paper. PyTorch's counter counts its own operators, on the meta
+device, where nothing is computed. The operators of :mod:`backbones.ops` are counted by
+:mod:`backbones.ops.flops`, independent of the backend.
 
 Detectors are counted as MMDetection's tool counted the paper's: backbone, FPN and RPN at 1280x800,
 1000 boxes in each stage of the cascade, 100 in each mask head, without RoI pooling. Segmentors are
 counted at 512x2048; the auxiliary head adds parameters but no FLOPs, since inference skips it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from copy import deepcopy
 from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import timm
 import torch
-from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import conv_flop_count, get_shape
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import ops
 from backbones.ops.flops import MULTIPLY_ADDS
@@ -31,7 +31,19 @@ DETECTOR_INPUT = (1, 3, 800, 1280)
 SEGMENTOR_INPUT = (1, 3, 512, 2048)
 BOXES, MASKS = 1000, 100
 
-_counted: dict[tuple, int] = {}
+# What PyTorch's counter leaves out, in FLOPs of two a multiply-add, with fvcore's figures.
+_aten = torch.ops.aten
+_MORE = {
+    _aten._native_batch_norm_legit_no_training: lambda x, *_, **__: 2 * 2 * prod(x),
+    _aten.native_layer_norm: lambda x, *_, **__: 2 * 5 * prod(x),
+    _aten.native_group_norm: lambda x, *_, **__: 2 * 5 * prod(x),
+    # Nearest upsampling, which the counter decomposes.
+    _aten._unsafe_index: lambda *_, out_shape, **__: 2 * prod(out_shape),
+    _aten.upsample_bilinear2d: lambda *_, out_shape, **__: 2 * 4 * prod(out_shape),
+    _aten._adaptive_avg_pool2d: lambda x, *_, **__: 2 * prod(x),
+    # Adaptive pooling to 1x1; a mean that keeps no dimension is not counted.
+    _aten.mean: lambda x, dim=(), keepdim=False, **__: 2 * prod(x) if keepdim else 0,
+}
 
 
 class Count(NamedTuple):
@@ -51,28 +63,17 @@ def parameters(model: nn.Module) -> int:
 
 
 def flops(model: nn.Module, *shapes: tuple[int, ...]) -> int:
-    """Multiply-adds of a forward pass in evaluation mode; the result is cached.
+    """Multiply-adds of a forward pass in evaluation mode, from shapes alone: nothing is computed.
 
     Args:
-        model: on the CPU, or on ``meta``, from which it is materialised with zeros.
+        model: on any device; it is not changed.
         shapes: shapes of the input tensors, batch first.
 
     Example:
         >>> flops(timm.create_model("dw_conv_nano"), (1, 3, 224, 224))
     """
-    sizes = tuple((name, tensor.shape) for name, tensor in model.state_dict().items())
-    key = (repr(model), sizes, shapes)
-    if key not in _counted:
-        if any(p.is_meta for p in model.parameters()):
-            model = _zeros(model)
-        analysis = FlopCountAnalysis(model.eval(), tuple(torch.zeros(shape) for shape in shapes))
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        analysis.set_op_handle(_OPERATOR, _mixing_flops)
-        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
-        analysis.set_op_handle("aten::_convolution_mode", _same_convolution_flops)
-        with torch.no_grad(), _operators_counted():
-            _counted[key] = int(analysis.total())
-    return _counted[key]
+    model = deepcopy(model).to("meta").eval()
+    return _multiply_adds(lambda: model(*map(_meta, shapes)))
 
 
 def classifier(
@@ -89,30 +90,26 @@ def segmentor(config: str | Path, with_flops: bool = True) -> Count:
     """Count the segmentor of an MMSegmentation config."""
     require("mmseg", "segmentation")
     model = _openmmlab_model(config)
-    count = None
-    if with_flops:
-        count = flops(model.backbone, SEGMENTOR_INPUT)
-        count += flops(
-            _OnFeatures(model.decode_head), *_feature_shapes(model.backbone, SEGMENTOR_INPUT)
-        )
-    return Count(parameters(model), count)
+
+    def forward() -> None:
+        model.decode_head(model.backbone(_meta(SEGMENTOR_INPUT)))
+
+    return Count(parameters(model), _multiply_adds(forward) if with_flops else None)
 
 
 def mmdet_detector(config: str | Path, with_flops: bool = True) -> Count:
     """Count the detector of an MMDetection config."""
     require("mmdet", "mmdetection")
     model = _openmmlab_model(config)
-    count = None
-    if with_flops:
-        rois = model.roi_head
-        count = flops(model.backbone, DETECTOR_INPUT)
-        proposals = _OnFeatures(nn.Sequential(model.neck, model.rpn_head))
-        count += flops(proposals, *_feature_shapes(model.backbone, DETECTOR_INPUT))
-        channels = model.neck.out_channels
-        for box_head, mask_head in zip(rois.bbox_head, rois.mask_head, strict=True):
-            count += flops(box_head, (BOXES, channels, 7, 7))
-            count += flops(mask_head, (MASKS, channels, 14, 14))
-    return Count(parameters(model), count)
+
+    def forward() -> None:
+        model.rpn_head(model.neck(model.backbone(_meta(DETECTOR_INPUT))))
+        channels, heads = model.neck.out_channels, model.roi_head
+        for box_head, mask_head in zip(heads.bbox_head, heads.mask_head, strict=True):
+            box_head(_meta((BOXES, channels, 7, 7)))
+            mask_head(_meta((MASKS, channels, 14, 14)))
+
+    return Count(parameters(model), _multiply_adds(forward) if with_flops else None)
 
 
 def detectron2_detector(
@@ -130,55 +127,31 @@ def detectron2_detector(
     from dense.detection.config import load_config
 
     with torch.device("meta"):
-        model = revert_sync_batchnorm(instantiate(load_config(str(config)).model))
-    size = parameters(model)
-    pyramid, heads = model.backbone, model.roi_heads
+        model = revert_sync_batchnorm(instantiate(load_config(str(config)).model)).eval()
+    heads, channels = model.roi_heads, model.backbone.output_shape()["p2"].channels
     mask_layers = nn.Sequential(*heads.mask_head.children())
-    stages = len(heads.box_head)
 
-    total = mask_flops = box_flops = None
-    classes, inputs = heads.num_classes, heads.box_predictor[0].bbox_pred.in_features
-    if with_flops:
-        channels = pyramid.output_shape()["p2"].channels
-        mask_flops = flops(mask_layers, (MASKS, channels, 14, 14))
-        box_flops = stages * (classes - 1) * 4 * inputs * BOXES
-        total = flops(pyramid.bottom_up, DETECTOR_INPUT) + mask_flops
-        shapes = _feature_shapes(pyramid.bottom_up, DETECTOR_INPUT)
-        total += flops(_Proposals(pyramid, model.proposal_generator.rpn_head), *shapes)
+    def masks() -> None:
+        mask_layers(_meta((MASKS, channels, 14, 14)))
+
+    def forward() -> None:
+        features = model.backbone(_meta(DETECTOR_INPUT))
+        model.proposal_generator.rpn_head(list(features.values()))
         for box_head, predictor in zip(heads.box_head, heads.box_predictor, strict=True):
-            total += flops(nn.Sequential(box_head, predictor), (BOXES, channels, 7, 7))
-    more = {
-        "two more mask heads": Count(
-            (stages - 1) * parameters(mask_layers),
-            (stages - 1) * mask_flops if with_flops else None,
-        ),
-        "a box for each class": Count(stages * (classes - 1) * 4 * (inputs + 1), box_flops),
+            predictor(box_head(_meta((BOXES, channels, 7, 7))))
+        masks()
+
+    stages = len(heads.box_head)
+    inputs = heads.box_predictor[0].bbox_pred.in_features
+    boxes = stages * (heads.num_classes - 1) * 4
+    total = mask_flops = box_flops = None
+    if with_flops:
+        total, box_flops = _multiply_adds(forward), boxes * inputs * BOXES
+        mask_flops = (stages - 1) * _multiply_adds(masks)
+    return Count(parameters(model), total), {
+        "two more mask heads": Count((stages - 1) * parameters(mask_layers), mask_flops),
+        "a box for each class": Count(boxes * (inputs + 1), box_flops),
     }
-    return Count(size, total), more
-
-
-class _OnFeatures(nn.Module):
-    """A head that takes the feature maps as one tuple."""
-
-    def __init__(self, head: nn.Module):
-        super().__init__()
-        self.head = head
-
-    def forward(self, *features: Tensor):
-        return self.head(features)
-
-
-class _Proposals(nn.Module):
-    """Detectron2's FPN without its bottom-up backbone, and the RPN head."""
-
-    def __init__(self, pyramid: nn.Module, rpn_head: nn.Module):
-        super().__init__()
-        pyramid.bottom_up = nn.Identity()
-        self.pyramid, self.rpn_head = pyramid, rpn_head
-
-    def forward(self, *features: Tensor):
-        named = dict(zip(self.pyramid.in_features, features, strict=True))
-        return self.rpn_head(list(self.pyramid(named).values()))
 
 
 def _openmmlab_model(config: str | Path) -> nn.Module:
@@ -189,75 +162,35 @@ def _openmmlab_model(config: str | Path) -> nn.Module:
     scope = cfg.default_scope
     with DefaultScope.overwrite_default_scope(scope), torch.device("meta"):
         import_module(f"{scope}.models")
-        return revert_sync_batchnorm(MODELS.build(cfg.model))
+        return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 
-def _zeros(model: nn.Module) -> nn.Module:
-    """Materialise a meta model on the CPU with zeros, which are valid as indices."""
-    model = model.to_empty(device="cpu")
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.detach().zero_()
-    return model
+def _meta(shape: tuple[int, ...]) -> Tensor:
+    """A tensor without values."""
+    return torch.empty(shape, device="meta")
 
 
-def _feature_shapes(backbone: nn.Module, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes of a dense backbone's feature maps for an input of ``shape``."""
-    batch, _, height, width = shape
-    return [
-        (batch, channels, -(-height // stride), -(-width // stride))
-        for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
-    ]
+@torch.no_grad()
+def _multiply_adds(forward: Callable[[], object]) -> int:
+    """Count what ``forward`` runs on the meta device."""
+    own = 0
 
+    def stand_in(name: str) -> Callable[..., Tensor]:
+        """A function with the arguments and the result's shape of an operator, that adds its cost.
 
-@torch.library.custom_op("dense_complexity::mix", mutates_args=())
-def _mix(x: Tensor, others: list[Tensor], channels: int, multiply_adds: int) -> Tensor:
-    """Stands in for an operator while counting: an output of its shape, and its cost.
+        On the meta device, an operator itself would run some backend's products.
+        """
 
-    ``others`` are the operator's other tensor inputs: passing them keeps what computes them in the
-    traced graph, so that it is counted.
-    """
-    return x.new_zeros((*x.shape[:-1], channels))
+        def operator(x: Tensor, *args) -> Tensor:
+            nonlocal own
+            shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in (x, *args)]
+            own += MULTIPLY_ADDS[name](*shapes)
+            # window_attention takes q, k and v in one map of 3C channels and returns C channels.
+            return x.chunk(3, -1)[0] if name == "window_attention" else x
 
+        return operator
 
-_OPERATOR = "dense_complexity::mix"
-
-
-def _mixing_flops(inputs: list, outputs: list) -> int:
-    return inputs[3].toIValue()
-
-
-def _attention_flops(inputs: list, outputs: list) -> int:
-    """``q k^T`` and ``a v`` of ``scaled_dot_product_attention``."""
-    query, key, value = (get_shape(each) for each in inputs[:3])
-    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def _same_convolution_flops(inputs: list, outputs: list) -> int:
-    """A convolution with ``padding="same"``, which fvcore does not count."""
-    return conv_flop_count(*map(get_shape, (inputs[0], inputs[1], outputs[0])))
-
-
-def _stand_in(name: str) -> Callable[..., Tensor]:
-    """A function with the arguments and the cost of an operator."""
-
-    def stand_in(x: Tensor, *args) -> Tensor:
-        shapes = [tuple(map(int, a.shape)) if isinstance(a, Tensor) else a for a in (x, *args)]
-        # window_attention takes q, k and v in one map of 3C channels and returns C channels.
-        channels = shapes[0][-1] // 3 if name == "window_attention" else shapes[0][-1]
-        others = [a for a in args if isinstance(a, Tensor)]
-        return _mix(x, others, channels, MULTIPLY_ADDS[name](*shapes))
-
-    return stand_in
-
-
-@contextmanager
-def _operators_counted() -> Iterator[None]:
-    """Replace the operators of :mod:`backbones.ops` with their stand-ins."""
-    real = {name: getattr(ops, name) for name in MULTIPLY_ADDS}
-    for name in real:
-        setattr(ops, name, _stand_in(name))
-    try:
-        yield
-    finally:
-        for name, operator in real.items():
-            setattr(ops, name, operator)
+    counter = FlopCounterMode(display=False, custom_mapping=_MORE)
+    with patch.multiple(ops, **{name: stand_in(name) for name in MULTIPLY_ADDS}), counter:
+        forward()
+    return own + counter.get_total_flops() // 2

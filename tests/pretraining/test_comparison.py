@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config, DictAction
 
-pytest.importorskip("fvcore")
-
-from dense.analysis import comparison  # noqa: E402
-from tests.support import ROOT, load_tool  # noqa: E402
+from dense.analysis import comparison
+from tests.support import ROOT, load_tool
 
 
 @pytest.fixture(scope="module")
