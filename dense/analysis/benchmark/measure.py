@@ -4,7 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -131,20 +131,16 @@ def hold(
             times[name].append(_time(steps[name], device))
         if number >= 2 and time.perf_counter() - started > seconds:
             break
-    return [
-        _result(contest, contender, times, peaks, errors.get(contender.name, ""))
-        for contender in contest.contenders
-    ]
+    return [_result(contest, contender, times, peaks, errors) for contender in contest.contenders]
 
 
-def _result(contest: Contest, contender: Contender, times, peaks, error: str) -> Result:
+def _result(contest: Contest, contender: Contender, times, peaks, errors) -> Result:
     name, shape = contender.name, dict(images=contest.images, pixels=contest.pixels)
-    result = Result(contest.key, name, contender.ours, **shape, error=error)
-    if error:
-        return result
+    if name in errors:
+        return Result(contest.key, name, contender.ours, **shape, error=errors[name])
     low, median, high = statistics.quantiles(times[name], n=4, method="inclusive")
-    rounds, peak = len(times[name]), peaks[name]
-    return replace(result, seconds=median, low=low, high=high, rounds=rounds, peak_bytes=peak)
+    measured = (median, low, high, len(times[name]), peaks[name])
+    return Result(contest.key, name, contender.ours, *measured, **shape)
 
 
 def _time(step: Step, device: torch.device) -> float:

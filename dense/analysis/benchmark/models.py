@@ -1,6 +1,5 @@
 """A training iteration of whole detectors and segmentors, beside the frameworks' own Swin-T."""
 
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -16,37 +15,26 @@ _SWIN_TINY = dict(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=
 
 def contests(device: torch.device) -> list[Contest]:
     """UPerNet at 512x512 and Cascade Mask R-CNN at 800x1344, if their frameworks are installed."""
+    on_gpu = device.type == "cuda"
     found = []
-    if find_spec("mmseg"):
+    for package, framework, model, size, images, make in (
         # At least 2: UPerNet pools to 1x1, where batch norm needs a second image.
-        images = 8 if device.type == "cuda" else 2
-        found.append(_contest("UPerNet", (512, 512), images, _segmentor, device, "MMSegmentation"))
-    if find_spec("detectron2"):
-        images = 2 if device.type == "cuda" else 1
-        title = "Cascade Mask R-CNN"
-        found.append(_contest(title, (800, 1344), images, _detector, device, "Detectron2"))
-    return found
-
-
-def _contest(
-    title: str,
-    size: tuple[int, int],
-    images: int,
-    make: Callable[..., tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]],
-    device: torch.device,
-    framework: str,
-) -> Contest:
-    names = [None, *(f"{family}_tiny" for family in backbones.FAMILIES)]
-    contenders = tuple(
-        Contender(
-            name or f"{framework}'s Swin-T",
-            _builder(make, name, size, images, device),
-            ours=name is not None,
+        ("mmseg", "MMSegmentation", "UPerNet", (512, 512), 8 if on_gpu else 2, _segmentor),
+        ("detectron2", "Detectron2", "Cascade Mask R-CNN", (800, 1344), 1 + on_gpu, _detector),
+    ):
+        if not find_spec(package):
+            continue
+        contenders = tuple(
+            Contender(
+                name or f"{framework}'s Swin-T",
+                _builder(make, name, size, images, device),
+                ours=name is not None,
+            )
+            for name in (None, *(f"{family}_tiny" for family in backbones.FAMILIES))
         )
-        for name in names
-    )
-    title = f"{title}, training iteration, {size[0]}x{size[1]}, batch {images}"
-    return Contest("models", title, contenders, images, images * size[0] * size[1])
+        title = f"{model}, training iteration, {size[0]}x{size[1]}, batch {images}"
+        found.append(Contest("models", title, contenders, images, images * size[0] * size[1]))
+    return found
 
 
 def _builder(make, name: str | None, size: tuple[int, int], images: int, device: torch.device):

@@ -1,10 +1,12 @@
 """Whole networks, beside those of timm and torchvision of the same size."""
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import timm
 import torch
 from torch import nn
+from torchvision.models import swin_t
 
 import backbones
 from dense.analysis.benchmark.measure import Contender, Contest, Step
@@ -17,7 +19,7 @@ _PEERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
         "swin_tiny_patch4_window7_224", img_size=size, window_size=7
     ),
     "timm convnext_tiny": lambda size: timm.create_model("convnext_tiny"),
-    "torchvision swin_t": lambda size: _torchvision_swin(),
+    "torchvision swin_t": lambda size: swin_t(),
 }
 
 
@@ -40,23 +42,25 @@ def contests(
         modes: ``"inference"`` (:func:`backbones.fuse`, no gradients), ``"training"`` (forward and
             backward).
     """
+    ours = [f"{family}_{scale}" for family in backbones.FAMILIES]
     found = []
     for size in sizes:
         images = batch or _default_batch(size, device)
         for mode in modes:
-            contenders = []
-            for compile_it in (False, True)[: 1 + compiled]:
-                suffix = ", compiled" if compile_it else ""
-                for name, make in _PEERS.items():
-                    build = _builder(make, size, images, mode, device, compile_it)
-                    contenders.append(Contender(name + suffix, build))
-                for name in (f"{family}_{scale}" for family in backbones.FAMILIES):
-                    build = _builder(_our(name, mode), size, images, mode, device, compile_it)
-                    contenders.append(Contender(name + suffix, build, ours=True))
+            makers = _PEERS | {name: _our(name, mode) for name in ours}
+            contenders = tuple(
+                Contender(
+                    f"{name}, compiled" if compile_it else name,
+                    _builder(make, size, images, mode, device, compile_it),
+                    ours=name in ours,
+                )
+                for compile_it in (False, True)[: 1 + compiled]
+                for name, make in makers.items()
+            )
             title = f"{scale}, {mode}, {size[0]}x{size[1]}, batch {images}"
             title += ", eager and compiled" if compiled else ""
             pixels = images * size[0] * size[1]
-            found.append(Contest("networks", title, tuple(contenders), images, pixels))
+            found.append(Contest("networks", title, contenders, images, pixels))
     return found
 
 
@@ -65,19 +69,17 @@ def scaling_contests(device: torch.device, modes: Sequence[str] = ("inference",)
     shapes = [(1, side) for side in (224, 320, 448, 640, 896, 1344)]
     shapes += [(batch, 224) for batch in (2, 4, 8, 16, 32, 64)]
     found = []
-    for mode in modes:
-        for images, side in shapes:
-            size = (side, side)
-            contenders = tuple(
-                Contender(
-                    name,
-                    _builder(_our(name, mode), size, images, mode, device, False),
-                    ours=True,
-                )
-                for name in (f"{family}_tiny" for family in backbones.FAMILIES)
+    for mode, (images, side) in product(modes, shapes):
+        contenders = tuple(
+            Contender(
+                name,
+                _builder(_our(name, mode), (side, side), images, mode, device, False),
+                ours=True,
             )
-            title = f"{mode}, {side}x{side}, batch {images}"
-            found.append(Contest("scaling", title, contenders, images, images * side**2))
+            for name in (f"{family}_tiny" for family in backbones.FAMILIES)
+        )
+        title = f"{mode}, {side}x{side}, batch {images}"
+        found.append(Contest("scaling", title, contenders, images, images * side**2))
     return found
 
 
@@ -88,12 +90,6 @@ def _our(name: str, mode: str) -> Callable[[tuple[int, int]], nn.Module]:
         return backbones.fuse(model, inplace=True) if mode == "inference" else model
 
     return make
-
-
-def _torchvision_swin() -> nn.Module:
-    from torchvision.models import swin_t
-
-    return swin_t()
 
 
 def _builder(

@@ -5,18 +5,21 @@ Inputs are in the preferred memory layout of each implementation; conversion is 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from backbones import ops
+from backbones.ops.windows import partition, region_mask, reverse
 from dense.analysis.benchmark.measure import Contender, Contest, Step
 
 # Batch, height, width of the feature map: 8 images of 224x224, and one of 800x1344.
 SHAPES = ((8, 56, 56), (1, 200, 336))
-CHANNELS, HEADS, GROUPS, KERNEL, WINDOW = 96, 3, 32, 7, 7
+CHANNELS, HEADS, GROUPS, KERNEL, WINDOW = 96, 3, 32, 7, (7, 7)
 TAPS = KERNEL**2
+POSITIONS = WINDOW[0] * WINDOW[1]
 Function = Callable[..., Tensor]
 
 
@@ -86,24 +89,26 @@ def _inhomogeneous(images: int, height: int, width: int, device: torch.device):
         return [x, t, weight[:, :, None, None], bias]
 
     def materialised(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        kernels = F.conv2d(t, weight, bias).unflatten(1, (GROUPS, 1, TAPS))
-        return _SumOfTaps.apply(x.unflatten(1, (GROUPS, -1)), kernels).flatten(1, 2)
+        return _summed(x, F.conv2d(t, weight, bias).unflatten(1, (GROUPS, 1, TAPS)))
 
     def unfolded(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        kernels = F.conv2d(t, weight, bias).unflatten(1, (GROUPS, 1, TAPS)).flatten(-2)
-        windows = F.unfold(x, KERNEL, padding=KERNEL // 2).unflatten(1, (GROUPS, -1, TAPS))
-        return (windows * kernels).sum(3).unflatten(-1, (height, width)).flatten(1, 2)
+        return _unfolded(x, F.conv2d(t, weight, bias).unflatten(1, (GROUPS, 1, TAPS)))
 
-    def ours(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ops.inhomogeneous_dynamic_depthwise_conv(x, t, weight, bias, KERNEL)
+    ours = partial(ops.inhomogeneous_dynamic_depthwise_conv, kernel_size=KERNEL)
+
+    def carafe(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        from mmcv.ops import carafe_naive
+
+        kernels = F.conv2d(t, weight, bias)
+        return carafe_naive(x.float(), kernels.float(), KERNEL, GROUPS, 1)
 
     functions = {
         "conv2d 1x1, then its 49 taps summed": lambda: (materialised, channels_first()),
         "conv2d 1x1, then unfold": lambda: (unfolded, channels_first()),
         "ours": lambda: (ours, inputs()),
     }
-    if device.type == "cuda":
-        functions |= _carafe(channels_first)
+    if device.type == "cuda":  # it needs mmcv compiled for CUDA
+        functions["conv2d 1x1, then mmcv carafe_naive"] = lambda: (carafe, channels_first())
     return "I-D-DW-Conv with its kernels' prediction", functions
 
 
@@ -119,32 +124,21 @@ def _aggregation(images: int, height: int, width: int, device: torch.device):
         kernels = kernels.flatten(4).permute(0, 3, 4, 1, 2)[:, :, None].contiguous()
         return [x.permute(0, 3, 1, 2).contiguous(), kernels]
 
-    def taps(x: Tensor, kernels: Tensor) -> Tensor:
-        return _SumOfTaps.apply(x.unflatten(1, (GROUPS, -1)), kernels).flatten(1, 2)
-
-    def unfolded(x: Tensor, kernels: Tensor) -> Tensor:
-        windows = F.unfold(x, KERNEL, padding=KERNEL // 2).unflatten(1, (GROUPS, -1, TAPS))
-        out = (windows * kernels.flatten(-2)).sum(3)
-        return out.unflatten(-1, (height, width)).flatten(1, 2)
-
     functions = {
-        "its 49 taps summed": lambda: (taps, channels_first()),
-        "unfold": lambda: (unfolded, channels_first()),
+        "its 49 taps summed": lambda: (_summed, channels_first()),
+        "unfold": lambda: (_unfolded, channels_first()),
         "ours": lambda: (ops.inhomogeneous_aggregation, inputs()),
     }
     return "aggregation by kernels that are given", functions
 
 
-def _carafe(channels_first: Callable[[], list[Tensor]]) -> dict:
-    """mmcv's kernel for the same aggregation; it needs mmcv compiled for CUDA."""
+def _summed(x: Tensor, kernels: Tensor) -> Tensor:
+    return _SumOfTaps.apply(x.unflatten(1, (GROUPS, -1)), kernels).flatten(1, 2)
 
-    def carafe(x: Tensor, t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        from mmcv.ops import carafe_naive
 
-        kernels = F.conv2d(t, weight, bias)
-        return carafe_naive(x.float(), kernels.float(), KERNEL, GROUPS, 1)
-
-    return {"conv2d 1x1, then mmcv carafe_naive": lambda: (carafe, channels_first())}
+def _unfolded(x: Tensor, kernels: Tensor) -> Tensor:
+    windows = F.unfold(x, KERNEL, padding=KERNEL // 2).unflatten(1, (GROUPS, -1, TAPS))
+    return (windows * kernels.flatten(-2)).sum(3).unflatten(-1, x.shape[2:]).flatten(1, 2)
 
 
 class _SumOfTaps(torch.autograd.Function):
@@ -232,63 +226,46 @@ def _depthwise(images: int, height: int, width: int, device: torch.device):
 
 
 def _attention(images: int, height: int, width: int, device: torch.device, shift: int = 0):
-    height, width = (-(-side // WINDOW) * WINDOW for side in (height, width))
-    positions = WINDOW**2
+    height, width = _whole_windows(height, width)
+    same = torch.ones(1, POSITIONS, POSITIONS, dtype=torch.bool, device=device)
+    if shift:
+        same = region_mask(height, width, WINDOW, (shift, shift), device).flatten(0, 1)
+    zeros = torch.zeros_like(same, dtype=_dtype(device))
+    hundreds, infinities = (zeros.masked_fill(~same, value) for value in (-100.0, -math.inf))
 
     def inputs() -> list[Tensor]:
         return [
             _random(device, images, height, width, 3 * CHANNELS),
-            _random(device, HEADS, positions, positions),
+            _random(device, HEADS, POSITIONS, POSITIONS),
         ]
 
     def windows(qkv: Tensor) -> Tensor:
         """To ``(3, B * windows, heads, N, C / heads)``."""
         qkv = qkv.roll((-shift, -shift), (1, 2)) if shift else qkv
-        qkv = qkv.reshape(images, height // WINDOW, WINDOW, width // WINDOW, WINDOW, 3, HEADS, -1)
+        rows, columns = WINDOW
+        qkv = qkv.unflatten(1, (-1, rows)).unflatten(3, (-1, columns)).unflatten(5, (3, HEADS, -1))
         return qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(1, 3).flatten(3, 4)
 
     def whole(out: Tensor) -> Tensor:
-        out = out.reshape(images, height // WINDOW, width // WINDOW, HEADS, WINDOW, WINDOW, -1)
-        out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(images, height, width, CHANNELS)
+        out = reverse(out.unflatten(0, (images, height // WINDOW[0], -1)), WINDOW)
         return out.roll((shift, shift), (1, 2)) if shift else out
 
-    mask = _regions(height, width, shift, device) if shift else None
+    def explicit(qkv: Tensor, bias: Tensor) -> Tensor:
+        query, key, v = windows(qkv)
+        scores = query * (CHANNELS // HEADS) ** -0.5 @ key.mT + bias
+        if shift:
+            scores = (scores.unflatten(0, (images, -1)) + hundreds[:, None]).flatten(0, 1)
+        return whole(scores.softmax(-1) @ v)
 
-    def scores_mask(value: float) -> Tensor | None:
-        if mask is None:
-            return None
-        return torch.zeros_like(mask, dtype=_dtype(device)).masked_fill(~mask, value)
-
-    def explicit(value: float) -> Function:
-        added = scores_mask(value)
-
-        def attend(qkv: Tensor, bias: Tensor) -> Tensor:
-            query, key, v = windows(qkv)
-            scores = query * (CHANNELS // HEADS) ** -0.5 @ key.mT + bias
-            if added is not None:
-                scores = scores.unflatten(0, (images, -1)) + added[:, None]
-                scores = scores.flatten(0, 1)
-            return whole(scores.softmax(-1) @ v)
-
-        return attend
-
-    def sdpa() -> Function:
-        added = scores_mask(-math.inf)
-
-        def attend(qkv: Tensor, bias: Tensor) -> Tensor:
-            query, key, v = windows(qkv)
-            both = bias if added is None else (bias + added[:, None]).repeat(images, 1, 1, 1)
-            return whole(F.scaled_dot_product_attention(query, key, v, both))
-
-        return attend
+    def sdpa(qkv: Tensor, bias: Tensor) -> Tensor:
+        query, key, v = windows(qkv)
+        both = (bias + infinities[:, None]).repeat(images, 1, 1, 1) if shift else bias
+        return whole(F.scaled_dot_product_attention(query, key, v, both))
 
     def flex() -> Function:
         from torch.nn.attention.flex_attention import flex_attention
 
         compiled = torch.compile(flex_attention, dynamic=False)
-        same = mask
-        if same is None:
-            same = torch.ones(1, positions, positions, dtype=torch.bool, device=device)
 
         def attend(qkv: Tensor, bias: Tensor) -> Tensor:
             query, key, v = windows(qkv)
@@ -301,58 +278,41 @@ def _attention(images: int, height: int, width: int, device: torch.device, shift
 
         return attend
 
-    def ours(qkv: Tensor, bias: Tensor) -> Tensor:
-        return ops.window_attention(qkv, bias, HEADS, (WINDOW, WINDOW), (shift, shift))
-
+    sizes = dict(num_heads=HEADS, window_size=WINDOW, shift=(shift, shift))
+    ours = partial(ops.window_attention, **sizes)
     functions = {
-        ("explicit, mask of -100" if shift else "explicit softmax"): lambda: (
-            explicit(-100.0),
-            inputs(),
-        ),
-        "SDPA, bias and mask given": lambda: (sdpa(), inputs()),
+        "explicit, mask of -100" if shift else "explicit softmax": lambda: (explicit, inputs()),
+        "SDPA, bias and mask given": lambda: (sdpa, inputs()),
         "FlexAttention, compiled": lambda: (flex(), inputs()),
         "ours": lambda: (ours, inputs()),
     }
     return f"window attention{', shifted' if shift else ''}", functions
 
 
-def _shifted_attention(images: int, height: int, width: int, device: torch.device):
-    return _attention(images, height, width, device, shift=WINDOW // 2)
+_shifted_attention = partial(_attention, shift=WINDOW[0] // 2)
 
 
-def _regions(height: int, width: int, shift: int, device: torch.device) -> Tensor:
-    """``(windows, N, N)`` bool: pairs of positions that were in one region before the shift."""
-    label = torch.zeros(height, width, dtype=torch.long, device=device)
-    spans = (slice(0, -WINDOW), slice(-WINDOW, -shift), slice(-shift, None))
-    for row, rows in enumerate(spans):
-        for column, columns in enumerate(spans):
-            label[rows, columns] = 3 * row + column
-    label = label.reshape(height // WINDOW, WINDOW, width // WINDOW, WINDOW)
-    label = label.transpose(1, 2).reshape(-1, WINDOW**2)
-    return label[:, :, None] == label[:, None]
+def _whole_windows(height: int, width: int) -> tuple[int, int]:
+    return -(-height // WINDOW[0]) * WINDOW[0], -(-width // WINDOW[1]) * WINDOW[1]
 
 
 def _mlp(images: int, height: int, width: int, device: torch.device):
-    height, width = (-(-side // WINDOW) * WINDOW for side in (height, width))
-    positions = WINDOW**2
+    height, width = _whole_windows(height, width)
 
     def inputs() -> list[Tensor]:
         return [
             _random(device, images, height, width, CHANNELS),
-            _random(device, HEADS, positions, positions, scale=1 / WINDOW),
-            _random(device, HEADS, positions, positions, scale=1 / WINDOW),
+            _random(device, HEADS, POSITIONS, POSITIONS, scale=1 / WINDOW[0]),
+            _random(device, HEADS, POSITIONS, POSITIONS, scale=1 / WINDOW[0]),
         ]
 
     def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x = x.reshape(images, height // WINDOW, WINDOW, width // WINDOW, WINDOW, HEADS, -1)
-        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, HEADS * positions, CHANNELS // HEADS)
-        x = F.conv1d(x, (weight + bias).reshape(-1, positions, 1), groups=HEADS)
-        x = x.reshape(images, height // WINDOW, width // WINDOW, HEADS, WINDOW, WINDOW, -1)
-        return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(images, height, width, CHANNELS)
+        windows = partition(x, WINDOW, HEADS)
+        mixing = (weight + bias).reshape(-1, POSITIONS, 1)
+        mixed = F.conv1d(windows.flatten(0, 2).flatten(1, 2), mixing, groups=HEADS)
+        return reverse(mixed.reshape(windows.shape), WINDOW)
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ops.local_mlp(x, weight, bias, (WINDOW, WINDOW), (0, 0))
-
+    ours = partial(ops.local_mlp, window_size=WINDOW, shift=(0, 0))
     functions = {
         "conv1d of one group a head": lambda: (conv1d, inputs()),
         "ours": lambda: (ours, inputs()),
