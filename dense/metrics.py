@@ -95,12 +95,10 @@ def plot(runs: Sequence[Run], path: str | Path) -> Path:
         runs: from :func:`read_run`.
         path: the ``.png`` or ``.svg`` to write, atomically.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
     lines = ("-", "--", ":", "-.")
     for number, run in enumerate(runs):
         colour = f"C{number}"
@@ -116,9 +114,9 @@ def plot(runs: Sequence[Run], path: str | Path) -> Path:
             axis.legend(fontsize="small")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, lambda partial: figure.savefig(partial, format=path.suffix[1:], dpi=110))
-    pyplot.close(figure)
-    return path
+    return files.write(
+        path, lambda partial: figure.savefig(partial, format=path.suffix[1:], dpi=110)
+    )
 
 
 def plot_run(work_dir: str | Path) -> Path:

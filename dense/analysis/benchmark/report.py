@@ -43,13 +43,11 @@ def markdown(results: Sequence[Result], where: str) -> str:
 
 def plot_scaling(results: Sequence[Result], path: str | Path) -> None:
     """Plot time and memory per pixel against image size and batch size, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     results = [r for r in results if r.contest.startswith("scaling") and r.seconds is not None]
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
     for column, (label, chosen) in enumerate(
         (
             ("side of the image in pixels, batch 1", [r for r in results if r.images == 1]),
@@ -72,7 +70,6 @@ def plot_scaling(results: Sequence[Result], path: str | Path) -> None:
             axes[row][column].minorticks_off()
     axes[0][0].legend()
     files.write(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
-    pyplot.close(figure)
 
 
 def _row(result: Result, reference: Result) -> str:
