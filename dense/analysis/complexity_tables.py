@@ -17,6 +17,7 @@ from dense.analysis.complexity import Count
 BEGIN = "<!-- Written by: python tools/complexity.py --write -->"
 END = "<!-- End of what tools/complexity.py writes. -->"
 _SIZES = ("tiny", "base", "nano")
+_per_cent = "{:.1f}%".format
 _22K = "in22k"
 
 
@@ -97,29 +98,24 @@ def write_block(readme: Path, tables: Iterable[Table]) -> bool:
 
 
 def _backbones(root: Path, with_flops: bool, track: Callable) -> list[Table]:
-    rows = []
-    for name in track(sorted(MODEL_NAMES, key=lambda n: _SIZES.index(n.rsplit("_", 1)[1]))):
-        published = paper.TABLE_2.get(name)
-        from_22k = paper.TABLE_10.get(name)
-        rows.append(
-            dict(
-                name=f"`{name}`",
-                **_beside(complexity.classifier(name, with_flops=with_flops), published),
-                top1=published.top1 if published else None,
-                top1_22k=from_22k.top1 if from_22k else None,
-            )
+    rows = [
+        dict(
+            name=f"`{name}`",
+            **_beside(complexity.classifier(name, with_flops=with_flops), paper.TABLE_2.get(name)),
+            top1=getattr(paper.TABLE_2.get(name), "top1", None),
+            top1_22k=getattr(paper.TABLE_10.get(name), "top1", None),
         )
-    larger = []
-    for (name, window), published in track(paper.TABLE_14.items()):
-        count = complexity.classifier(name, 384, window, with_flops)
-        larger.append(
-            dict(
-                name=f"`{name}`",
-                window=f"{window}x{window}",
-                **_beside(count, published),
-                top1=published.top1,
-            )
+        for name in track(sorted(MODEL_NAMES, key=lambda n: _SIZES.index(n.rsplit("_", 1)[1])))
+    ]
+    larger = [
+        dict(
+            name=f"`{name}`",
+            window=f"{window}x{window}",
+            **_beside(complexity.classifier(name, 384, window, with_flops), published),
+            top1=published.top1,
         )
+        for (name, window), published in track(paper.TABLE_14.items())
+    ]
     name, top1 = Column("model", "name"), Column("paper's top-1", "top1", _per_cent)
     return [
         Table(
@@ -240,10 +236,6 @@ def _billions(digits: int) -> Callable[[int], str]:
 def _described(count: Count) -> str:
     flops = "" if count.flops is None else f", {_billions(1)(count.flops)} FLOPs"
     return f"{_millions(count.parameters)} parameters{flops}"
-
-
-def _per_cent(value: float) -> str:
-    return f"{value:.1f}%"
 
 
 _DETECTION_TITLE = "Cascade Mask R-CNN, 1280x800, 1000 boxes, 100 masks, beside Tables 3 and 11:"
