@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -195,6 +196,7 @@ def run_all(
     stop = threading.Event()
     chains = [[entry] if isinstance(entry, Step) else list(entry) for entry in steps]
     every = [step.name for steps in chains for step in steps]
+    start = partial(subprocess.Popen, cwd=cwd, stderr=subprocess.STDOUT, pass_fds=[lock])
 
     def run(step: Step) -> None:
         if stop.is_set():
@@ -206,7 +208,7 @@ def run_all(
         tqdm.write(f"{head} {step.line(places)}")
         sys.stdout.flush()
         try:
-            _run(step, out, places, state, lock, cwd, stop)
+            _run(step, out, places, state, start, stop)
         except BaseException:
             stop.set()
             raise
@@ -247,8 +249,7 @@ def _run(
     out: Path,
     places: Mapping[str, str],
     state: State,
-    lock: int,
-    cwd: Path,
+    start: Callable[..., subprocess.Popen],
     stop: threading.Event,
 ) -> None:
     log_path = out / LOGS / f"{step.name}.log"
@@ -257,21 +258,24 @@ def _run(
     def note(done: bool) -> None:
         state.note(step, before + time.monotonic() - started, done)
 
-    with open(log_path, "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, *step.argv(places)],
-            cwd=cwd,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock],
-        )
+    with open(log_path, "ab") as log, _progress_bar(step, out) as bar:
+        process = start([sys.executable, *step.argv(places)], stdout=log)
+        noted = started
         try:
-            _watch(step, out, process, lambda: note(done=False), stop)
+            while process.poll() is None and not stop.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
+                bar.update(max(0, min(step.position(out), step.total) - bar.n))
+                if time.monotonic() - noted > 10:
+                    note(done=False)
+                    noted = time.monotonic()
         finally:
             # It is still running only if this run is being stopped.
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+        if process.returncode == 0:
+            bar.update(step.total - bar.n)
     if process.returncode and stop.is_set():
         return
     if process.returncode:
@@ -284,28 +288,11 @@ def _run(
     note(done=True)
 
 
-def _watch(
-    step: Step,
-    out: Path,
-    process: subprocess.Popen,
-    note: Callable[[], None],
-    stop: threading.Event,
-) -> None:
-    bar = tqdm(
+def _progress_bar(step: Step, out: Path) -> tqdm:
+    return tqdm(
         total=step.total or None,
         initial=min(step.position(out), step.total),
         desc=f"  {step.title}",
         bar_format=None if step.total else "{desc}: {elapsed}",
         mininterval=1 if sys.stderr.isatty() else 15,
     )
-    with bar:
-        noted = time.monotonic()
-        while process.poll() is None and not stop.is_set():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1)
-            bar.update(max(0, min(step.position(out), step.total) - bar.n))
-            if time.monotonic() - noted > 10:
-                note()
-                noted = time.monotonic()
-        if process.returncode == 0:
-            bar.update(step.total - bar.n)
