@@ -1,6 +1,7 @@
 """Render training results as one self-contained HTML page."""
 
 import base64
+import contextlib
 import io
 import math
 import os
@@ -114,10 +115,8 @@ def versions() -> dict[str, str]:
     """The versions of those of :data:`PACKAGES` that are installed."""
     found = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -145,7 +144,8 @@ def render(
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["uri"] = _data_uri
     environment.filters["minutes"] = lambda s: f"{int(s) // 60}:{int(s) % 60:02d}"
-    return environment.from_string(_PAGE).render(
+    page = Path(__file__).with_name("report.html").read_text()
+    return environment.from_string(page).render(
         title=title,
         introduction=introduction,
         figures=figures,
@@ -161,82 +161,3 @@ def render(
 def _data_uri(path: Path) -> str:
     kind = {".jpg": "jpeg", ".png": "png"}[path.suffix]
     return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff;
-         max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-  h1 { font-size: 1.7rem; margin-bottom: .3rem; }
-  h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-  table { border-collapse: collapse; }
-  th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #dde2e8; }
-  td.number { text-align: right; font-variant-numeric: tabular-nums; }
-  .reached { color: #14713d; } .missed { color: #b3261e; font-weight: 600; }
-  .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-  .plots > div { flex: 1 1 26rem; } .plots svg { width: 100%; height: auto; }
-  .scenes { width: 100%; } .scenes td, .scenes th { border: 0; padding: .15rem; }
-  .scenes img { width: 100%; display: block; }
-  pre { background: #f4f6f8; padding: .7rem .9rem; overflow-x: auto; font-size: .82rem;
-        white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 1rem; }
-  small { color: #5a6675; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p>{{ introduction }}</p>
-
-<h2>Results on the held-out scenes</h2>
-<table>
-<tr><th>figure</th><th>result (%)</th><th>at least</th><th>from</th></tr>
-{% for figure in figures %}
-<tr><td>{{ figure.name }}</td>
-<td class="number">{{ "%.1f" | format(figure.value) }}</td>
-<td class="{{ "missed" if figure.missed else "reached" }}">
-{% if figure.least is not none %}
-{{ "%.0f" | format(figure.least) }}: {{ "missed" if figure.missed else "reached" }}
-{% endif %}
-</td>
-<td><small>{{ figure.source }}</small></td></tr>
-{% endfor %}
-</table>
-
-<h2>Losses</h2>
-<div class="plots">
-{% for svg, caption in plots %}
-<div>{{ svg | safe }}<small>{{ caption }}</small></div>
-{% endfor %}
-</div>
-
-<h2>Prediction beside truth</h2>
-<p><small>The first held-out scenes, not chosen by how well they went.</small></p>
-<table class="scenes">
-<tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
-{% for row in rows %}
-<tr>{% for column in columns %}
-<td><img alt="{{ column }}, {{ row.name }}" src="{{ row.pictures[column] | uri }}"></td>
-{% endfor %}</tr>
-{% endfor %}
-</table>
-
-<h2>Commands</h2>
-<p>Run in this order from the root of the repository, {{ total | minutes }} minutes in all:</p>
-{% for command in commands %}
-<div>{{ command.title }}, {{ command.seconds | minutes }}</div>
-<pre>{{ command.line }}</pre>
-{% endfor %}
-
-<h2>Versions</h2>
-<table>
-{% for name, value in facts.items() %}
-<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
-{% endfor %}
-</table>
-</body>
-</html>
-"""
