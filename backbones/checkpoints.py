@@ -194,12 +194,7 @@ def backbone_of(
     Raises:
         CheckpointError: several backbones match, or none has the prefix.
     """
-    found = {}
-    for name in state_dict:
-        for anchor in ANCHORS:
-            if _ends(name, anchor):
-                before = name.removesuffix(anchor)
-                found[before] = _below(state_dict, before)
+    found = {before: _below(state_dict, before) for before in _prefixes(state_dict, ANCHORS)}
     if prefix is not None:
         if prefix not in found:
             raise CheckpointError(
@@ -234,8 +229,7 @@ def _below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _pyramid_in(model: nn.Module) -> nn.Module:
     """The only backbone of this package in ``model``, which may be ``model`` itself."""
-    anchor = ANCHORS[0]
-    places = [name.removesuffix(anchor) for name in model.state_dict() if _ends(name, anchor)]
+    places = _prefixes(model.state_dict(), ANCHORS[:1])
     if len(places) != 1:
         raise CheckpointError(
             f"{type(model).__name__} holds {len(places)} backbones of this package, not one"
@@ -246,8 +240,9 @@ def _pyramid_in(model: nn.Module) -> nn.Module:
     return found
 
 
-def _ends(name: str, anchor: str) -> bool:
-    return name == anchor or name.endswith(f".{anchor}")
+def _prefixes(names: Iterable[str], anchors: Sequence[str]) -> list[str]:
+    """What stands before an anchor in each name that ends with one."""
+    return [n.removesuffix(a) for n in names for a in anchors if f".{n}".endswith(f".{a}")]
 
 
 def _map_classifier(
@@ -268,9 +263,9 @@ def _map_classifier(
         return ""
     rows, outputs = len(weight), len(target)
     if rows != outputs:
-        ours = ours or _imagenet(outputs)
+        ours = ours or imagenet_classes(outputs)
     if ours and not theirs:
-        theirs = _imagenet(rows, family_of(given))
+        theirs = imagenet_classes(rows, family_of(given))
         if rows == outputs and theirs and set(theirs).isdisjoint(ours):
             return ""
     if not theirs or not ours or tuple(theirs) == tuple(ours):
@@ -296,7 +291,7 @@ def _map_classifier(
     return f"{len(found)} of {outputs} classes found among the file's {rows} by name{rest}"
 
 
-def _imagenet(count: int, family: str | None = None) -> Sequence[str] | None:
+def imagenet_classes(count: int, family: str | None = None) -> Sequence[str] | None:
     """The wnids of ImageNet-1K or ImageNet-22K, chosen by the number of classes.
 
     They are sorted, except for Swin's ImageNet-22K. Its list is Google's sorted list of 21843

@@ -166,7 +166,7 @@ def family_of(names: Mapping[str, Tensor]) -> str | None:
     If the marks of several families are complete, the family with the most marks is taken.
     """
     layout = layout_of(names)
-    below = {_below_a_block(layout, name) for name in names}
+    below = {place[2] for name in names if (place := _in_block(layout, name))}
     best, most = None, 0
     for family, inner in layout.inner.items():
         marks = {_replaced(f".mixer.{mark}", inner) for mark in TABLE[family].mixer.marks}
@@ -175,12 +175,12 @@ def family_of(names: Mapping[str, Tensor]) -> str | None:
     return best
 
 
-def _below_a_block(layout: Layout, name: str) -> str | None:
-    """The part of a name after its block index, with the leading dot; None outside the blocks."""
-    for blocks in layout.blocks:
+def _in_block(layout: Layout, name: str) -> tuple[int, str, str] | None:
+    """Stage, block, and the rest of a name with its leading dot; None outside the blocks."""
+    for i, blocks in enumerate(layout.blocks):
         if name.startswith(blocks):
-            _, dot, rest = name.removeprefix(blocks).partition(".")
-            return dot + rest
+            number, dot, rest = name.removeprefix(blocks).partition(".")
+            return i, number, dot + rest
     return None
 
 
@@ -230,14 +230,13 @@ def from_ours(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Ten
 
 
 def _entry_to_ours(layout: Layout, inner: tuple, name: str, value: Tensor) -> tuple[str, Tensor]:
-    for i, blocks in enumerate(layout.blocks):
-        if name.startswith(blocks):
-            number, dot, rest = name.removeprefix(blocks).partition(".")
-            rest = _replaced(dot + rest, ((theirs, ours) for ours, theirs in inner))
-            # Our convolutional mixers have linear layers for the authors' 1x1 convolutions.
-            if ".mixer." in rest and value.shape[2:] == (1, 1):
-                value = value.flatten(1)
-            return f"stages.{i}.blocks.{number}{rest}", value
+    if place := _in_block(layout, name):
+        stage, number, rest = place
+        rest = _replaced(rest, ((theirs, ours) for ours, theirs in inner))
+        # Our convolutional mixers have linear layers for the authors' 1x1 convolutions.
+        if ".mixer." in rest and value.shape[2:] == (1, 1):
+            value = value.flatten(1)
+        return f"stages.{stage}.blocks.{number}{rest}", value
     ours = _replaced(name, ((theirs, ours) for ours, theirs in layout.pairs()))
     if ".downsample." in ours:
         value = layout.to_ours(value)
@@ -245,12 +244,12 @@ def _entry_to_ours(layout: Layout, inner: tuple, name: str, value: Tensor) -> tu
 
 
 def _entry_from_ours(layout: Layout, inner: tuple, name: str, value: Tensor) -> tuple[str, Tensor]:
-    if name.startswith("stages.") and ".blocks." in name:
-        _, stage, _, number, rest = name.split(".", 4)
-        rest = _replaced(f".{rest}", inner)
+    if place := _in_block(LAYOUTS["ours"], name):
+        stage, number, rest = place
+        rest = _replaced(rest, inner)
         if ".attn2conv." in rest and value.ndim == 2:
             value = value[:, :, None, None]
-        return f"{layout.blocks[int(stage)]}{number}{rest}", value
+        return f"{layout.blocks[stage]}{number}{rest}", value
     if ".downsample." in name:
         value = layout.from_ours(value)
     return _replaced(name, layout.pairs()), value

@@ -177,14 +177,15 @@ def _load(path: Path, source: str, weights_only: bool) -> Any:
             with safe_open(path, "pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}
                 return {"state_dict": weights, "meta": _parsed(file.metadata() or {})}
-        if not weights_only:
-            return _unpickle(path)
         if path.suffix == ".pkl":
-            raise pickle.UnpicklingError("a pickle of objects, as every .pkl")
+            if weights_only:
+                raise pickle.UnpicklingError("a pickle of objects, as every .pkl")
+            with open(path, "rb") as file:
+                return pickle.load(file, encoding="latin1")
         stand_ins = [(_Ignored, name) for name in _NOT_WEIGHTS]
         stand_ins += [(OrderedDict, name) for name in _DICTIONARIES]
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
 @contextmanager
@@ -207,13 +208,6 @@ def _refusing(source: str) -> Iterator[None]:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _Damaged(f"{source} cannot be read: {reason}") from error
-
-
-def _unpickle(path: Path) -> Any:
-    if path.suffix != ".pkl":
-        return torch.load(path, map_location="cpu", weights_only=False)
-    with open(path, "rb") as file:
-        return pickle.load(file, encoding="latin1")
 
 
 def _unwrap(content: object, source: str) -> dict[str, Tensor]:
@@ -260,13 +254,8 @@ def class_names(content: Any) -> tuple[str, ...] | None:
         return None
     meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
     dataset = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
-    for place, key in (
-        (meta, "classes"),
-        (dataset, "classes"),
-        (meta, "CLASSES"),
-        (content, "classes"),
-    ):
-        names = place.get(key)
+    found = [place.get("classes") for place in (meta, dataset, content)]
+    for names in (*found, meta.get("CLASSES")):
         if isinstance(names, Sequence) and not isinstance(names, str) and names:
             return tuple(map(str, names))
     return None

@@ -5,6 +5,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from backbones import ops
+from backbones.folding import parameter
 from backbones.layers import Size, ceil_div
 from backbones.mixers.windowed import WindowedMixer
 from backbones.ops.windows import resize_window_grid
@@ -65,11 +66,9 @@ class LocalMLP(WindowedMixer):
     ):
         """Build the mixer of one block; every second block of a stage is shifted.
 
+        The positional arguments are those of :meth:`.base.Mixer.at`.
+
         Args:
-            dim: C.
-            stage: index of the stage.
-            block: index of the block in its stage.
-            feat_size: rows and columns of the map at the training image size.
             num_heads: heads of each stage; as many as channels give each its own matrix (Table 4).
             window_size: side, or rows and columns, of a window, in positions.
             shared: one matrix per head for all windows (Table 4, 24.3M parameters in tiny) instead
@@ -117,7 +116,7 @@ class LocalMLP(WindowedMixer):
             )
         if not self.shared and feat_size is not None:
             weight = resize_window_grid(self.weight.detach(), self._grid(*feat_size))
-            self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+            self.weight = parameter(weight, self.weight)
 
     def _grid(self, height: int, width: int) -> Size:
         rows, columns = self.window_size

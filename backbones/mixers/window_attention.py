@@ -17,11 +17,7 @@ class WindowAttention(WindowedMixer):
     marks = ("qkv.weight",)
     names = {
         **dict.fromkeys(("original", "timm", "detectron2"), ((".mixer.", ".attn."),)),
-        "torchvision": (
-            (".mixer.", ".attn."),
-            (".mlp.fc1.", ".mlp.0."),
-            (".mlp.fc2.", ".mlp.3."),
-        ),
+        "torchvision": ((".mixer.", ".attn."), (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.3.")),
         "openmmlab": (
             (".mixer.", ".attn.w_msa."),
             (".mlp.fc1.", ".ffn.layers.0.0."),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
+from backbones.folding import parameter
 from backbones.layers import Size, ceil_div, crop
 from backbones.mixers.base import Mixer
 from backbones.ops.windows import (
@@ -104,8 +105,7 @@ class WindowedMixer(Mixer):
             new_bias_shape=((2 * rows - 1) * (2 * columns - 1), self.num_heads),
             old_window_size=self.window_size,
         )
-        learned = self.relative_position_bias_table.requires_grad
-        self.relative_position_bias_table = nn.Parameter(table, requires_grad=learned)
+        self.relative_position_bias_table = parameter(table, self.relative_position_bias_table)
         self.window_size = window_size
         self.init_non_persistent_buffers()
 
