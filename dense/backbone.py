@@ -9,7 +9,6 @@ import timm
 import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import backbones
 from backbones.layouts import layout_of, to_ours
@@ -99,8 +98,7 @@ class DenseBackbone(nn.Module):
         if norm == "FrozenBN":
             freeze_batch_norm_2d(self)
         elif norm == "SyncBN":
-            _map_batch_norms(self, nn.SyncBatchNorm)
-            revert_sync_batchnorm(self)
+            revert_sync_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(self))
         # Released detectors and segmentors have their authors' keys for the backbone.
         self.register_load_state_dict_pre_hook(_take_other_names)
         self.train()
@@ -174,7 +172,7 @@ def revert_sync_batchnorm(model: nn.Module) -> nn.Module:
         return model
     if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         _warn_of_fallback()
-        model = _map_batch_norms(model, nn.BatchNorm2d)
+        model = _with_batch_norms(model)
     return model
 
 
@@ -203,13 +201,13 @@ def _warn_of_fallback() -> None:
     _logger.warning("no CUDA: SyncBN falls back to BN, statistics are per process")
 
 
-def _map_batch_norms(model: nn.Module, cls: type[_BatchNorm]) -> nn.Module:
-    """Convert BN to SyncBN or back; parameters, statistics and options are kept."""
-    if isinstance(model, nn.BatchNorm2d | nn.SyncBatchNorm) and not isinstance(model, cls):
+def _with_batch_norms(model: nn.Module) -> nn.Module:
+    """Convert SyncBN to BN; parameters, statistics and options are kept."""
+    if isinstance(model, nn.SyncBatchNorm):
         options = (model.eps, model.momentum, model.affine, model.track_running_stats)
-        other = cls(model.num_features, *options)
+        other = nn.BatchNorm2d(model.num_features, *options)
         other._parameters, other._buffers = model._parameters, model._buffers
         return other.train(model.training)
     for name, child in model.named_children():
-        setattr(model, name, _map_batch_norms(child, cls))
+        setattr(model, name, _with_batch_norms(child))
     return model
