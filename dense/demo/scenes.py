@@ -89,8 +89,8 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     background = rng.uniform(20, 235, 3)
     wanted = int(rng.integers(1, 4))
     while True:
-        shapes = [(int(rng.integers(len(SHAPES))), _outline(rng, size)) for _ in range(wanted)]
-        full = np.stack([_inside(SHAPES[kind], outline, size) for kind, outline in shapes])
+        shapes = [(int(rng.integers(len(SHAPES))), *_place(rng, size)) for _ in range(wanted)]
+        full = np.stack([_inside(SHAPES[kind], *axes) for kind, *axes in shapes])
         visible = full.copy()
         for lower in range(wanted - 1):
             visible[lower] &= ~full[lower + 1 :].any(axis=0)
@@ -98,46 +98,35 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
             break
 
     image = np.broadcast_to(background, (size, size, 3)).copy()
-    for (kind, outline), mask in zip(shapes, visible, strict=True):
+    for (kind, u, v, _), mask in zip(shapes, visible, strict=True):
         light, dark = _colours(rng, background)
-        pattern = _texture(SHAPES[kind], outline, size)[..., None]
+        pattern = _texture(SHAPES[kind], u / size, v / size)[..., None]
         image[mask] = np.where(pattern, light, dark)[mask]
     image += rng.normal(0, 4, image.shape)
     return Scene(
         image=image.round().clip(0, 255).astype(np.uint8),
         masks=visible,
-        classes=tuple(kind for kind, _ in shapes),
+        classes=tuple(kind for kind, *_ in shapes),
     )
 
 
-@dataclass(frozen=True)
-class _Outline:
-    centre: tuple[float, float]
-    half: tuple[float, float]
-    angle: float
+def _place(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where a shape goes: pixel centres along its rotated axes, and half its extent along each.
 
-
-def _outline(rng: np.random.Generator, size: int) -> _Outline:
+    All in pixels; the axes begin at the shape's centre.
+    """
     half = rng.uniform(0.18, 0.28, 2) * size
     margin = half.max()
-    return _Outline(
-        centre=tuple(rng.uniform(margin, size - margin, 2)),
-        half=tuple(half),
-        angle=rng.uniform(0, 2 * np.pi),
-    )
-
-
-def _own_axes(outline: _Outline, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres in the shape's rotated axes, in pixels from the shape's centre."""
+    centre = rng.uniform(margin, size - margin, 2)
+    angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:size, :size] + 0.5
-    x, y = x - outline.centre[0], y - outline.centre[1]
-    cos, sin = np.cos(outline.angle), np.sin(outline.angle)
-    return cos * x + sin * y, cos * y - sin * x
+    x, y = x - centre[0], y - centre[1]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return cos * x + sin * y, cos * y - sin * x, half
 
 
-def _inside(shape: str, outline: _Outline, size: int) -> np.ndarray:
-    u, v = _own_axes(outline, size)
-    u, v = u / outline.half[0], v / outline.half[1]
+def _inside(shape: str, u: np.ndarray, v: np.ndarray, half: np.ndarray) -> np.ndarray:
+    u, v = u / half[0], v / half[1]
     if shape == "disc":
         return u**2 + v**2 <= 1
     if shape == "box":
@@ -145,9 +134,8 @@ def _inside(shape: str, outline: _Outline, size: int) -> np.ndarray:
     return (v <= 0.8) & (v >= 2 * abs(u) - 1)
 
 
-def _texture(shape: str, outline: _Outline, size: int) -> np.ndarray:
+def _texture(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """``(size, size)`` bool, where the lighter colour goes: stripes, squares or dots."""
-    u, v = (axis / size for axis in _own_axes(outline, size))
     if shape == "disc":
         return (16 * u) % 1 < 0.5
     if shape == "box":
@@ -262,7 +250,10 @@ def write_scenes(
         # The marker is first: after a kill in this loop, the next run may replace both folders.
         files.write(out / MARKER, json.dumps({**marker, "complete": False}))
         for name in folders:
-            _remove(out / name)
+            if (out / name).is_dir() and not (out / name).is_symlink():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
             os.replace(staging / name, out / name)
         files.write(out / MARKER, json.dumps({**marker, "complete": True}))
     finally:
@@ -320,10 +311,3 @@ def _write_split(
         ],
     }
     files.write(coco / "annotations" / f"instances_{split}2017.json", json.dumps(content))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
