@@ -129,7 +129,7 @@ class DenseBackbone(nn.Module):
     def train(self, mode: bool = True) -> "DenseBackbone":
         """As ``nn.Module.train``; frozen stages stay in evaluation mode without gradients."""
         super().train(mode)
-        self._drop_folded()
+        _FOLDED.pop(self, None)
         if self.frozen_stages >= 0:
             for module in (self.patch_embed, *self.stages[: self.frozen_stages]):
                 module.eval().requires_grad_(False)
@@ -149,11 +149,8 @@ class DenseBackbone(nn.Module):
             _FOLDED[self] = backbones.fuse(self.stages)
         return _FOLDED[self]
 
-    def _drop_folded(self) -> None:
-        _FOLDED.pop(self, None)
-
     def _apply(self, fn, recurse: bool = True) -> "DenseBackbone":
-        self._drop_folded()
+        _FOLDED.pop(self, None)
         return super()._apply(fn, recurse)
 
 
@@ -187,7 +184,7 @@ def _checked_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
 
 
 def _take_other_names(module: DenseBackbone, state_dict: dict, prefix: str, *_) -> None:
-    module._drop_folded()
+    _FOLDED.pop(module, None)
     own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
     if layout_of(own).name == "ours":
         return
