@@ -17,7 +17,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dense.seeding import ITERATION, SAMPLE, mixed, seed_all, seeded
+from dense.seeding import ITERATION, SAMPLE, Place, SeededDataset, mixed, seed_all
 
 _logger = logging.getLogger(__name__)
 
@@ -48,10 +48,9 @@ def resumable(loader: Any, seed: int, first: int) -> Any:
     if hasattr(items.sampler, "_seed"):
         items.sampler._seed = seed
     sizes = _annotations(items.dataset) if grouped else None
-    batches = _Batches(items.sampler, loader.batch_size, sizes, first)
     return DataLoader(
-        _Seeded(items.dataset, seed),
-        batch_sampler=batches,
+        SeededDataset(items.dataset),
+        batch_sampler=_Batches(items.sampler, loader.batch_size, sizes, seed, first),
         num_workers=inner.num_workers,
         collate_fn=trivial_batch_collator if grouped else inner.collate_fn,
         pin_memory=inner.pin_memory,
@@ -77,24 +76,27 @@ class SeedSteps(HookBase):
 
 
 class _Batches(Sampler):
-    """Batches of (index, position in the run) pairs, without the first ``first`` batches.
+    """Batches of places, without the first ``first`` batches.
 
     If ``sizes`` is given, wide and other images go into separate batches.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int, sizes: Dataset | None, first: int):
-        self.sampler, self.batch_size, self.sizes, self.first = sampler, batch_size, sizes, first
+    def __init__(
+        self, sampler: Sampler, batch_size: int, sizes: Dataset | None, seed: int, first: int
+    ):
+        self.sampler, self.batch_size, self.sizes = sampler, batch_size, sizes
+        self.seed, self.first = seed, first
         self._wide: dict[int, bool] = {}
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Place]]:
         yield from itertools.islice(self._all(), self.first, None)
 
-    def _all(self) -> Iterator[list[tuple[int, int]]]:
+    def _all(self) -> Iterator[list[Place]]:
         rank, world_size = comm.get_rank(), comm.get_world_size()
-        buckets: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        buckets: dict[bool, list[Place]] = {True: [], False: []}
         for number, index in enumerate(self.sampler):
             bucket = buckets[self.sizes is not None and self._is_wide(index)]
-            bucket.append((index, number * world_size + rank))
+            bucket.append(Place(index, mixed(self.seed, SAMPLE, number * world_size + rank)))
             if len(bucket) == self.batch_size:
                 yield bucket[:]
                 bucket.clear()
@@ -104,21 +106,6 @@ class _Batches(Sampler):
             annotation = self.sizes[index]
             self._wide[index] = annotation["width"] > annotation["height"]
         return self._wide[index]
-
-
-class _Seeded(Dataset):
-    """Samples by (index, position in the run), drawn with the position's seed."""
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, drawn: tuple[int, int]) -> Any:
-        index, place = drawn
-        with seeded(mixed(self.seed, SAMPLE, place)):
-            return self.dataset[index]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
 
 def _annotations(dataset: Dataset) -> Dataset:

@@ -17,21 +17,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.utils.data import Dataset, Sampler
 
-from dense.seeding import ITERATION, SAMPLE, mixed, seed_all, seeded
-
-
-class Place(int):
-    """A data set index that carries the seed of its sample."""
-
-    seed: int
-
-    def __new__(cls, index: int, seed: int) -> "Place":
-        place = super().__new__(cls, index)
-        place.seed = seed
-        return place
-
-    def __reduce__(self) -> tuple:
-        return Place, (int(self), self.seed)
+from dense.seeding import ITERATION, SAMPLE, Place, mixed, seed_all
 
 
 @DATA_SAMPLERS.register_module()
@@ -93,31 +79,6 @@ class ResumableSampler(Sampler):
             return list(range(self.size))
         generator = torch.Generator().manual_seed(self.seed + turn)
         return torch.randperm(self.size, generator=generator).tolist()
-
-
-class SeededDataset(Dataset):
-    """Wraps a data set: a sample at a :class:`Place` is drawn with the place's seed.
-
-    The state of the process's random generators is restored afterwards.
-    """
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> Any:
-        if not isinstance(index, Place):
-            return self.dataset[index]
-        with seeded(index.seed):
-            return self.dataset[int(index)]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        # MMEngine reads metainfo and more; while unpickling, self.dataset is not set yet.
-        if name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
 
 @HOOKS.register_module()

@@ -17,7 +17,7 @@ from dense import files
 from dense.amp import warn_of_float16
 from dense.backbone import DenseBackbone, revert_sync_batchnorm
 from dense.openmmlab import checkpoints
-from dense.openmmlab.resuming import SeededDataset
+from dense.seeding import SeededDataset
 
 
 @RUNNERS.register_module()

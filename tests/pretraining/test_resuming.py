@@ -7,7 +7,8 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from dense.openmmlab.resuming import Place, ResumableSampler, SeededDataset
+from dense.openmmlab.resuming import ResumableSampler
+from dense.seeding import Place, SeededDataset
 from tests.support import assert_same, losses
 
 SAVE = ["default_hooks.checkpoint.by_epoch=False", "default_hooks.checkpoint.interval=1"]
