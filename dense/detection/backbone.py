@@ -119,17 +119,10 @@ def _from_yacs(name: str, cfg: CfgNode, used: Sequence[str] = FEATURES) -> Pyram
         name=__name__,
         key="message",
     )
-    return PyramidBackbone(
-        name,
-        out_features=[f for f in dense.OUT_FEATURES if f in used],
-        init=dense.INIT or None,
-        drop_path_rate=dense.DROP_PATH_RATE,
-        frozen_stages=dense.FROZEN_STAGES,
-        norm=dense.NORM,
-        grad_checkpointing=dense.GRAD_CHECKPOINTING,
-        window_size=dense.WINDOW_SIZE,
-        fuse=dense.FUSE,
-    )
+    options = {key.lower(): value for key, value in dense.items()}
+    options["out_features"] = [f for f in dense.OUT_FEATURES if f in used]
+    options["init"] = dense.INIT or None
+    return PyramidBackbone(name, **options)
 
 
 def _fpn_from_yacs(name: str, cfg: CfgNode) -> FPN:

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from detectron2.config import LazyConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -48,7 +48,13 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
             f"config file {config_file} has no {', '.join(missing)}: this trainer reads LazyConfig "
             "files (for a yacs YAML use Detectron2's own train_net.py)"
         )
-    for text, override in zip(overrides, _parse(overrides), strict=True):
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise LazyConfigError(
+            f"override {error.override!r} is not key=value in Hydra's grammar"
+        ) from error
+    for text, override in zip(overrides, parsed, strict=True):
         if not override.is_add():
             _check_key(cfg, override.key_or_group, text)
     return LazyConfig.apply_overrides(cfg, list(overrides))
@@ -64,19 +70,6 @@ def _read(path: Path) -> DictConfig:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise LazyConfigError(f"config file {path}: {type(error).__name__}: {reason}") from error
-
-
-def _parse(overrides: Sequence[str]) -> list:
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        try:
-            parsed.append(parser.parse_override(text))
-        except HydraException as error:
-            raise LazyConfigError(
-                f"override {text!r} is not key=value in Hydra's grammar"
-            ) from error
-    return parsed
 
 
 def _check_key(cfg: DictConfig, key: str, text: str) -> None:

@@ -72,12 +72,17 @@ def _use_json(cfg: DictConfig, data: DictConfig, training: bool) -> list[str]:
         needed.append("val")
     classes = list(data.get("classes") or [])
     for split in needed:
-        content, images = _read(data, split)
-        names = _category_names(content, data[f"{split}_json"])
+        json_file, images, content = _read(data, split)
+        names = _category_names(content, json_file)
         classes = classes or names
-        _check_classes(classes, names, data[f"{split}_json"], must_have=split == needed[0])
-        _check_annotations(cfg, content, data[f"{split}_json"], images, split)
-        json_file = _with_classes(cfg, content, names, classes, data[f"{split}_json"], split)
+        _check_classes(classes, names, json_file, must_have=split == needed[0])
+        _check_annotations(content, json_file, images)
+        _fit_masks(cfg, content, json_file, split)
+        if names != classes:
+            kept = _with_classes(content, classes, json_file, split)
+            path = Path(cfg.train.output_dir, "annotations", f"{split}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            json_file = str(files.write(path, json.dumps(kept)))
         loader = cfg.dataloader["train" if split == "train" else "test"]
         loader.dataset = L(json_dataset)(
             names=json_file, json_file=json_file, image_root=images, filter_empty=split == "train"
@@ -88,18 +93,15 @@ def _use_json(cfg: DictConfig, data: DictConfig, training: bool) -> list[str]:
     return classes
 
 
-def _read(data: DictConfig, split: str) -> tuple[dict, str]:
-    """The parsed JSON of a split and its image folder."""
-    json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
-    for key, value, exists in (
-        (f"{split}_json", json_file, os.path.isfile),
-        (f"{split}_images", images, os.path.isdir),
-    ):
-        if not value:
+def _read(data: DictConfig, split: str) -> tuple[str, str, dict]:
+    """Paths of a split's JSON and image folder, and the parsed JSON."""
+    for kind, noun, exists in (("json", "file", Path.is_file), ("images", "folder", Path.is_dir)):
+        key = f"{split}_{kind}"
+        if not data.get(key):
             raise DataError(f"data.{key} is not set (--{key.replace('_', '-')})")
-        if not exists(value):
-            kind = "file" if exists is os.path.isfile else "folder"
-            raise DataError(f"data.{key}: there is no {kind} {value}")
+        if not exists(Path(data[key])):
+            raise DataError(f"data.{key}: there is no {noun} {data[key]}")
+    json_file, images = str(data[f"{split}_json"]), data[f"{split}_images"]
     try:
         content = json.loads(Path(json_file).read_text())
     except ValueError as error:
@@ -111,7 +113,7 @@ def _read(data: DictConfig, split: str) -> tuple[dict, str]:
             raise DataError(f"{json_file} has no list {key!r}: it is not COCO-style")
     if not content["images"]:
         raise DataError(f"{json_file} lists no image")
-    return content, images
+    return json_file, images, content
 
 
 def _category_names(content: dict, json_file: str) -> list[str]:
@@ -145,9 +147,7 @@ def _check_classes(
         _logger.warning(f"{json_file}: objects of {', '.join(others)} are ignored")
 
 
-def _check_annotations(
-    cfg: DictConfig, content: dict, json_file: str, images: str, split: str
-) -> None:
+def _check_annotations(content: dict, json_file: str, images: str) -> None:
     ids = {image["id"] for image in content["images"]}
     for image in content["images"]:
         if not {"file_name", "height", "width"} <= image.keys():
@@ -160,7 +160,6 @@ def _check_annotations(
             f"{images}, such as {missing[0]}"
         )
     categories = {c["id"] for c in content["categories"]}
-    objects = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
     for a in content["annotations"]:
         if a.get("image_id") not in ids:
             raise DataError(f"{json_file}: annotation {a.get('id')} is of no listed image")
@@ -168,13 +167,13 @@ def _check_annotations(
             raise DataError(f"{json_file}: annotation {a.get('id')} is of no listed category")
         if len(a.get("bbox") or ()) != 4:
             raise DataError(f"{json_file}: annotation {a.get('id')} has no bbox [x, y, w, h]")
-    if not objects:
+    if all(a.get("iscrowd", 0) for a in content["annotations"]):
         raise DataError(f"{json_file} has no annotation to use")
-    _fit_masks(cfg, objects, json_file, split)
 
 
-def _fit_masks(cfg: DictConfig, objects: list[dict], json_file: str, split: str) -> None:
+def _fit_masks(cfg: DictConfig, content: dict, json_file: str, split: str) -> None:
     """Check that a mask head gets masks; set the mapper's mask options."""
+    objects = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
     has_mask_head = OmegaConf.select(cfg, "model.roi_heads.mask_in_features") is not None
     without = sum(not a.get("segmentation") for a in objects)
     if has_mask_head and without:
@@ -190,17 +189,8 @@ def _fit_masks(cfg: DictConfig, objects: list[dict], json_file: str, split: str)
             mapper.instance_mask_format = "bitmask"
 
 
-def _with_classes(
-    cfg: DictConfig,
-    content: dict,
-    names: Sequence[str],
-    classes: Sequence[str],
-    json_file: str,
-    split: str,
-) -> str:
-    """Path of a JSON whose categories are ``classes`` in order, written if it is not this one."""
-    if list(names) == list(classes):
-        return str(json_file)
+def _with_classes(content: dict, classes: Sequence[str], json_file: str, split: str) -> dict:
+    """The content with ``classes`` as its categories, in order, and their objects alone."""
     indices = {
         c["id"]: classes.index(c["name"]) + 1 for c in content["categories"] if c["name"] in classes
     }
@@ -212,10 +202,7 @@ def _with_classes(
     if split == "train" and all(a.get("iscrowd", 0) for a in kept):
         raise DataError(f"{json_file} has no annotation of {', '.join(classes)}")
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
-    path = Path(cfg.train.output_dir, "annotations", f"{split}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept_alone = {**content, "categories": categories, "annotations": kept}
-    return str(files.write(path, json.dumps(kept_alone)))
+    return {**content, "categories": categories, "annotations": kept}
 
 
 def _check_registered(cfg: DictConfig, training: bool) -> list[str] | None:

@@ -13,7 +13,7 @@ from detectron2.engine import create_ddp_model, default_setup, default_writers, 
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
@@ -203,8 +203,7 @@ def _start_fresh(cfg: DictConfig, model: nn.Module, checkpointer: WholeCheckpoin
 
 
 def _classes(cfg: DictConfig) -> list[str] | None:
-    metadata = cfg.dataloader.get("metadata") or {}
-    return list(metadata.get("classes") or []) or None
+    return list(OmegaConf.select(cfg, "dataloader.metadata.classes") or []) or None
 
 
 def _same_classes(checkpoint: dict, classes: list[str] | None, path: str) -> None:
