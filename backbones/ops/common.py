@@ -1,13 +1,32 @@
-"""Helpers of the operators: padding, autocast, accumulation dtype, Triton imports and autograd."""
+"""Helpers of the operators: padding, autocast, sums, Triton imports, autograd, forced backends."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class _Here(threading.local):
+    backend: str | None = None
+
+
+here = _Here()
+"""The backend that :func:`forced_here` asks for in this thread, None if it does not."""
+
+
+@contextmanager
+def forced_here(backend: str) -> Iterator[None]:
+    """Force a backend in this thread alone, for comparisons; it must be able to run."""
+    before, here.backend = here.backend, backend
+    try:
+        yield
+    finally:
+        here.backend = before
 
 
 def same_padding(kernel_size: int) -> tuple[int, int]:
@@ -64,13 +83,6 @@ def windows(padded: Tensor, shape: torch.Size, size: int) -> list[Tensor]:
 def triton_kernels(name: str) -> ModuleType:
     """A module of :mod:`backbones.ops.triton_kernels`, imported on first use: it needs Triton."""
     return import_module(f"backbones.ops.triton_kernels.{name}")
-
-
-def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor):
-    """The gradients of ``function(*inputs)`` by autograd, given the gradient of its output."""
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        return torch.autograd.grad(function(*leaves), leaves, grad)
 
 
 def register_backward(operator: torch.library.CustomOpDef, backward: Callable) -> None:

@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
-    gradients,
     promoted,
     same_padding,
     triton_kernels,
@@ -111,13 +111,13 @@ def _own(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op("dense::depthwise", mutates_args=())
 def _depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     """``x`` is ``(B, H, W, C)``, ``taps`` ``(B or 1, K*K, C)``."""
-    backend, before = choose(_NAME, x), same_padding(size)[0]
+    backend = choose(_NAME, x)
     if backend == "triton":
-        args = x.contiguous(), taps.contiguous(), bias, size, before, False
+        args = x.contiguous(), taps.contiguous(), bias, size, same_padding(size)[0], False
         out = attempt(_NAME, lambda: triton_kernels("depthwise").convolve(*args))
         if out is not None:
             return out
-    if x.device.type != "cpu":
+    if backend != "native":
         return _plain(x, taps, bias, size).contiguous()
     bias = None if bias is None else promoted(bias)
     return _run(promoted(x), promoted(taps), bias, size, flip=False).to(x.dtype)
@@ -129,13 +129,13 @@ def _depthwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
     grad_bias = grad.sum((0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
-    own = None
-    if choose(_NAME, x) == "triton":
+    backend, own = choose(_NAME, x), None
+    if backend == "triton":
         own = attempt(_NAME, lambda: _triton_backward(grad, x, taps, size))
-    if own is None and x.device.type == "cpu":
+    if backend == "native":
         own = _native_backward(grad, x, taps, size)
     elif own is None:
-        own = gradients(lambda x, taps: _plain(x, taps, None, size), (x, taps), grad)
+        own = _plain_backward(grad, x, taps, size)
     return own[0].to(x.dtype), own[1].to(taps.dtype), grad_bias.to(x.dtype)
 
 
@@ -159,7 +159,27 @@ def _plain(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     kernels = taps.transpose(1, 2).unflatten(2, (size, size))
     if taps.shape[0] == 1:
         return _static(x, kernels.transpose(0, 1), bias)
-    return _grouped(x, kernels, bias)
+    return (_grouped if x.shape[0] else _by_taps)(x, kernels, bias)
+
+
+def _plain_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`_plain` by formula: nothing is recorded inside of an operator."""
+    if not x.numel():
+        return torch.zeros_like(x), torch.zeros_like(taps)
+    batch, height, width, channels = x.shape
+    kernels = taps.shape[0]
+    # As in _grouped: the images that have kernels of their own become channels.
+    shape = batch // kernels, kernels * channels
+    padded = F.pad(x.permute(0, 3, 1, 2), (*same_padding(size), *same_padding(size)))
+    padded = padded.reshape(*shape, *padded.shape[-2:])
+    grad = grad.permute(0, 3, 1, 2).reshape(*shape, height, width)
+    weight = taps.transpose(1, 2).reshape(shape[1], 1, size, size)
+    grad_x = conv2d_input(padded.shape, weight, grad, groups=shape[1])
+    grad_taps = conv2d_weight(padded, weight.shape, grad, groups=shape[1])
+    first = same_padding(size)[0]
+    grad_x = grad_x[..., first : first + height, first : first + width]
+    grad_x = grad_x.reshape(batch, channels, height, width).permute(0, 2, 3, 1).contiguous()
+    return grad_x, grad_taps.reshape(kernels, channels, size**2).transpose(1, 2).contiguous()
 
 
 def _run(x: Tensor, taps: Tensor, bias: Tensor | None, size: int, flip: bool) -> Tensor:

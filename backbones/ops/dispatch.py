@@ -2,7 +2,9 @@
 
 ``reference`` is plain PyTorch with autograd, the standard of the tests; ``torch`` is faster PyTorch
 without a compiler; ``native`` is C for CPUs; ``onednn`` has the linear layers of compiled graphs,
-for float32 on CPUs; ``triton`` is for GPUs, and for CPUs in Triton's interpreter.
+for float32 on CPUs; ``triton`` is for GPUs, and for CPUs in Triton's interpreter. Before Triton
+computes an operator on a GPU by default, it is compared once with ``torch``
+(:mod:`backbones.ops.verdicts`).
 """
 
 import os
@@ -20,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from backbones.ops import native
+from backbones.ops import native, verdicts
+from backbones.ops.cases import first_case
+from backbones.ops.common import here
 
 BACKENDS = ("reference", "torch", "native", "onednn", "triton")
 OPERATORS = {
@@ -33,7 +37,9 @@ OPERATORS = {
     "linear": ("reference", "torch", "onednn"),
 }
 ENVIRONMENT = "DENSE_OPS"
-# Triton by default on CUDA: PyTorch's version is slow or materialises large intermediates.
+# Types of devices on which Triton is the default, for these operators: PyTorch's version is slow or
+# materialises large intermediates.
+GPUS = ("cuda",)
 ON_GPUS = (
     "dynamic_depthwise_conv",
     "inhomogeneous_dynamic_depthwise_conv",
@@ -52,6 +58,7 @@ _COMPILERS_SAY = (
     "failed to translate module to LLVM IR",
     "active drivers",
 )
+_UNCOMPARED = "its Triton kernels are compared with torch by the first call on this processor"
 # Operators whose Triton kernels failed to compile in this process, and the reason.
 _broken: dict[str, str] = {}
 
@@ -81,16 +88,34 @@ def force(backend: str | None) -> Iterator[None]:
 def choose(operator: str, x: Tensor, *others: Tensor | None) -> str:
     """The backend that computes ``operator`` for a map ``x``.
 
+    The first call on a GPU compares Triton's kernels with ``torch``, unless a graph is being
+    captured, compiled or traced: then ``torch`` computes until a call outside has compared them.
+
     Args:
         operator: a key of :data:`OPERATORS`.
         x: the map.
         others: the operator's other tensors. If given, calls under ``torch.func`` (grad, vmap, jvp)
             or with a forward-mode tangent get ``reference``, whose operators support these.
     """
-    backend = explain(operator, x.device.type, x.dtype)[0]
-    if others and not torch.compiler.is_compiling() and _is_transformed(x, *others):
+    if torch.compiler.is_compiling():
+        return explain(operator, x.device, x.dtype)[0]
+    if here.backend is not None:
+        return here.backend if here.backend in OPERATORS[operator] else "torch"
+    backend, reason = explain(operator, x.device, x.dtype)
+    if others and _is_transformed(x, *others):
         return "reference"
+    if reason is _UNCOMPARED and _can_compare(x.device):
+        case, device = first_case(operator), str(x.device)
+        attempt(operator, lambda: verdicts.compare(case, device, x.dtype))
+        backend = explain(operator, x.device, x.dtype)[0]
     return backend
+
+
+def _can_compare(device: torch.device) -> bool:
+    if device.type in GPUS and torch.cuda.is_current_stream_capturing():
+        return False
+    # Under a mode of fake tensors nothing can be compared.
+    return type(torch.empty(0, device="cpu")) is Tensor
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:
@@ -110,7 +135,7 @@ def attempt(operator: str, compute: Callable[[], T]) -> T | None:
     try:
         return compute()
     except Exception as error:
-        forced = "triton" in (_forced, os.environ.get(ENVIRONMENT))
+        forced = "triton" in (_forced, here.backend, os.environ.get(ENVIRONMENT))
         if forced or not _is_of_a_compiler(error):
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -140,45 +165,74 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def explain(operator: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend of ``operator`` on a device type, and the reason.
+def explain(operator: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend of ``operator`` on a device, and the reason; nothing is compared.
+
+    >>> explain("linear", "cpu", torch.float64)
+    ('torch', 'oneDNN is used for float32 on a CPU without autocast only')
 
     Raises:
         ValueError: ``DENSE_OPS`` names an unknown backend or one that cannot run on this machine.
     """
     if exporting():
         return "torch", "exported graphs use PyTorch's operators only"
+    device = torch.device(device)
     known = OPERATORS[operator]
-    if "onednn" in known and (reason := _no_onednn(device, dtype)) is not None:
+    if "onednn" in known and (reason := _no_onednn(device.type, dtype)) is not None:
         return "torch", reason
     wanted, by = (_forced, "ops.force") if _forced is not None else _environment()
     if wanted == "triton" and wanted in known:
-        reason = _no_triton_for(device, dtype)
+        reason = _no_triton_for(device.type, dtype)
         return ("triton", f"forced by {by}") if reason is None else ("torch", reason)
-    if wanted in known and not (wanted == "native" and device != "cpu"):
+    if wanted in known and not (wanted == "native" and device.type != "cpu"):
         return wanted, f"forced by {by}"
-    if device == "cuda" and wanted is None and "triton" in known:
-        return _on_gpu(operator, dtype)
-    if "native" in known and device == "cpu" and wanted is None:
-        missing = native.missing()
-        if missing is None and operator == "depthwise_conv" and not torch.is_grad_enabled():
-            return "torch", "without gradients oneDNN's convolution is faster than C"
-        if missing is None:
-            return "native", "C, the fastest on a CPU"
-        return "torch", missing
-    if "onednn" in known and wanted is None:
-        return "onednn", "without gradients faster than PyTorch's linear"
-    return "torch", f"it has no backend {wanted} on {device}" if wanted else "PyTorch's operators"
+    if wanted is not None:
+        return "torch", f"it has no backend {wanted} on {device.type}"
+    if device.type in GPUS and "triton" in known:
+        return _on_gpu(operator, device, dtype)
+    if "native" in known and device.type == "cpu":
+        return _on_cpu(operator, dtype)
+    if "onednn" in known:
+        return _unless_refuted(
+            operator, "onednn", dtype, "without gradients faster than PyTorch's linear"
+        )
+    return "torch", "PyTorch's operators"
 
 
-def _on_gpu(operator: str, dtype: torch.dtype) -> tuple[str, str]:
+def _on_gpu(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if operator not in ON_GPUS:
         return "torch", "PyTorch's operators"
     if operator in _broken:
         return "torch", _broken[operator]
-    if (reason := _no_triton_for("cuda", dtype)) is not None:
+    if (reason := _no_triton_for(device.type, dtype)) is not None:
         return "torch", reason
-    return "triton", "less memory: intermediates are computed again, not stored"
+    verdict = _verdict(operator, "triton", str(device), str(dtype))
+    if verdict is None:
+        return "torch", _UNCOMPARED
+    use, reason = verdict
+    return "triton" if use else "torch", reason
+
+
+def _on_cpu(operator: str, dtype: torch.dtype) -> tuple[str, str]:
+    if (missing := native.missing()) is not None:
+        return "torch", missing
+    if operator == "depthwise_conv" and not torch.is_grad_enabled():
+        return "torch", "without gradients oneDNN's convolution is faster than C"
+    why = f"C, the fastest on a CPU, {native.origin()}"
+    return _unless_refuted(operator, "native", dtype, why)
+
+
+def _unless_refuted(operator: str, backend: str, dtype: torch.dtype, why: str) -> tuple[str, str]:
+    verdict = _verdict(operator, backend, "cpu", str(dtype))
+    if verdict is not None and not verdict[0]:
+        return "torch", verdict[1]
+    return backend, why
+
+
+@torch.compiler.assume_constant_result
+def _verdict(operator: str, backend: str, device: str, dtype: str) -> tuple[bool, str] | None:
+    found = verdicts.known(operator, backend, device, dtype.removeprefix("torch."))
+    return None if found is None else (found.use, found.reason)
 
 
 def _no_triton_for(device: str, dtype: torch.dtype) -> str | None:

@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
-    gradients,
     promoted,
     register_backward,
     triton_kernels,
@@ -57,13 +56,14 @@ def window_attention(
         return torch.ops.dense.window_attention(qkv, bias, num_heads, [*window_size], [*shift])
     if backend == "reference" or exporting():
         return reference.window_attention(qkv, bias, num_heads, window_size, shift)
+    return _plain_attention(qkv, bias, num_heads, window_size, shift)
+
+
+def _plain_attention(
+    qkv: Tensor, bias: Tensor, num_heads: int, window_size: Size, shift: Size
+) -> Tensor:
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-    # Each is (B, nH, nW, heads, N, C/heads).
-    query, key, value = (
-        partition(_roll(qkv, shift, -1), window_size, 3 * num_heads)
-        .unflatten(3, (3, num_heads))
-        .unbind(3)
-    )
+    query, key, value = _windows_of(qkv, num_heads, window_size, shift)
     bias = bias.to(query.dtype)
     if not _shifts(shift) and qkv.device.type == "cpu" and not torch.is_grad_enabled():
         # PyTorch's fused attention is faster than _Attend forward, slower backward.
@@ -72,11 +72,40 @@ def window_attention(
         out = out.unflatten(0, query.shape[:3])
     else:
         with without_autocast(qkv):
-            # A graph being captured must make its own masks.
-            make = _seam_masks if torch.compiler.is_compiling() else _cached_seam_masks
-            masks = make(window_size, shift, bias.device, bias.dtype)
+            masks = _masks(bias, window_size, shift)
             out = _Attend.apply(query * scale, key, value, bias, *masks)
     return _roll(reverse(out, window_size), shift, 1)
+
+
+def _plain_attention_backward(
+    grad: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: Size, shift: Size
+) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`_plain_attention` by formula: nothing is recorded in an operator."""
+    scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+    query, key, value = _windows_of(qkv, num_heads, window_size, shift)
+    given = query * scale, key, value
+    masks = _masks(bias.to(qkv.dtype), window_size, shift)
+    weights, out = _attention(*given, bias.to(qkv.dtype), *masks)
+    grad = partition(_roll(grad, shift, -1), window_size, num_heads)
+    *grads, grad_bias = _attention_gradients(grad, *given, weights, out)
+    grads[0] = grads[0] * scale
+    # (B, nH, nW, 3 * heads, N, C/heads), as they were taken apart.
+    grad_qkv = _roll(reverse(torch.stack(grads, 3).flatten(3, 4), window_size), shift, 1)
+    return grad_qkv.contiguous(), grad_bias.to(bias.dtype)
+
+
+def _windows_of(
+    qkv: Tensor, num_heads: int, window_size: Size, shift: Size
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of each window, ``(B, nH, nW, heads, N, C/heads)``."""
+    windows = partition(_roll(qkv, shift, -1), window_size, 3 * num_heads)
+    return windows.unflatten(3, (3, num_heads)).unbind(3)
+
+
+def _masks(bias: Tensor, window_size: Size, shift: Size) -> tuple[Tensor | None, ...]:
+    # A graph being captured must make its own masks.
+    make = _seam_masks if torch.compiler.is_compiling() else _cached_seam_masks
+    return make(tuple(window_size), tuple(shift), bias.device, bias.dtype)
 
 
 def local_mlp(
@@ -102,48 +131,83 @@ def local_mlp(
     backend = choose("local_mlp", value, weight, bias)
     if backend == "reference":
         return reference.local_mlp(value, weight, bias, window_size, shift)
-    height, width = value.shape[1:3]
     mixing = weight + bias
     if backend == "native" or (backend == "triton" and _fits(window_size)):
         value = value.to(autocast_dtype(value))
         return torch.ops.dense.local_mlp(value, mixing, [*window_size], [*shift])
+    return _plain_mix(value, mixing, window_size, shift)
+
+
+def _plain_mix(value: Tensor, mixing: Tensor, window_size: Size, shift: Size) -> Tensor:
     if _shifts(shift):
-        same_region = region_mask(height, width, window_size, shift, value.device)
+        same_region = region_mask(*value.shape[1:3], window_size, shift, value.device)
         mixing = mixing * same_region[:, :, None]
     windows = partition(_roll(value, shift, -1), window_size, mixing.shape[-3])
     return _roll(reverse(mixing @ windows, window_size), shift, 1)
 
 
-class _Attend(torch.autograd.Function):
-    """``softmax(query key^T + bias + masks) value`` with one in-place buffer of scores.
+def _plain_mix_backward(
+    grad: Tensor, value: Tensor, mixing: Tensor, window_size: Size, shift: Size
+) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`_plain_mix` by formula."""
+    heads = mixing.shape[-3]
+    grads, values = (partition(_roll(x, shift, -1), window_size, heads) for x in (grad, value))
+    same_region = region_mask(*value.shape[1:3], window_size, shift, value.device)[:, :, None]
+    back = (mixing * same_region).transpose(-2, -1) @ grads
+    grad_mixing = (grads @ values.transpose(-2, -1) * same_region).sum(0)
+    if mixing.dim() == 3:
+        grad_mixing = grad_mixing.sum((0, 1))
+    return _roll(reverse(back, window_size), shift, 1).contiguous(), grad_mixing
 
-    ``rows`` masks the last row of windows, ``columns`` the last column; None masks nothing.
-    """
+
+class _Attend(torch.autograd.Function):
+    """:func:`_attention`, whose backward pass reuses its buffer of scores."""
 
     @staticmethod
     def forward(ctx, query, key, value, bias, rows: Tensor | None, columns: Tensor | None):
-        weights = query @ key.transpose(-2, -1)
-        weights += bias
-        # -inf is safe, no row is masked whole; Swin's -100 makes slow denormals.
-        if rows is not None:
-            weights[:, -1:] += rows
-        if columns is not None:
-            weights[:, :, -1:] += columns
-        weights = weights.softmax(-1)
-        out = weights @ value
+        weights, out = _attention(query, key, value, bias, rows, columns)
         ctx.save_for_backward(query, key, value, weights, out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        query, key, value, weights, out = ctx.saved_tensors
-        grad_value = weights.transpose(-2, -1) @ grad
-        grad_scores = grad @ value.transpose(-2, -1)
-        grad_scores -= (grad * out).sum(-1, keepdim=True)
-        grad_scores *= weights
-        grad_query, grad_key = grad_scores @ key, grad_scores.transpose(-2, -1) @ query
-        return grad_query, grad_key, grad_value, grad_scores.sum((0, 1, 2)), None, None
+        return *_attention_gradients(grad, *ctx.saved_tensors), None, None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The weights ``softmax(query key^T + bias + masks)``, one in-place buffer, and the result.
+
+    ``rows`` masks the last row of windows, ``columns`` the last column; None masks nothing.
+    """
+    weights = query @ key.transpose(-2, -1)
+    weights += bias
+    # -inf is safe, no row is masked whole; Swin's -100 makes slow denormals.
+    if rows is not None:
+        weights[:, -1:] += rows
+    if columns is not None:
+        weights[:, :, -1:] += columns
+    weights = weights.softmax(-1)
+    return weights, weights @ value
+
+
+def _attention_gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, out: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key, value and bias, given that of ``out``."""
+    grad_value = weights.transpose(-2, -1) @ grad
+    grad_scores = grad @ value.transpose(-2, -1)
+    grad_scores -= (grad * out).sum(-1, keepdim=True)
+    grad_scores *= weights
+    grad_query, grad_key = grad_scores @ key, grad_scores.transpose(-2, -1) @ query
+    return grad_query, grad_key, grad_value, grad_scores.sum((0, 1, 2))
 
 
 def _seam_masks(
@@ -183,14 +247,14 @@ def _fits(window_size: Size) -> bool:
 def _attend(
     qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int], shift: list[int]
 ) -> Tensor:
-    sizes = num_heads, window_size, shift
-    if choose("window_attention", qkv) == "triton":
-        args = qkv.contiguous(), bias.contiguous(), *sizes
+    backend, given = choose("window_attention", qkv), (num_heads, window_size, shift)
+    if backend == "triton":
+        args = qkv.contiguous(), bias.contiguous(), *given
         out = attempt("window_attention", lambda: triton_kernels("window").forward(*args))
         if out is not None:
             return out
-    if qkv.device.type != "cpu":
-        return reference.window_attention(qkv, bias, *sizes).contiguous()
+    if backend != "native":
+        return _plain_attention(qkv, bias, *given).contiguous()
     qkv_, bias_ = promoted(qkv, bias)
     out = qkv_.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     sizes = _sizes(out, num_heads, window_size, shift)
@@ -207,14 +271,14 @@ def _attend_backward(
     window_size: list[int],
     shift: list[int],
 ) -> tuple[Tensor, Tensor]:
-    given = num_heads, window_size, shift
-    if choose("window_attention", qkv) == "triton":
+    backend, given = choose("window_attention", qkv), (num_heads, window_size, shift)
+    if backend == "triton":
         args = grad.contiguous(), qkv.contiguous(), bias.contiguous(), *given
         own = attempt("window_attention", lambda: triton_kernels("window").backward(*args))
         if own is not None:
             return own[0], own[1].to(bias.dtype)
-    if qkv.device.type != "cpu":
-        return gradients(lambda *t: reference.window_attention(*t, *given), (qkv, bias), grad)
+    if backend != "native":
+        return _plain_attention_backward(grad, qkv, bias, *given)
     grad_, qkv_, bias_ = promoted(grad, qkv, bias)
     windows = grad.shape[0] * _windows(grad, window_size)
     parts = grad_.new_empty(min(windows, max(1, _PARTS // num_heads)), *bias.shape)
@@ -228,13 +292,14 @@ def _attend_backward(
 
 @torch.library.custom_op("dense::local_mlp", mutates_args=())
 def _mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
-    if choose("local_mlp", value) == "triton":
+    backend = choose("local_mlp", value)
+    if backend == "triton":
         args = value.contiguous(), mixing.contiguous(), window_size, shift
         out = attempt("local_mlp", lambda: triton_kernels("local_mlp").forward(*args))
         if out is not None:
             return out
-    if value.device.type != "cpu":
-        return _plain_mix(value, mixing, window_size, shift).contiguous()
+    if backend != "native":
+        return _plain_mix(value, mixing.to(value.dtype), window_size, shift).contiguous()
     value_, mixing_ = promoted(value, mixing)
     out = torch.empty_like(value_)
     sizes = _sizes(value, mixing.shape[-3], window_size, shift)
@@ -246,13 +311,15 @@ def _mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]
 def _mix_backward(
     grad: Tensor, value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]
 ) -> tuple[Tensor, Tensor]:
-    if choose("local_mlp", value) == "triton":
+    backend = choose("local_mlp", value)
+    if backend == "triton":
         args = grad.contiguous(), value.contiguous(), mixing.contiguous(), window_size, shift
         own = attempt("local_mlp", lambda: triton_kernels("local_mlp").backward(*args))
         if own is not None:
             return own[0], own[1].to(mixing.dtype)
-    if value.device.type != "cpu":
-        return gradients(lambda *t: _plain_mix(*t, window_size, shift), (value, mixing), grad)
+    if backend != "native":
+        own = _plain_mix_backward(grad, value, mixing.to(value.dtype), window_size, shift)
+        return own[0], own[1].to(mixing.dtype)
     grad_, value_, mixing_ = promoted(grad, value, mixing)
     windows, heads = _windows(grad, window_size), mixing.shape[-3]
     chunks = windows if mixing.dim() == 5 else min(windows, max(1, _PARTS // heads))
@@ -265,11 +332,6 @@ def _mix_backward(
     )
     grad_mixing = parts.view_as(mixing) if mixing.dim() == 5 else parts.sum(0)
     return grad_value.to(value.dtype), grad_mixing.to(mixing.dtype)
-
-
-def _plain_mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
-    mixing = mixing.to(value.dtype)
-    return reference.local_mlp(value, mixing, mixing.new_zeros(()), window_size, shift)
 
 
 def _sizes(like: Tensor, num_heads: int, window_size: list[int], shift: list[int]) -> list[int]:
