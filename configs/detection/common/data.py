@@ -35,8 +35,8 @@ dataloader = dict(
             ],
             image_format="RGB",
             use_instance_mask=True,
-            # A box around the cropped mask is tighter than the cropped box.
-            recompute_boxes=True,
+            # Boxes are cropped with the image, as in MMDetection. True: the box of the cropped mask.
+            recompute_boxes=False,
         ),
         total_batch_size=16,
         num_workers=4,

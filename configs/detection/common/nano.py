@@ -13,6 +13,8 @@ model.proposal_generator.anchor_generator.sizes = [[16], [32], [64], [96], [128]
 model.proposal_generator.batch_size_per_image = 64
 model.proposal_generator.pre_nms_topk = (300, 300)
 model.proposal_generator.post_nms_topk = (100, 100)
+# On small images, too few of the larger anchors lie within the border.
+model.proposal_generator.anchor_boundary_thresh = -1
 model.roi_heads.batch_size_per_image = 32
 for _head, _predictor in zip(
     model.roi_heads.box_heads, model.roi_heads.box_predictors, strict=True
