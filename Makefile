@@ -47,7 +47,7 @@ test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not e2e" -n $(WORKERS) --durations=15
 
 test-e2e: setup
-	.venv/bin/python -m pytest -m e2e -v -s --durations=0
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m e2e -n $(WORKERS) --dist worksteal -v -rP --durations=0
 
 test-floors: setup
 	OMP_NUM_THREADS=1 .venv/bin/python tools/test_versions.py

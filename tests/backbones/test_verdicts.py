@@ -426,3 +426,19 @@ def test_a_check_that_fails_says_where_and_exits_with_1(gpu, monkeypatch, capsys
     monkeypatch.setattr(kernels, "forward", fails)
     assert command.main(["--check"]) == 1
     assert "RuntimeError: CUDA error: misaligned address" in capsys.readouterr().out
+
+
+@pytest.mark.e2e
+def test_the_whole_check_passes_on_this_machine(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "backbones.ops", "--check"],
+        env=environment(TRITON_INTERPRET="1", XDG_CACHE_HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    rows = [line.split()[:3] for line in done.stdout.splitlines() if line.endswith("agrees")]
+    for operator in dispatch.ON_GPUS:
+        assert [operator, "triton", "bfloat16"] in rows
+        assert [operator, "native", "float64"] in rows or native.missing()
