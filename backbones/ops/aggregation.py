@@ -30,7 +30,9 @@ def inhomogeneous_aggregation(x: Tensor, kernels: Tensor) -> Tensor:
 
     Args:
         x: ``(B, H, W, C)``.
-        kernels: ``(B, H, W, G, K, K)``; channel ``c`` uses the kernel of group ``c // (C/G)``.
+        kernels: ``(B, H, W, G, K, K)``; channel ``c`` uses the kernel of group ``c // (C/G)``. On
+            GPUs those with adjacent groups in memory, as a permuted ``(B, H, W, K, K, G)`` has
+            them, are not copied.
 
     Returns:
         ``(B, H, W, C)`` in the dtype of ``x``, or of autocast if it is on. Half precisions
@@ -45,10 +47,14 @@ def inhomogeneous_aggregation(x: Tensor, kernels: Tensor) -> Tensor:
     groups, size = kernels.shape[3:5]
     dtype = autocast_dtype(x)
     x, kernels = x.to(dtype), kernels.to(dtype)
-    if choose(_NAME, x, kernels) == "reference":
+    backend = choose(_NAME, x, kernels)
+    if backend == "reference":
         return reference.aggregate(x, kernels)
     shared = x.unflatten(-1, (groups, -1)).transpose(-1, -2)
     given = kernels.flatten(-2)
+    if backend == "triton" and given.stride(-2) != 1:
+        # The layout that the Triton kernels read, for forward and backward pass at once.
+        given = given.mT.contiguous().mT
     out = _by_taps(shared, given, size) if exporting() else _aggregate(shared, given, size)
     return out.transpose(-1, -2).flatten(-2)
 
@@ -67,7 +73,7 @@ def _aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     """``x`` is ``(B, H, W, S, G)`` with C = G*S, ``kernels`` ``(B, H, W, G, K*K)``."""
     backend = choose(_NAME, x)
     if backend == "triton":
-        args = x.contiguous(), kernels.contiguous(), size
+        args = x.contiguous(), kernels, size
         out = attempt(_NAME, lambda: triton_kernels("aggregation").aggregate(*args))
         if out is not None:
             return out
@@ -83,12 +89,19 @@ def _aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
 def _backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     backend, grads = choose(_NAME, x), None
     if backend == "triton":
-        args = grad.contiguous(), x.contiguous(), kernels.contiguous(), size
+        args = grad.contiguous(), x.contiguous(), kernels, size
         grads = attempt(_NAME, lambda: triton_kernels("aggregation").aggregate_backward(*args))
     if grads is None:
         backward = _native_backward if backend == "native" else _torch_backward
         grads = backward(promoted(grad), promoted(x), kernels, size)
-    return grads[0].to(x.dtype), grads[1].to(kernels.dtype)
+    return grads[0].to(x.dtype), _laid_out_like(grads[1].to(kernels.dtype), kernels)
+
+
+def _laid_out_like(grad: Tensor, kernels: Tensor) -> Tensor:
+    """``grad`` with the strides of ``empty_like(kernels)``, whichever backend computed it."""
+    if grad.stride() == torch.empty_like(kernels, device="meta").stride():
+        return grad
+    return torch.empty_like(kernels).copy_(grad)
 
 
 def _native_backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +141,7 @@ def _(x: Tensor, kernels: Tensor, size: int) -> Tensor:
 
 @_backward.register_fake
 def _(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), kernels.new_empty(kernels.shape)
+    return x.new_empty(x.shape), torch.empty_like(kernels)
 
 
 register_backward(_aggregate, torch.ops.dense.aggregate_backward)

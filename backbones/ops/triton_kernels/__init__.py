@@ -53,6 +53,11 @@ def parts(blocks: int, numel: int, read: int | None = None) -> int:
     return max(1, most)
 
 
+def added(partial: torch.Tensor, axis: int) -> torch.Tensor:
+    """The sum of partial sums along ``axis``; a single one as it is."""
+    return partial.select(axis, 0) if partial.shape[axis] == 1 else partial.sum(axis)
+
+
 def operands(dtype: torch.dtype) -> tl.dtype:
     """The dtype of ``tl.dot`` operands; the interpreter gets float32, it lacks bfloat16."""
     if triton.knobs.runtime.interpret:

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, launches, parts, power
+from backbones.ops.triton_kernels import (
+    CHANGING,
+    added,
+    divisor,
+    launches,
+    located,
+    parts,
+    power,
+    span,
+)
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
 
@@ -22,9 +31,9 @@ def _forward(
     flip: tl.constexpr, biased: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``out[p] = bias + sum over taps of x[p + tap] * taps[tap]`` for one tile."""
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    channels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row, left, block = located(W, tl.cdiv(C, BLOCK_C), BLOCK_W)
+    columns = left + tl.arange(0, BLOCK_W)
+    channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
     image, y = (row // H).to(tl.int64), row % H
     real = channels < C
     total = tl.full((BLOCK_W, BLOCK_C), 0.0, tl.float32)
@@ -41,40 +50,48 @@ def _forward(
             tap = K * K - 1 - tap if flip else tap
             weight = tl.load(taps + image * step + tap * C + channels, real, 0.0)
             total += values.to(tl.float32) * weight.to(tl.float32)[None]
-    places = ((image * H + y) * W + columns)[:, None].to(tl.int64) * C + channels[None]
+    places = ((image * H + y) * W + columns)[:, None] * C + channels[None]
     tl.store(out + places, total.to(out.dtype.element_ty), (columns < W)[:, None] & real[None])
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _weight_gradient(
     x, grad, out, H, W, C, rows, chunks, shared, K: tl.constexpr, before: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``sum of x[p + tap] * grad[p]`` for one tap and one of ``chunks`` chunks of ``rows``.
+    """``sum of x[p + tap] * grad[p]`` for the taps of one kernel row, ``grad`` read once for them.
 
-    ``shared`` images in a row have the same taps.
+    A program sums one of ``chunks`` chunks of ``rows``, counted through all images that share the
+    taps, ``shared`` in a row. TAPS covers K.
     """
-    part, tap = tl.program_id(0), tl.program_id(1)
-    channels = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(C, BLOCK_C)
+    # Programs of the same positions follow each other, so that the cache has them.
+    part, u = tl.program_id(0) // blocks // K, tl.program_id(0) // blocks % K
+    channels = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     kernel, chunk = part // chunks, part % chunks
-    u, v = tap // K, tap % K
-    real = channels < C
-    total = tl.full((BLOCK_C,), 0.0, tl.float32)
-    # Rows are counted through all images that share the taps.
-    first, last = rows * chunk // chunks, rows * (chunk + 1) // chunks
-    for row in range(first, last):
+    real, v = channels < C, tl.arange(0, TAPS)
+    total = tl.full((BLOCK_W, TAPS, BLOCK_C), 0.0, tl.float32)
+    first, last = span(chunk, chunks, rows)
+    # Tiles go on from row to row: those of a narrow map are full, too.
+    for start in range(0, (last - first) * W, BLOCK_W):
+        place = start + tl.arange(0, BLOCK_W)
+        row, column = first + place // W, place % W
         image, y = (kernel * shared + row // H).to(tl.int64), row % H
-        from_y = y + u - before
-        for left in range(0, W, BLOCK_W):
-            columns = left + tl.arange(0, BLOCK_W)
-            from_x = columns + v - before
-            here = (columns < W)[:, None] & real[None]
-            inside = ((from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)) != 0
-            places = ((image * H + from_y) * W + from_x)[:, None] * C + channels[None]
-            values = tl.load(x + places, here & inside[:, None], 0.0).to(tl.float32)
-            places = ((image * H + y) * W + columns)[:, None] * C + channels[None]
-            total += tl.sum(values * tl.load(grad + places, here, 0.0).to(tl.float32), 0)
-    tl.store(out + (part.to(tl.int64) * K * K + tap) * C + channels, total, real)
+        from_y, from_x = y + u - before, column[:, None] + v[None] - before
+        here = row < last
+        seen = here & (from_y >= 0) & (from_y < H)
+        inside = seen[:, None] & (v < K)[None] & (from_x >= 0) & (from_x < W)
+        own = (image * H + y) * W + column
+        moved = own[:, None] + (u - before) * W + v[None] - before
+        given = tl.load(grad + own[:, None] * C + channels[None], here[:, None] & real[None], 0.0)
+        values = tl.load(
+            x + moved[:, :, None] * C + channels[None, None],
+            inside[:, :, None] & real[None, None],
+            0.0,
+        )
+        total += values.to(tl.float32) * given.to(tl.float32)[:, None, :]
+    place = ((part.to(tl.int64) * K + u) * K + v)[:, None] * C + channels[None]
+    tl.store(out + place, tl.sum(total, 0), (v < K)[:, None] & real[None])
 
 
 @launches
@@ -88,9 +105,9 @@ def convolve(
         return out
     step = taps[0].numel() if taps.shape[0] > 1 else 0
 
-    def grid(tile: dict) -> tuple[int, int, int]:
+    def grid(tile: dict) -> tuple[int]:
         blocks = triton.cdiv(channels, tile["BLOCK_C"])
-        return batch * height, triton.cdiv(width, tile["BLOCK_W"]), blocks
+        return (batch * height * triton.cdiv(width, tile["BLOCK_W"]) * blocks,)
 
     run(
         _forward, grid, tiles(width, channels),
@@ -108,22 +125,20 @@ def weight_gradient(x: Tensor, grad: Tensor, kernels: int, size: int, before: in
         return x.new_zeros(kernels, size**2, channels, dtype=torch.float32)
     shared = 1 if kernels > 1 else batch
     rows = shared * height
-    chunks = max(1, parts(rows, size**2 * channels * kernels) // kernels)
-    block_w, block_c = _blocks(width, channels)
+    numel, read = size**2 * channels * kernels, 2 * x.numel() * x.element_size()
+    chunks = parts(rows, numel, read)
+    block_c = divisor(channels, 32, 32)
     out = x.new_empty(kernels, chunks, size**2, channels, dtype=torch.float32)
-    grid = (kernels * chunks, size**2, triton.cdiv(channels, block_c))
+    grid = (kernels * chunks * size * triton.cdiv(channels, block_c),)
     _weight_gradient[grid](
-        x, grad, out, height, width, channels, rows, chunks, shared, size, before, block_w, block_c
-    )
-    return out.sum(1)
+        x, grad, out, height, width, channels, rows, chunks, shared, size, before,
+        TAPS=power(size, 1), BLOCK_W=32, BLOCK_C=block_c,
+    )  # fmt: skip
+    return added(out, 1)
 
 
 def tiles(width: int, channels: int) -> tuple[triton.Config, ...]:
     """The tiles to time."""
-    width, channels = _blocks(width, channels)
-    sides = [(width, channels), (8, 64), (32, 64), (16, 128), (32, 32)]
+    sides = [(min(16, power(width, 1)), divisor(channels, 32, 64))]
+    sides += [(8, 64), (32, 64), (16, 128), (32, 32)]
     return tuple(tile(BLOCK_W=w, BLOCK_C=c) for w, c in dict.fromkeys(sides))
-
-
-def _blocks(width: int, channels: int) -> tuple[int, int]:
-    return min(16, power(width, 1)), min(64, power(channels))

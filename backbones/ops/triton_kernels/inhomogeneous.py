@@ -6,8 +6,9 @@ Forward and map gradient predict the kernels, one matrix product per tap; the gr
 Arguments of the kernels: ``x`` and ``grad`` are maps ``(B, H, W, S, G)``, channel ``c`` being
 ``(c % S, c // S)``; ``hidden`` is ``(B, H, W, D)``, ``weight`` ``(K*K, G, D)``, ``bias``
 ``(K*K, G)``. ``before`` is the zero padding before each axis; ``bucket`` only keys the autotuner.
-A tile has BLOCK_P positions of a row, BLOCK_S of the S channels, BLOCK_G groups and BLOCK_D of D;
-BLOCKS blocks of BLOCK_G cover G; DOT is the dtype of ``tl.dot`` operands.
+A tile has BLOCK_P positions, BLOCK_S of the S channels, BLOCK_G groups and BLOCK_D of D; BLOCKS
+blocks cover D in ``_mix`` and G in ``_hidden_gradient``, TAPS covers the taps of a kernel row, and
+DOT is the dtype of ``tl.dot`` operands.
 """
 
 import torch
@@ -15,50 +16,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
+from backbones.ops.triton_kernels import (
+    CHANGING,
+    added,
+    launches,
+    located,
+    operands,
+    parts,
+    power,
+    span,
+)
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
 
 @triton.jit
-def _predict(
-    hidden, weight, bias, places, here, groups, tap, G, D,
-    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+def _inputs(
+    hidden, places, here, start, D,
+    BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The kernels of one tap, ``(BLOCK_P, BLOCK_G)`` in float32, zero where ``here`` is False."""
-    total = tl.full((BLOCK_P, BLOCK_G), 0.0, tl.float32)
-    for start in range(0, D, BLOCK_D):
-        depth = start + tl.arange(0, BLOCK_D)
-        h = tl.load(
-            hidden + places[:, None] * D + depth[None], here[:, None] & (depth < D)[None], 0.0
-        )
-        w = tl.load(
-            weight + (tap * G + groups)[None] * D + depth[:, None],
-            (groups < G)[None] & (depth < D)[:, None],
-            0.0,
-        )
-        total += tl.dot(h.to(DOT), w.to(DOT), input_precision="ieee")
-    total += tl.load(bias + tap * G + groups, groups < G, 0.0).to(tl.float32)[None]
-    return tl.where(here[:, None], total, 0.0)
+    """A block of ``hidden`` at some positions, ``(BLOCK_P, BLOCK_D)``, zero where not ``here``."""
+    depth = start + tl.arange(0, BLOCK_D)
+    mask = here[:, None] & (depth < D)[None]
+    return tl.load(hidden + places[:, None] * D + depth[None], mask, 0.0).to(DOT)
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _mix(
     x, hidden, weight, bias, out, H, W, S, G, D, bucket, K: tl.constexpr, before: tl.constexpr,
-    gather: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    gather: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """``out[p] = sum of x[p + tap] * kernel[p, tap]``, with ``gather`` the map gradient,
     ``sum of x[p - tap] * kernel[p - tap, tap]``.
     """
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     blocks = tl.cdiv(G, BLOCK_G)
-    shared = tl.program_id(2) // blocks * BLOCK_S + tl.arange(0, BLOCK_S)
-    groups = tl.program_id(2) % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    row, left, block = located(W, tl.cdiv(S, BLOCK_S) * blocks, BLOCK_P)
+    columns = left + tl.arange(0, BLOCK_P)
+    shared = block // blocks * BLOCK_S + tl.arange(0, BLOCK_S)
+    groups = block % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
     image, y = (row // H).to(tl.int64), row % H
     own = (image * H + y) * W + columns
     channels = shared[:, None] * G + groups[None]
     real = (shared < S)[:, None] & (groups < G)[None]
+    # Of the same positions for all taps, unless the kernels of others are gathered.
+    once: tl.constexpr = BLOCKS == 1 and not gather
+    if once:
+        inputs = _inputs(hidden, own, columns < W, 0, D, BLOCK_D, DOT)
     total = tl.full((BLOCK_P, BLOCK_S, BLOCK_G), 0.0, tl.float32)
     for u in range(K):
         for v in range(K):
@@ -69,10 +72,23 @@ def _mix(
                 (columns < W) & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)
             ) != 0
             places = (image * H + from_y) * W + from_x
-            kernel = _predict(
-                hidden, weight, bias, places if gather else own, inside, groups, u * K + v, G, D,
-                BLOCK_P, BLOCK_G, BLOCK_D, DOT,
-            )  # fmt: skip
+            rows = (u * K + v) * G + groups
+            kernel = tl.full((BLOCK_P, BLOCK_G), 0.0, tl.float32)
+            for number in range(BLOCKS):
+                depth = number * BLOCK_D + tl.arange(0, BLOCK_D)
+                w = tl.load(
+                    weight + rows[None] * D + depth[:, None],
+                    (groups < G)[None] & (depth < D)[:, None],
+                    0.0,
+                ).to(DOT)
+                if once:
+                    kernel += tl.dot(inputs, w, input_precision="ieee")
+                else:
+                    at = places if gather else own
+                    h = _inputs(hidden, at, inside, number * BLOCK_D, D, BLOCK_D, DOT)
+                    kernel += tl.dot(h, w, input_precision="ieee")
+            kernel += tl.load(bias + rows, groups < G, 0.0).to(tl.float32)[None]
+            kernel = tl.where(inside[:, None], kernel, 0.0)
             values = tl.load(
                 x + places[:, None, None] * S * G + channels[None],
                 inside[:, None, None] & real[None],
@@ -87,88 +103,115 @@ def _mix(
 
 
 @triton.jit
-def _kernel_gradient(
-    x, grad, image, y, columns, here, groups, u, v, H, W, S, G, before,
-    BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
+def row_gradient(
+    x, grad, own, y, columns, here, groups, u, H, W, S, G, K: tl.constexpr, before: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one tap's kernels, ``sum over S of x[p + tap] * grad[p]``."""
-    from_y, from_x = y + u - before, columns + v - before
-    inside = (here & (from_x >= 0) & (from_x < W) & (from_y >= 0) & (from_y < H)) != 0
-    own = ((image * H + y) * W + columns)[:, None] * S * G + groups[None]
-    places = ((image * H + from_y) * W + from_x)[:, None] * S * G + groups[None]
-    mask = inside[:, None] & (groups < G)[None]
-    total = tl.full((BLOCK_P, BLOCK_G), 0.0, tl.float32)
+    """The gradient of the kernels' row ``u``, ``sum over S of x[p + tap] * grad[p]``.
+
+    ``(BLOCK_P, TAPS, BLOCK_G)`` in float32; ``own`` are indices into B*H*W, TAPS covers K.
+    """
+    v = tl.arange(0, TAPS)
+    from_y, from_x = y + u - before, columns[:, None] + v[None] - before
+    seen = (here & (from_y >= 0) & (from_y < H)) != 0
+    inside = seen[:, None] & (v < K)[None] & (from_x >= 0) & (from_x < W)
+    places = own[:, None] + (u - before) * W + v[None] - before
+    real = groups < G
+    total = tl.full((BLOCK_P, TAPS, BLOCK_G), 0.0, tl.float32)
     for s in range(S):
-        values = tl.load(x + places + s * G, mask, 0.0).to(tl.float32)
-        total += values * tl.load(grad + own + s * G, mask, 0.0).to(tl.float32)
+        channels = s * G + groups
+        given = tl.load(
+            grad + own[:, None] * S * G + channels[None], seen[:, None] & real[None], 0.0
+        )
+        values = tl.load(
+            x + places[:, :, None] * S * G + channels[None, None],
+            inside[:, :, None] & real[None, None],
+            0.0,
+        )
+        total += values.to(tl.float32) * given.to(tl.float32)[:, None, :]
     return total
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _hidden_gradient(
     x, grad, weight, out, H, W, S, G, D, bucket, BLOCKS: tl.constexpr, K: tl.constexpr,
-    before: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr,
+    before: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """``sum over taps of kernel_gradient @ weight[tap]`` for a tile of positions and D."""
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    depth = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """``sum over taps of kernel_gradient @ weight[tap]`` for a tile of positions and D.
+
+    One product has the taps of one kernel row.
+    """
+    row, left, block_d = located(W, tl.cdiv(D, BLOCK_D), BLOCK_P)
+    columns = left + tl.arange(0, BLOCK_P)
+    depth = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     image, y = (row // H).to(tl.int64), row % H
-    here = columns < W
+    own, here = (image * H + y) * W + columns, columns < W
+    pairs = tl.arange(0, TAPS * BLOCK_G)
+    v = pairs // BLOCK_G
     total = tl.full((BLOCK_P, BLOCK_D), 0.0, tl.float32)
     for block in range(BLOCKS):
         groups = block * BLOCK_G + tl.arange(0, BLOCK_G)
+        group = block * BLOCK_G + pairs % BLOCK_G
         for u in range(K):
-            for v in range(K):
-                received = _kernel_gradient(
-                    x, grad, image, y, columns, here, groups, u, v, H, W, S, G, before,
-                    BLOCK_P, BLOCK_G,
-                )  # fmt: skip
-                w = tl.load(
-                    weight + ((u * K + v) * G + groups)[:, None] * D + depth[None],
-                    (groups < G)[:, None] & (depth < D)[None],
-                    0.0,
-                )
-                total += tl.dot(received.to(DOT), w.to(DOT), input_precision="ieee")
-    places = ((image * H + y) * W + columns)[:, None] * D + depth[None]
-    tl.store(out + places, total.to(out.dtype.element_ty), here[:, None] & (depth < D)[None])
+            received = row_gradient(
+                x, grad, own, y, columns, here, groups, u, H, W, S, G, K, before,
+                TAPS, BLOCK_P, BLOCK_G,
+            )  # fmt: skip
+            received = tl.reshape(received, (BLOCK_P, TAPS * BLOCK_G))
+            w = tl.load(
+                weight + ((u * K + v) * G + group)[:, None] * D + depth[None],
+                ((v < K) & (group < G))[:, None] & (depth < D)[None],
+                0.0,
+            )
+            total += tl.dot(received.to(DOT), w.to(DOT), input_precision="ieee")
+    mask = here[:, None] & (depth < D)[None]
+    tl.store(out + own[:, None] * D + depth[None], total.to(out.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _weight_gradient(
     x, grad, hidden, out, out_bias, H, W, S, G, D, rows, chunks,
-    K: tl.constexpr, before: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr, DOT: tl.constexpr,
+    K: tl.constexpr, before: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """``kernel_gradient^T @ hidden`` and ``sum of kernel_gradient`` for one tap.
+    """``kernel_gradient^T @ hidden`` and ``sum of kernel_gradient`` for the taps of a kernel row.
 
     A program sums one of ``chunks`` chunks of ``rows``, for a tile of groups and D.
     """
-    chunk, tap = tl.program_id(0), tl.program_id(1)
     blocks = tl.cdiv(G, BLOCK_G)
-    depth = tl.program_id(2) // blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    groups = tl.program_id(2) % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
-    total = tl.full((BLOCK_G, BLOCK_D), 0.0, tl.float32)
-    total_bias = tl.full((BLOCK_G,), 0.0, tl.float32)
-    for row in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
-        image, y = (row // H).to(tl.int64), row % H
-        for left in range(0, W, BLOCK_P):
-            columns = left + tl.arange(0, BLOCK_P)
-            here = columns < W
-            received = _kernel_gradient(
-                x, grad, image, y, columns, here, groups, tap // K, tap % K, H, W, S, G, before,
-                BLOCK_P, BLOCK_G,
-            )  # fmt: skip
-            places = ((image * H + y) * W + columns)[:, None] * D + depth[None]
-            h = tl.load(hidden + places, here[:, None] & (depth < D)[None], 0.0)
-            total += tl.dot(tl.trans(received).to(DOT), h.to(DOT), input_precision="ieee")
-            total_bias += tl.sum(received, 0)
-    place = (chunk.to(tl.int64) * K * K + tap) * G + groups
-    mask = (groups < G)[:, None] & (depth < D)[None]
-    tl.store(out + place[:, None] * D + depth[None], total, mask)
+    tiles = tl.cdiv(D, BLOCK_D) * blocks
+    # Programs of the same positions follow each other, so that the cache has them.
+    chunk, u = tl.program_id(0) // tiles // K, tl.program_id(0) // tiles % K
+    tile = tl.program_id(0) % tiles
+    depth = tile // blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    groups = tile % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    total = tl.full((TAPS * BLOCK_G, BLOCK_D), 0.0, tl.float32)
+    received = tl.full((BLOCK_P, TAPS, BLOCK_G), 0.0, tl.float32)
+    total_bias = received
+    first, last = span(chunk, chunks, rows)
+    # Tiles go on from row to row: those of a narrow map are full, too.
+    for start in range(0, (last - first) * W, BLOCK_P):
+        place = start + tl.arange(0, BLOCK_P)
+        row, columns = first + place // W, place % W
+        y, here = row % H, row < last
+        own = row.to(tl.int64) * W + columns
+        received = row_gradient(
+            x, grad, own, y, columns, here, groups, u, H, W, S, G, K, before,
+            TAPS, BLOCK_P, BLOCK_G,
+        )  # fmt: skip
+        h = _inputs(hidden, own, here, tile // blocks * BLOCK_D, D, BLOCK_D, DOT)
+        flat = tl.reshape(received, (BLOCK_P, TAPS * BLOCK_G))
+        total += tl.dot(tl.trans(flat).to(DOT), h, input_precision="ieee")
+        total_bias += received
+    pairs = tl.arange(0, TAPS * BLOCK_G)
+    v, group = pairs // BLOCK_G, tile % blocks * BLOCK_G + pairs % BLOCK_G
+    row = (chunk.to(tl.int64) * K + u) * K
+    real = (v < K) & (group < G)
+    place = (row + v) * G + group
+    tl.store(out + place[:, None] * D + depth[None], total, real[:, None] & (depth < D)[None])
     # Programs of all blocks of D write the same values.
-    tl.store(out_bias + place, total_bias, groups < G)
+    tl.store(out_bias + place, tl.reshape(tl.sum(total_bias, 0), (TAPS * BLOCK_G,)), real)
 
 
 @launches
@@ -187,24 +230,27 @@ def backward(
     batch, height, width, shared, groups = x.shape
     depth, before = hidden.shape[-1], (size - 1) // 2
     rows = batch * height
-    chunks = parts(rows, weight.numel())
+    read = (2 * x.numel() + hidden.numel()) * x.element_size()
+    chunks = parts(rows, weight.numel(), read)
     grad_weight = weight.new_zeros(chunks, *weight.shape, dtype=torch.float32)
     grad_bias = bias.new_zeros(chunks, *bias.shape, dtype=torch.float32)
     if x.numel():
-        fixed = _fixed(x, depth)
+        fixed = _fixed(x, depth, most=64)
+        taps = power(size, 1)
         sizes = (height, width, shared, groups, depth)
         blocks = triton.cdiv(depth, fixed["BLOCK_D"])
         blocks_g = triton.cdiv(groups, fixed["BLOCK_G"])
         run(
-            _hidden_gradient, lambda tile: (rows, triton.cdiv(width, tile["BLOCK_P"]), blocks),
-            pieces(), x, grad, weight, grad_hidden, *sizes, bucket(x), blocks_g, size, before,
-            **fixed,
+            _hidden_gradient,
+            lambda tile: (rows * triton.cdiv(width, tile["BLOCK_P"]) * blocks,), pieces(),
+            x, grad, weight, grad_hidden, *sizes, bucket(x), blocks_g, size, before,
+            TAPS=taps, **fixed,
         )  # fmt: skip
-        _weight_gradient[(chunks, size**2, blocks * blocks_g)](
+        _weight_gradient[(chunks * size * blocks * blocks_g,)](
             x, grad, hidden, grad_weight, grad_bias, *sizes, rows, chunks, size, before,
-            BLOCK_P=16, **fixed,
+            TAPS=taps, BLOCK_P=32, num_warps=8, **fixed,
         )  # fmt: skip
-    return grad_x, grad_hidden, grad_weight.sum(0), grad_bias.sum(0)
+    return grad_x, grad_hidden, added(grad_weight, 0), added(grad_bias, 0)
 
 
 def _run_mix(
@@ -214,16 +260,17 @@ def _run_mix(
     if not out.numel():
         return out
     batch, height, width, shared, groups = x.shape
-    fixed = _fixed(x, hidden.shape[-1])
+    depth = hidden.shape[-1]
+    fixed = _fixed(x, depth, most=128)
 
-    def grid(tile: dict) -> tuple[int, int, int]:
+    def grid(tile: dict) -> tuple[int]:
         blocks = triton.cdiv(shared, tile["BLOCK_S"]) * triton.cdiv(groups, fixed["BLOCK_G"])
-        return batch * height, triton.cdiv(width, tile["BLOCK_P"]), blocks
+        return (batch * height * triton.cdiv(width, tile["BLOCK_P"]) * blocks,)
 
     run(
         _mix, grid, boxes(shared, fixed["BLOCK_G"]),
-        x, hidden, weight, bias, out, height, width, shared, groups, hidden.shape[-1], bucket(x),
-        size, (size - 1) // 2, gather, **fixed,
+        x, hidden, weight, bias, out, height, width, shared, groups, depth, bucket(x),
+        size, (size - 1) // 2, gather, triton.cdiv(depth, fixed["BLOCK_D"]), **fixed,
     )  # fmt: skip
     return out
 
@@ -239,11 +286,13 @@ def boxes(shared: int, block_g: int) -> tuple[triton.Config, ...]:
 
 
 def pieces() -> tuple[triton.Config, ...]:
-    """Tiles of positions to time."""
-    return tuple(tile(BLOCK_P=p) for p in (16, 32, 64))
+    """Tiles of positions to time; with the taps of a row they exceed the registers of 4 warps."""
+    return tile(8, BLOCK_P=16), tile(8, BLOCK_P=32)
 
 
-def _fixed(x: Tensor, depth: int) -> dict[str, object]:
-    """The constants that are not tuned."""
-    block_g, block_d = min(32, power(x.shape[4])), min(64, power(depth))
+def _fixed(x: Tensor, depth: int, most: int) -> dict[str, object]:
+    """The constants that are not tuned; a block of D has at most ``most``."""
+    block_g, block_d = min(32, power(x.shape[4])), power(depth)
+    # Where several blocks cover D, smaller ones cover less that is not there.
+    block_d = block_d if block_d <= most else min(64, most)
     return {"BLOCK_G": block_g, "BLOCK_D": block_d, "DOT": operands(x.dtype)}

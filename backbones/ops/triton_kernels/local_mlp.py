@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power
+from backbones.ops.triton_kernels import CHANGING, added, launches, operands, parts, power
 from backbones.ops.triton_kernels.window import _places
 
 # Windows per program of the forward pass, which loads their weights once.
@@ -92,7 +92,7 @@ def backward(
         _weight_gradient[(sets * chunks, mixing.shape[-3])](
             value, grad, grad_mixing, sets, members, chunks, *sizes, *blocks, num_warps=WARPS
         )
-    return _run_mix(grad, mixing, window_size, shift, back=True), grad_mixing.sum(0)
+    return _run_mix(grad, mixing, window_size, shift, back=True), added(grad_mixing, 0)
 
 
 def _run_mix(

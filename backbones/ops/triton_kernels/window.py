@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, launches, operands, parts, power, span
+from backbones.ops.triton_kernels import CHANGING, added, launches, operands, parts, power, span
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
 # Of the backward pass. Three 64x64 tiles exceed the registers of 4 warps, and with the windows of
@@ -40,13 +40,18 @@ def _places(window, H, W, rows, columns, down, right, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _attend(products, bias, side, head, N, scale, BLOCK_N: tl.constexpr):
-    """``softmax(products * scale + bias)``, zero across the seam and in the padding."""
+def _table(bias, head, N, BLOCK_N: tl.constexpr):
+    """The bias of a head, ``(BLOCK_N, BLOCK_N)``, zero in the padding."""
     n = tl.arange(0, BLOCK_N)
-    scores = products * scale
-    square = (n < N)[:, None] & (n < N)[None]
     place = (head * N + n)[:, None] * N + n[None]
-    scores += tl.load(bias + place, square, 0.0).to(tl.float32)
+    return tl.load(bias + place, (n < N)[:, None] & (n < N)[None], 0.0).to(tl.float32)
+
+
+@triton.jit
+def _attend(products, table, side, N, scale, BLOCK_N: tl.constexpr):
+    """``softmax(products * scale + table)``, zero across the seam and in the padding."""
+    n = tl.arange(0, BLOCK_N)
+    scores = products * scale + table
     # Padding rows are not masked, so that no sum of weights is zero.
     seen = ((side[:, None] == side[None]) | (n >= N)[:, None]) & (n < N)[None]
     scores = tl.where(seen, scores, float("-inf"))
@@ -71,7 +76,8 @@ def _forward(
         query = tl.load(qkv + at, real, 0.0).to(DOT)
         key = tl.load(qkv + at + C, real, 0.0).to(DOT)
         products += tl.dot(query, tl.trans(key), input_precision="ieee")
-    weights = _attend(products, bias, side, head, N, scale, BLOCK_N).to(DOT)
+    table = _table(bias, head, N, BLOCK_N)
+    weights = _attend(products, table, side, N, scale, BLOCK_N).to(DOT)
     for block in range(BLOCKS):
         d = block * BLOCK_D + tl.arange(0, BLOCK_D)
         real = (n < N)[:, None] & (d < D)[None]
@@ -93,7 +99,7 @@ def _backward(
     n = tl.arange(0, BLOCK_N)
     C = heads * D
     kind = grad_qkv.dtype.element_ty
-    total = tl.full((BLOCK_N, BLOCK_N), 0.0, tl.float32)
+    total, table = tl.full((BLOCK_N, BLOCK_N), 0.0, tl.float32), _table(bias, head, N, BLOCK_N)
     first, last = span(chunk, chunks, windows)
     for window in range(first, last):
         places, side = _places(window, H, W, rows, columns, down, right, N, BLOCK_N)
@@ -110,7 +116,7 @@ def _backward(
             given = tl.load(grad + at, real, 0.0).to(DOT)
             products += tl.dot(query, tl.trans(key), input_precision="ieee")
             grad_weights += tl.dot(given, tl.trans(value), input_precision="ieee")
-        weights = _attend(products, bias, side, head, N, scale, BLOCK_N)
+        weights = _attend(products, table, side, N, scale, BLOCK_N)
         mean = tl.sum(weights * grad_weights, 1)
         grad_scores = weights * (grad_weights - mean[:, None])
         total += grad_scores
@@ -166,7 +172,7 @@ def backward(
         _backward[(chunks, num_heads)](
             grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, *sizes, **blocks, **BACKWARD
         )
-    return grad_qkv, grad_bias.sum(0)
+    return grad_qkv, added(grad_bias, 0)
 
 
 def _options(qkv: Tensor, num_heads: int, window_size: list[int], shift: list[int]):
