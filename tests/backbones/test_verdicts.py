@@ -139,7 +139,7 @@ def test_slow_kernels_are_not_used_after_a_check(gpu, monkeypatch, capsys):
     monkeypatch.setattr(
         command, "_milliseconds", lambda cases, backend, *_: {"triton": 3.0, "torch": 2.0}[backend]
     )
-    assert command._check_one("cpu", "local_mlp", "triton", torch.float32, timed=True)
+    assert command._check_one("cpu", "local_mlp", "triton", torch.float32, real=True)
     assert "agrees, slower than torch: 3.00 against 2.00 ms" in capsys.readouterr().out
     backend, reason = explain("local_mlp", "cpu", torch.float32)
     assert backend == "torch" and "slower" in reason
