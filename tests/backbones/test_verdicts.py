@@ -38,6 +38,7 @@ def tiny(operator: str) -> cases.Case:
 def gpu(monkeypatch, tmp_path):
     """The CPU is taken for a GPU, whose kernels Triton's interpreter runs, with an empty cache."""
     monkeypatch.delenv("DENSE_OPS", raising=False)
+    native.missing()  # loads the C kernels from their own cache
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "GPUS", ("cpu",))
     monkeypatch.setattr(dispatch, "first_case", tiny)
