@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.registry import Registry
 from numpy.core import multiarray
-from torch import Tensor, nn
+from torch import nn
 
 from backbones import CheckpointError, LoadReport
 
@@ -78,19 +78,19 @@ def metainfo(content: dict, dataset: dict, datasets: Registry, needed: Sequence[
     return dataset.get("metainfo") or datasets.get(dataset["type"]).METAINFO
 
 
-def load_whole(
-    model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path
-) -> LoadReport:
-    """Load the weights of a full detector or segmentor, and log and return the report.
+def load_whole(model: nn.Module, path: str | Path) -> tuple[dict[str, Any], LoadReport]:
+    """Load a checkpoint of a full detector or segmentor; return its content and the logged report.
 
     Raises:
-        CheckpointError: a key is missing, unexpected or of another shape.
+        CheckpointError: the file cannot be read, or a key is missing, unexpected or of another
+            shape.
     """
-    with refusing(source):
-        result = model.load_state_dict(state_dict, strict=False)
+    content = read(path)
+    with refusing(path):
+        result = model.load_state_dict(content["state_dict"], strict=False)
     absent = set(result.missing_keys)
     report = LoadReport(
-        source=str(source),
+        source=str(path),
         matched=tuple(name for name in model.state_dict() if name not in absent),
         missing=tuple(k for k in result.missing_keys if not k.endswith("num_batches_tracked")),
         unexpected=tuple(result.unexpected_keys),
@@ -99,7 +99,7 @@ def load_whole(
     if report.missing or report.unexpected:
         raise CheckpointError(f"not a checkpoint of this whole model: {report}")
     print_log(str(report), logger="current")
-    return report
+    return content, report
 
 
 def newest_whole(work_dir: str | Path) -> tuple[Path | None, list[Path]]:

@@ -44,13 +44,10 @@ def load_predictor(
         CheckpointError: the checkpoint cannot be read or does not fit.
     """
     cfg = Config.fromfile(config_file)
-    content = checkpoints.read(checkpoint)
-    with checkpoints.refusing(checkpoint):
-        weights = content["state_dict"]
     # Prediction must not require the pretraining file.
     cfg.model.backbone.pop("init", None)
     model = revert_sync_batchnorm(init_detector(cfg, device="cpu"))
-    report = checkpoints.load_whole(model, weights, checkpoint)
+    content, report = checkpoints.load_whole(model, checkpoint)
     dataset = cfg.test_dataloader.dataset
     names = list(checkpoints.metainfo(content, dataset, DATASETS, ("classes",))["classes"])
     head = model.bbox_head if hasattr(model, "bbox_head") else model.roi_head.bbox_head

@@ -23,11 +23,8 @@ class Predictor:
 
     def __init__(self, config_file: str, checkpoint: str, device: str = "cpu"):
         cfg = load_config(config_file)
-        content = checkpoints.read(checkpoint)
         self._model = init_model(cfg, device="cpu")
-        with checkpoints.refusing(checkpoint):
-            weights = content["state_dict"]
-        self.report = checkpoints.load_whole(self._model, weights, checkpoint)
+        content, self.report = checkpoints.load_whole(self._model, checkpoint)
         dataset = cfg.test_dataloader.dataset
         about = checkpoints.metainfo(content, dataset, DATASETS, ("classes", "palette"))
         names, palette = about["classes"], about["palette"]
