@@ -58,9 +58,13 @@ def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     scales = {name: 1.0 for name, _ in model.named_parameters(remove_duplicate=False)}
     if layer_decay == 1:
         return scales
-    found = False
-    for prefix, backbone in _grouped(model):
-        found = True
+    backbones = dict(_grouped(model))
+    if not backbones:
+        raise ValueError(
+            f"layer_decay={layer_decay!r}: no part of {type(model).__name__} has a group_matcher "
+            "(timm's protocol), which names the layers"
+        )
+    for prefix, backbone in backbones.items():
         # No pattern matches the empty name, so it is grouped like heads, even if there are none.
         named = [*backbone.named_parameters(), ("", None)]
         parameters = SimpleNamespace(named_parameters=lambda named=named: named)
@@ -68,11 +72,6 @@ def lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
         head = layers.pop("")
         for name, layer in layers.items():
             scales[f"{prefix}.{name}" if prefix else name] = layer_decay ** (head - layer)
-    if not found:
-        raise ValueError(
-            f"layer_decay={layer_decay!r}: no part of {type(model).__name__} has a group_matcher "
-            "(timm's protocol), which names the layers"
-        )
     return scales
 
 

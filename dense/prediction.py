@@ -174,41 +174,35 @@ def detection_writer(
         masks = None if found["masks"] is None else found["masks"][keep]
         texts = [f"{names[c]} {100 * s:.0f}%" for c, s in zip(classes, scores, strict=True)]
         _save_image((draw or drawing.draw_instances)(image, boxes, masks, texts), job.overlay)
+        instances = [
+            {
+                "class_id": int(index),
+                "class_name": names[index],
+                "score": round(float(score), 5),
+                "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
+            }
+            for (x1, y1, x2, y2), score, index in zip(boxes.tolist(), scores, classes, strict=True)
+        ]
+        if masks is not None:
+            for instance, mask in zip(instances, masks, strict=True):
+                instance["segmentation"] = _run_lengths(mask)
         content = {
             "image": str(job.source),
             "height": image.shape[0],
             "width": image.shape[1],
             "classes": names,
-            "instances": _instances(boxes, scores, classes, masks, names),
+            "instances": instances,
         }
         files.write(job.result, json.dumps(content, indent=1))
 
     return write
 
 
-def _instances(
-    boxes: np.ndarray,
-    scores: np.ndarray,
-    classes: np.ndarray,
-    masks: np.ndarray | None,
-    names: Sequence[str],
-) -> list[dict]:
+def _run_lengths(mask: np.ndarray) -> dict:
     from pycocotools import mask as rle
 
-    instances = []
-    for index, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        instance = {
-            "class_id": int(classes[index]),
-            "class_name": names[classes[index]],
-            "score": round(float(scores[index]), 5),
-            "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
-        }
-        if masks is not None:
-            encoded = rle.encode(np.asfortranarray(masks[index].astype(np.uint8)))
-            encoded["counts"] = encoded["counts"].decode("ascii")
-            instance["segmentation"] = encoded
-        instances.append(instance)
-    return instances
+    encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {**encoded, "counts": encoded["counts"].decode("ascii")}
 
 
 def segmentation_writer(

@@ -13,12 +13,6 @@ from dense.pretraining.hooks import ProgressBar  # noqa: E402
 from dense.pretraining.metric import ClassificationMetric  # noqa: E402
 from dense.pretraining.model import ImageClassifier  # noqa: E402
 
-__all__ = [
-    "ClassificationMetric",
-    "ImageClassifier",
-    "ImageDataset",
-    "ImageStream",
-    "ProgressBar",
-]
+__all__ = ["ClassificationMetric", "ImageClassifier", "ImageDataset", "ImageStream", "ProgressBar"]
 
 forward_logs()

@@ -36,13 +36,12 @@ def set_data(
         val: the validation images; None takes ``data_root/val``.
         num_classes: classes of the data sets and the network; None keeps the config's.
     """
-    train = train or (str(Path(data_root, "train")) if data_root else None)
-    val = val or (str(Path(data_root, "val")) if data_root else None)
-    for loader, root in zip(LOADERS, (train, val), strict=True):
-        if root:
-            cfg[loader].dataset.root = root
+    for split, root in (("train", train), ("val", val)):
+        dataset = cfg[f"{split}_dataloader"].dataset
+        if root or data_root:
+            dataset.root = root or str(Path(data_root, split))
         if num_classes is not None:
-            cfg[loader].dataset.num_classes = num_classes
+            dataset.num_classes = num_classes
     if num_classes is not None:
         cfg.model.num_classes = num_classes
 

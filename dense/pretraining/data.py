@@ -11,13 +11,14 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.registry import DATASETS
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform
+from timm.data import create_transform
 from timm.data.readers import create_reader
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from backbones.checkpoints import imagenet_classes
 from dense.images import to_rgb
 from dense.openmmlab.config import ConfigError
 
@@ -247,7 +248,8 @@ class ImageStream(IterableDataset):
             raise ConfigError(f"{name}: {error}; pip install webdataset") from error
         except (FileNotFoundError, AssertionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"{name} in {root}, split {split}: {error}") from error
-        self.metainfo = {"classes": list(classes) if classes else _imagenet_names(num_classes)}
+        names = classes or imagenet_classes(num_classes) or map(str, range(num_classes))
+        self.metainfo = {"classes": list(names)}
         self.transform = create_transform(**transform)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
@@ -288,8 +290,3 @@ def _reader(root: str, list_file: str | None, classes: list[str] | None) -> Read
 def _class_names(reader: Reader) -> list[str]:
     indices = getattr(reader, "class_to_idx", None) or reader.class_name_to_idx
     return [name for name, _ in sorted(indices.items(), key=lambda entry: entry[1])]
-
-
-def _imagenet_names(count: int) -> list[str]:
-    subset = {1000: "imagenet-1k", 21841: "imagenet-22k"}.get(count)
-    return ImageNetInfo(subset).label_names() if subset else [str(i) for i in range(count)]

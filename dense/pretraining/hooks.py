@@ -51,7 +51,9 @@ class ProgressBar(Hook):
         speed, self._at = self._images / (now - self._at), now
         scalars = {"images_per_second": speed}
         if not torch.cuda.is_available():
-            scalars["memory_mb"] = _peak_mb()
+            # The peak of this process, in bytes on macOS and in KB on Linux.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            scalars["memory_mb"] = peak / (2**20 if sys.platform == "darwin" else 2**10)
         for name, value in scalars.items():
             runner.message_hub.update_scalar(f"train/{name}", value)
         if not self._bar.disable:
@@ -65,9 +67,3 @@ class ProgressBar(Hook):
     def after_train(self, runner: Runner) -> None:
         """Close the bar."""
         self._bar.close()
-
-
-def _peak_mb() -> float:
-    """Peak memory of this process in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

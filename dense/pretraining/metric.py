@@ -79,10 +79,7 @@ class ClassificationMetric(BaseMetric):
             table = table[np.unique(table[:, 1], return_index=True)[1]]
         labels, best = table[:, 0], table[:, 2:]
         hit = best == labels[:, None]
-        metrics = {
-            "top1": 100 * float(hit[:, 0].mean()),
-            "top5": 100 * float(hit.any(1).mean()),
-        }
+        metrics = {"top1": 100 * float(hit[:, 0].mean()), "top5": 100 * float(hit.any(1).mean())}
         if self.real is not None:
             metrics["real"] = self._real(table[:, 1], best[:, 0])
         if self.out_dir:

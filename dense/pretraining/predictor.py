@@ -1,7 +1,5 @@
 """Predictor for trained classifiers."""
 
-from collections.abc import Callable
-
 import numpy as np
 import timm
 import torch
@@ -19,9 +17,22 @@ from dense.openmmlab.config import load_config
 class Predictor:
     """A trained classifier as a function of one image, with the config's validation transform.
 
+    >>> predict = load_predictor("work_dirs/mine/mine.py", "work_dirs/mine/epoch_20.pth")
+    >>> predict(image)  # (H, W, 3) uint8 RGB to (num_classes,) float32 probabilities
+
+    Args:
+        config_file: the config it was trained with, such as the copy in its work folder.
+        checkpoint: a ``.pth`` of the training, or another checkpoint of the network with a
+            classifier.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+
     Attributes:
         classes: class names, by index; ImageNet's wnids are replaced by their descriptions.
         report: the load report of the checkpoint.
+
+    Raises:
+        ConfigError: the config cannot be read.
+        CheckpointError: the checkpoint cannot be read or does not fit.
     """
 
     def __init__(self, config_file: str, checkpoint: str, device: str = "cpu"):
@@ -45,25 +56,7 @@ class Predictor:
         return self._model(pixels)[0].softmax(0).cpu().numpy()
 
 
-def load_predictor(
-    config_file: str, checkpoint: str, device: str = "cpu"
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Load a trained classifier as a function of one image; see :class:`Predictor`.
-
-    >>> predict = load_predictor("work_dirs/mine/mine.py", "work_dirs/mine/epoch_20.pth")
-    >>> predict(image)  # (H, W, 3) uint8 RGB to (num_classes,) float32 probabilities
-
-    Args:
-        config_file: the config it was trained with, such as the copy in its work folder.
-        checkpoint: a ``.pth`` of the training, or another checkpoint of the network with a
-            classifier.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-
-    Raises:
-        ConfigError: the config cannot be read.
-        CheckpointError: the checkpoint cannot be read or does not fit.
-    """
-    return Predictor(config_file, checkpoint, device)
+load_predictor = Predictor
 
 
 def _network(

@@ -64,7 +64,11 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
             metainfo=dict(classes=classes),
             ignore_index=data.get("ignore_index", 255),
             reduce_zero_label=bool(data.get("reduce_zero_label", False)),
-            pipeline=[_without_zero_label(step) for step in cfg[loader].dataset.pipeline],
+            # The data set sets reduce_zero_label, not a step of its pipeline.
+            pipeline=[
+                {k: v for k, v in step.items() if k != "reduce_zero_label"}
+                for step in cfg[loader].dataset.pipeline
+            ],
         )
         cfg[loader].dataset = dataset
     for head in _heads(cfg):
@@ -110,11 +114,6 @@ def _checked_classes(classes: str | list[str] | tuple[str, ...]) -> tuple[str, .
     if "" in names:
         raise ConfigError(f"classes={names}: a name is empty")
     return names
-
-
-def _without_zero_label(step: dict) -> dict:
-    """Drop ``reduce_zero_label`` from a pipeline step: the data set sets it."""
-    return {k: v for k, v in step.items() if k != "reduce_zero_label"}
 
 
 def _heads(cfg: Config) -> list:
