@@ -93,7 +93,8 @@ SEGMENTOR = (
         "tools/train_segmentor.py {segmentation_config}"
         " --train-images {ade}/images/training --train-masks {ade}/annotations/training"
         " --val-images {ade}/images/validation --val-masks {ade}/annotations/validation"
-        " --classes {classes} --reduce-zero-label --work-dir {out}/segmentor --resume"
+        " --classes {classes} --reduce-zero-label --short-side 128"
+        " --work-dir {out}/segmentor --resume"
         f" --cfg-options randomness.seed={SEED}",
         SEGMENTATION_ITERATIONS,
         lambda out: last_step(lambda: report.mmengine_losses(out / "segmentor")),

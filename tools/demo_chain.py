@@ -55,7 +55,8 @@ TRAIN = {
     ),
     "segmentor": (
         "tools/train_segmentor.py configs/segmentation/{name}_upernet.py --data-root {{ade}}"
-        " --work-dir {{out}}/segmentor/{run} --resume --cfg-options randomness.seed=0"
+        " --short-side 128 --work-dir {{out}}/segmentor/{run} --resume"
+        " --cfg-options randomness.seed=0"
         f" train_cfg.max_iters={ITERATIONS['segmentor']}"
         f" train_cfg.val_interval={ITERATIONS['segmentor']}"
         f" default_hooks.logger.interval={LOGGED} default_hooks.checkpoint.interval=20"

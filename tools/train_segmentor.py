@@ -37,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classes", help="comma-separated class names, in the order of the indices in the masks")
     add("--ignore-index", type=int, help="value of masks that is ignored, in addition to 255")
     add("--reduce-zero-label", action="store_true", help="ignore 0 in masks; classes begin at 1")
+    add("--short-side", type=int, metavar="N", help="resize all photos to a short side of N")
     add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="config changes")
     # torch.distributed.launch still passes it.
     add("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -73,6 +74,8 @@ def main() -> None:
         cfg.resume = args.resume or cfg.get("resume", False)
         if args.data_root:
             config.set_data_root(cfg, args.data_root)
+        if args.short_side is not None:
+            config.set_short_side(cfg, args.short_side)
         if args.amp:
             config.use_amp(cfg)
         config.use_own_data(cfg, own_data)

@@ -13,16 +13,50 @@ from dense.openmmlab.config import ConfigError, build_runner, load_config, use_a
 from dense.segmentation.data import check_folders, check_masks
 
 __all__ = ["build_runner", "check", "load_config", "set_data_root", "use_amp", "use_own_data"]
+__all__ += ["set_short_side"]
 
 _OWN_DATA = ("train_images", "train_masks", "val_images", "val_masks", "classes")
 _OWN_DATA_OPTIONS = ("ignore_index", "reduce_zero_label")
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+_RESIZING = ("RandomChoice", "RandomResize", "Resize")
+# Of the training images' short side; the long side is at most four times as long.
+_RATIOS = (0.75, 1.5)
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
     """Set the ``data_root`` of all three data loaders."""
     for loader in _LOADERS:
         cfg[loader].dataset.data_root = data_root
+
+
+def set_short_side(cfg: Config, pixels: int) -> None:
+    """Resize all photos to a short side of ``pixels``, in training times 0.75 to 1.5.
+
+    The steps that resize in the config's pipelines are replaced. Crops are at most ``pixels`` wide.
+
+    >>> set_short_side(cfg, 128)
+
+    Args:
+        cfg: changed in place.
+        pixels: 32 or more.
+
+    Raises:
+        ConfigError: ``pixels`` is below 32, the stride of the last stage.
+    """
+    if pixels < 32:
+        raise ConfigError(f"--short-side {pixels}: 32 or more is needed")
+    scale = dict(scale=(4 * pixels, pixels), keep_ratio=True)
+    for loader in _LOADERS:
+        training = loader == "train_dataloader"
+        resize = dict(type="RandomResize", ratio_range=_RATIOS) if training else dict(type="Resize")
+        steps = [s for s in cfg[loader].dataset.pipeline if s.type not in _RESIZING]
+        # In training, masks are resized too; in tests, they keep their size.
+        steps.insert(2 if training else 1, resize | scale)
+        for step in steps:
+            if step["type"] == "RandomCrop":
+                step.crop_size = tuple(min(side, pixels) for side in step.crop_size)
+                cfg.model.data_preprocessor.size = step.crop_size
+        cfg[loader].dataset.pipeline = steps
 
 
 def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:

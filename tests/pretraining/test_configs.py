@@ -97,14 +97,16 @@ FIELDS: dict[str, Any] = {
     "default_hooks.checkpoint.save_best": "top1",
     "default_hooks.checkpoint.rule": "greater",
     "default_hooks.param_scheduler.type": "ParamSchedulerHook",
+    "load_from": None,
+    "resume": False,
     # No averaged weights.
     "custom_hooks.0.type": "SeedEveryIteration",
     "custom_hooks.1.type": "StopOnNonFiniteLoss",
     "custom_hooks.2.type": "ProgressBar",
 }
 # The backbone, tested below, and what changes no result: paths, workers, logs, the runner.
-OTHER = ("model.name", "model.init", "model.window_size", "env_cfg.", "log_level", "load_from")
-OTHER += ("resume", "runner_type", "default_scope", "vis", "default_hooks.timer.")
+OTHER = ("model.name", "model.init", "model.window_size", "env_cfg.", "log_level")
+OTHER += ("runner_type", "default_scope", "vis", "default_hooks.timer.")
 OTHER += ("default_hooks.logger.", "default_hooks.sampler_seed.", "custom_imports.")
 OTHER += ("default_hooks.checkpoint.max_keep_ckpts",)
 OTHER += tuple(

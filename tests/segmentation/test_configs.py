@@ -83,6 +83,8 @@ FIELDS: dict[str, Any] = {
     # The last checkpoint is evaluated, not a best one.
     "default_hooks.checkpoint.type": "CheckpointHook",
     "default_hooks.checkpoint.by_epoch": False,
+    "load_from": None,
+    "resume": False,
     "custom_hooks.0.type": "SeedEveryIteration",
     "custom_hooks.1.type": "StopOnNonFiniteLoss",
     "model.type": "EncoderDecoder",
@@ -167,7 +169,7 @@ for key in ("train", "val", "test"):
     FIELDS[f"{key}_dataloader.dataset.type"] = "ADE20KDataset"
     FIELDS[f"{key}_dataloader.dataset.data_root"] = "data/ade/ADEChallengeData2016"
 # The backbone, tested above, and what changes no result: workers, logs, the runner.
-OTHER = ("model.backbone.type", "model.backbone.init", "env_cfg.", "log_", "load_from", "resume")
+OTHER = ("model.backbone.type", "model.backbone.init", "env_cfg.", "log_")
 OTHER += ("runner_type", "default_scope", "vis", "custom_imports.", "dataset_type", "data_root")
 OTHER += ("norm_cfg.", "train_pipeline.", "test_pipeline.", "default_hooks.timer.")
 OTHER += ("default_hooks.logger.", "default_hooks.sampler_seed.", "default_hooks.visualization.")

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import TRANSFORMS, init_default_scope
 from PIL import Image
 
 from dense.recipes import RECIPES
-from dense.segmentation.config import check, load_config, use_own_data
+from dense.segmentation.config import check, load_config, set_short_side, use_own_data
 from dense.segmentation.data import ConfigError, check_masks, image_mask_pairs
 from dense.segmentation.dataset import FolderDataset
 
 NANO = RECIPES / "segmentation/i_d_dw_conv_nano_upernet.py"
+RECIPE = "8xb2-160k_ade20k-512x512"
 CLASSES = ("ground", "box", "bar")
 
 
@@ -129,6 +130,59 @@ def test_five_lines_of_config_are_enough(shapes, tmp_path):
     use_own_data(named, shapes)
     for key in ("train_dataloader", "val_dataloader", "test_dataloader", "model"):
         assert mine[key] == named[key]
+
+
+def steps(cfg, loader: str) -> list:
+    init_default_scope("mmseg")
+    return [TRANSFORMS.build(step) for step in cfg[loader].dataset.pipeline]
+
+
+def test_own_photos_keep_their_scale(shapes):
+    """Crops are of half to one and a half times a photo's size; tests take all of it as it is."""
+    cfg = load_config(NANO)
+    use_own_data(cfg, shapes)
+    paths = (f"{shapes[key]}/0.{end}" for key, end in (("val_images", "jpg"), ("val_masks", "png")))
+    found = dict(zip(("img_path", "seg_map_path"), paths, strict=True))
+    found |= dict(label_map=None, reduce_zero_label=False, seg_fields=[])
+
+    sizes = set()
+    for seed in range(40):
+        np.random.seed(seed)
+        sample = dict(found)
+        for step in steps(cfg, "train_dataloader")[:3]:
+            sample = step(sample)
+        assert sample["img"].shape[:2] == sample["gt_seg_map"].shape
+        sizes.add(sample["img"].shape[:2])
+    assert sizes == {(32, 40), (48, 60), (64, 80), (80, 100), (96, 120)}
+    for loader in ("val_dataloader", "test_dataloader"):
+        sample = dict(found)
+        for step in steps(cfg, loader):
+            sample = step(sample)
+        assert sample["inputs"].shape == (3, 64, 80)
+
+
+@pytest.mark.parametrize("config", ["dw_conv_nano_upernet", f"swin_tiny_upernet_{RECIPE}"])
+def test_a_short_side_resizes_photos_and_narrows_crops(config):
+    cfg = load_config(NANO.parent / f"{config}.py")
+    set_short_side(cfg, 96)
+    load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
+    train, test = (
+        [step.to_dict() for step in cfg[loader].dataset.pipeline]
+        for loader in ("train_dataloader", "val_dataloader")
+    )
+    ratio = cfg.train_dataloader.dataset.pipeline[3].cat_max_ratio
+    assert train[:4] == [
+        *load,
+        dict(type="RandomResize", scale=(384, 96), ratio_range=(0.75, 1.5), keep_ratio=True),
+        dict(type="RandomCrop", crop_size=(96, 96), cat_max_ratio=ratio),
+    ]
+    assert train[4]["type"] == "RandomFlip" and train[-1]["type"] == "PackSegInputs"
+    assert cfg.model.data_preprocessor.size == (96, 96)
+    resize = dict(type="Resize", scale=(384, 96), keep_ratio=True)
+    assert test == [load[0], resize, load[1], dict(type="PackSegInputs")]
+    assert cfg.test_dataloader.dataset.pipeline == cfg.val_dataloader.dataset.pipeline
+    with pytest.raises(ConfigError, match="--short-side 16: 32 or more"):
+        set_short_side(cfg, 16)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def command(ade_slice, work_dir, *options, launcher=()):
         *(launcher or [sys.executable]),
         str(ROOT / "tools/train_segmentor.py"),
         str(CONFIGS / "i_d_dw_conv_nano_upernet.py"),
-        *("--data-root", str(ade_slice), "--work-dir", str(work_dir)),
+        *("--data-root", str(ade_slice), "--work-dir", str(work_dir), "--short-side", "128"),
         *(("--launcher", "pytorch") if launcher else ()),
         *(option for option in options if option.startswith("--")),
         *("--cfg-options", "train_dataloader.batch_size=4", "val_dataloader.num_workers=1"),

@@ -41,7 +41,7 @@ def test_train_test_and_predict_agree(monkeypatch, tools, shapes, tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
     run(
         *(monkeypatch, tools.train, CONFIG, "--work-dir", work, *own_data(shapes)),
-        *("--cfg-options", *FAST),
+        *("--short-side", "64", "--cfg-options", *FAST),
     )
     config, checkpoint = work / CONFIG.name, work / "iter_2.pth"
     before = config.read_text()
@@ -72,6 +72,7 @@ def test_train_test_and_predict_agree(monkeypatch, tools, shapes, tmp_path):
         (["nowhere.py"], "no config file at nowhere.py"),
         ([CONFIG], "no folder data/ade/ADEChallengeData2016/images/training"),
         ([CONFIG, "--data-root", "/elsewhere"], "no folder /elsewhere/images/training"),
+        ([CONFIG, "--short-side", "16"], "--short-side 16: 32 or more is needed"),
         ([CONFIG, "--classes", "a,b"], "train_images, train_masks, val_images, val_masks not"),
     ],
 )

@@ -7,7 +7,7 @@ _base_ = [
     "./default_runtime.py",
 ]
 model = dict(
-    data_preprocessor=dict(size=(128, 128)),
+    data_preprocessor=dict(size=(256, 256)),
     backbone=dict(drop_path_rate=0.0),
     decode_head=dict(in_channels=[32, 64, 128, 256], channels=64),
     auxiliary_head=dict(in_channels=128, channels=32),

@@ -1,17 +1,25 @@
-"""Small data in ADE20K's layout or your own folders: 128x128 crops, short side 128 in tests."""
+"""Small data in ADE20K's layout or your own folders: 256x256 crops of photos at their own scale.
+
+``tools/train_segmentor.py --short-side N`` resizes the photos instead.
+"""
 
 _base_ = "./ade20k.py"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="RandomResize", scale=(512, 128), ratio_range=(0.75, 1.5), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(128, 128), cat_max_ratio=0.95),
+    dict(
+        type="RandomChoice",
+        transforms=[
+            [dict(type="Resize", scale_factor=factor, keep_ratio=True)]
+            for factor in (0.5, 0.75, 1.0, 1.25, 1.5)
+        ],
+    ),
+    dict(type="RandomCrop", crop_size=(256, 256), cat_max_ratio=0.95),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(512, 128), keep_ratio=True),
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
