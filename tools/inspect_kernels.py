@@ -5,7 +5,8 @@
     python tools/inspect_kernels.py --arch 80 86 89 90 --tiles --only resources
 
 Compiles every kernel as its launcher would call it at the sizes of a tiny network's first and last
-stage. Nothing is timed. Values that differ between architectures are separated by slashes.
+stage, with --tiles of all stages. Nothing is timed. Values that differ between architectures are
+separated by slashes.
 
 registers, spilled, shared, widest
     Of a thread and in bytes by ptxas; shared memory of a program; the widest access of a thread to
@@ -46,11 +47,21 @@ DTYPES = ("fp32", "bf16", "fp16")
 # What a program can have on GPUs of compute capability 8.6, 8.9 and 12.0, in bytes.
 SHARED = 101_376
 SECTOR = 32
-# B, H, W and C of the two stages, and of maps whose offsets need more than 32 bits.
+# B, H, W and C of the stages, and of maps whose offsets need more than 32 bits.
 # Programs whose threads are executed together.
 _PROGRAMS = 256
-STAGES = {"stage 1": (2, 56, 56, 96), "stage 4": (8, 7, 7, 768)}
-LARGE = {"stage 1": (1, 7168, 7168, 96), "stage 4": (100, 266, 266, 768)}
+STAGES = {
+    "stage 1": (2, 56, 56, 96),
+    "stage 2": (2, 28, 28, 192),
+    "stage 3": (4, 14, 14, 384),
+    "stage 4": (8, 7, 7, 768),
+}
+LARGE = {
+    "stage 1": (1, 7168, 7168, 96),
+    "stage 2": (4, 3584, 3584, 192),
+    "stage 3": (25, 896, 896, 384),
+    "stage 4": (100, 266, 266, 768),
+}
 
 
 # Launches
@@ -782,8 +793,12 @@ def main(argv: list[str] | None = None) -> int:
     archs = ", ".join(f"sm_{arch}" for arch in args.arch)
     print(f"Triton {triton.__version__}, {archs}\n")
     failed, header = False, True
+    stages = list(STAGES) if args.tiles else ["stage 1", "stage 4"]
     for dtype in args.dtypes:
-        small, large = (launches(dtype, sizes, args.tiles) for sizes in (STAGES, LARGE))
+        small, large = (
+            launches(dtype, {stage: sizes[stage] for stage in stages}, args.tiles)
+            for sizes in (STAGES, LARGE)
+        )
         for one, same in zip(small, large, strict=True):
             if args.kernels not in one.label:
                 continue

@@ -261,7 +261,8 @@ def _run_mix(
         return out
     batch, height, width, shared, groups = x.shape
     depth = hidden.shape[-1]
-    fixed = _fixed(x, depth, most=128)
+    # One block, whose product with all taps needs ``hidden`` once; gathered, it is read for each.
+    fixed = _fixed(x, depth, most=64 if gather else 128)
 
     def grid(tile: dict) -> tuple[int]:
         blocks = triton.cdiv(shared, tile["BLOCK_S"]) * triton.cdiv(groups, fixed["BLOCK_G"])
