@@ -87,29 +87,214 @@ def test_backbone_of_full_size(name, expected_init):
     tiny = "_tiny" in name
     assert backbone.drop_path_rate == (0.2 if tiny else 0.3)
     assert model.neck.in_channels == [(96 if tiny else 128) * 2**i for i in range(4)]
+    assert backbone.norm == "SyncBN"
+    assert (backbone.out_indices, backbone.frozen_stages) == ((0, 1, 2, 3), -1)
 
 
-def test_recipe():
+def assert_has(cfg, **figures):
+    """That the config has these figures, given by its dotted keys with ``__`` for the dots."""
+    for key, figure in figures.items():
+        found = cfg
+        for part in key.split("__"):
+            found = found[int(part) if part.isdigit() else part]
+        assert found == figure, (key, found)
+
+
+# The figures below are those of the authors' cascade_mask_rcnn_dwnet_*_coco.py and of its bases,
+# which are Swin's: models/cascade_mask_rcnn_*_fpn.py, datasets/coco_instance.py,
+# schedules/schedule_1x.py and default_runtime.py.
+
+
+@pytest.mark.parametrize("size", ["tiny", "base"])
+def test_recipe_of_the_model(size):
+    model = Config.fromfile(CONFIGS / f"cascade-mask-rcnn_dw_conv_{size}_{RECIPE}.py").model
+    assert_has(
+        model,
+        type="CascadeRCNN",
+        data_preprocessor__mean=[123.675, 116.28, 103.53],
+        data_preprocessor__std=[58.395, 57.12, 57.375],
+        data_preprocessor__bgr_to_rgb=True,
+        data_preprocessor__pad_mask=True,
+        data_preprocessor__pad_size_divisor=32,
+        neck__type="FPN",
+        neck__out_channels=256,
+        neck__num_outs=5,
+        roi_head__num_stages=3,
+        roi_head__stage_loss_weights=[1, 0.5, 0.25],
+        roi_head__mask_head__num_convs=4,
+        roi_head__mask_head__in_channels=256,
+        roi_head__mask_head__conv_out_channels=256,
+        roi_head__mask_head__num_classes=80,
+        roi_head__mask_head__loss_mask=dict(
+            type="CrossEntropyLoss", use_mask=True, loss_weight=1.0
+        ),
+    )
+    # Padding follows normalisation: its value is 0, the default.
+    assert "pad_value" not in model.data_preprocessor
+    for kind, side in (("bbox", 7), ("mask", 14)):
+        assert_has(
+            model.roi_head[f"{kind}_roi_extractor"],
+            type="SingleRoIExtractor",
+            roi_layer=dict(type="RoIAlign", output_size=side, sampling_ratio=0),
+            out_channels=256,
+            featmap_strides=[4, 8, 16, 32],
+        )
+    assert_has(
+        model.rpn_head,
+        in_channels=256,
+        feat_channels=256,
+        anchor_generator__scales=[8],
+        anchor_generator__ratios=[0.5, 1.0, 2.0],
+        anchor_generator__strides=[4, 8, 16, 32, 64],
+        bbox_coder__target_means=[0.0] * 4,
+        bbox_coder__target_stds=[1.0] * 4,
+        loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
+        loss_bbox=dict(type="SmoothL1Loss", beta=1 / 9, loss_weight=1.0),
+    )
+
+
+def test_recipe_of_training_and_test():
+    model = Config.fromfile(CONFIGS / f"cascade-mask-rcnn_dw_conv_tiny_{RECIPE}.py").model
+    assert_has(
+        model.train_cfg.rpn,
+        assigner__pos_iou_thr=0.7,
+        assigner__neg_iou_thr=0.3,
+        assigner__min_pos_iou=0.3,
+        assigner__match_low_quality=True,
+        assigner__ignore_iof_thr=-1,
+        sampler__num=256,
+        sampler__pos_fraction=0.5,
+        sampler__neg_pos_ub=-1,
+        sampler__add_gt_as_proposals=False,
+        allowed_border=0,
+        pos_weight=-1,
+    )
+    for proposals, most in ((model.train_cfg.rpn_proposal, 2000), (model.test_cfg.rpn, 1000)):
+        assert_has(
+            proposals,
+            nms_pre=most,
+            max_per_img=most,
+            nms=dict(type="nms", iou_threshold=0.7),
+            min_bbox_size=0,
+        )
+    for stage, threshold in zip(model.train_cfg.rcnn, (0.5, 0.6, 0.7), strict=True):
+        assert_has(
+            stage,
+            assigner__pos_iou_thr=threshold,
+            assigner__neg_iou_thr=threshold,
+            assigner__min_pos_iou=threshold,
+            assigner__match_low_quality=False,
+            assigner__ignore_iof_thr=-1,
+            sampler__num=512,
+            sampler__pos_fraction=0.25,
+            sampler__neg_pos_ub=-1,
+            sampler__add_gt_as_proposals=True,
+            mask_size=28,
+            pos_weight=-1,
+        )
+    assert_has(
+        model.test_cfg.rcnn,
+        score_thr=0.05,
+        nms=dict(type="nms", iou_threshold=0.5),
+        max_per_img=100,
+        mask_thr_binary=0.5,
+    )
+
+
+def test_recipe_of_the_run():
+    cfg = Config.fromfile(CONFIGS / f"cascade-mask-rcnn_dw_conv_tiny_{RECIPE}.py")
+    assert_has(
+        cfg,
+        optim_wrapper__type="AmpOptimWrapper",
+        # tests/dense/test_optim.py has the groups that it makes.
+        optim_wrapper__constructor="DenseOptimWrapperConstructor",
+        optim_wrapper__optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+        param_scheduler__0=dict(
+            type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500
+        ),
+        param_scheduler__1=dict(
+            type="MultiStepLR", by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1
+        ),
+        # The originals compute AP after each epoch, we after every third.
+        train_cfg=dict(type="EpochBasedTrainLoop", max_epochs=36, val_interval=3),
+        auto_scale_lr=dict(enable=False, base_batch_size=16),
+        default_hooks__checkpoint__interval=1,
+        val_evaluator__metric=["bbox", "segm"],
+        test_evaluator__metric=["bbox", "segm"],
+        val_evaluator__ann_file="data/coco/annotations/instances_val2017.json",
+        test_evaluator__ann_file="data/coco/annotations/instances_val2017.json",
+    )
+    assert not {"clip_grad", "accumulative_counts"} & set(cfg.optim_wrapper)
+
+
+def test_recipe_of_the_data():
+    cfg = Config.fromfile(CONFIGS / f"cascade-mask-rcnn_dw_conv_tiny_{RECIPE}.py")
+    _, load, flip, choice, pack = cfg.train_dataloader.dataset.pipeline
+    assert load == dict(type="LoadAnnotations", with_bbox=True, with_mask=True)
+    assert (flip, pack) == (dict(type="RandomFlip", prob=0.5), dict(type="PackDetInputs"))
+    scales = [(s, 1333) for s in (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)]
+    resize = dict(type="RandomChoiceResize", scales=scales, keep_ratio=True)
+    small = dict(resize, scales=[(400, 1333), (500, 1333), (600, 1333)])
+    crop = dict(
+        type="RandomCrop",
+        crop_type="absolute_range",
+        crop_size=(384, 600),
+        allow_negative_crop=True,
+    )
+    # Without "prob", both branches are as likely.
+    assert choice == dict(type="RandomChoice", transforms=[[resize], [small, crop, resize]])
+    assert_has(
+        cfg.train_dataloader,
+        batch_size=2,
+        sampler__shuffle=True,
+        batch_sampler__type="AspectRatioBatchSampler",
+        dataset__data_root="data/coco/",
+        dataset__ann_file="annotations/instances_train2017.json",
+        dataset__data_prefix__img="train2017/",
+        dataset__filter_cfg=dict(filter_empty_gt=True, min_size=32),
+    )
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        assert_has(
+            loader,
+            batch_size=1,
+            drop_last=False,
+            sampler__shuffle=False,
+            dataset__data_root="data/coco/",
+            dataset__ann_file="annotations/instances_val2017.json",
+            dataset__data_prefix__img="val2017/",
+            dataset__test_mode=True,
+            dataset__pipeline__1=dict(type="Resize", scale=(1333, 800), keep_ratio=True),
+        )
+        kinds = [step.type for step in loader.dataset.pipeline]
+        assert kinds == ["LoadImageFromFile", "Resize", "LoadAnnotations", "PackDetInputs"]
+
+
+def test_recipe_of_the_box_heads():
     cfg = Config.fromfile(CONFIGS / f"cascade-mask-rcnn_dw_conv_tiny_{RECIPE}.py")
     heads = cfg.model.roi_head.bbox_head
-    assert [head.bbox_coder.target_stds[0] for head in heads] == [0.1, 0.05, 0.033]
+    assert [head.bbox_coder.target_stds for head in heads] == [
+        [0.1, 0.1, 0.2, 0.2],
+        [0.05, 0.05, 0.1, 0.1],
+        [0.033, 0.033, 0.067, 0.067],
+    ]
     for head in heads:
-        assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ("ConvFCBBoxHead", 4, 1)
-        assert (head.loss_bbox.type, head.loss_bbox.loss_weight) == ("GIoULoss", 10.0)
-        assert head.norm_cfg.type == cfg.model.backbone.norm == "SyncBN"
-        assert head.reg_decoded_bbox and not head.reg_class_agnostic
-    optimizer = cfg.optim_wrapper.optimizer
-    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-4, 0.05)
-    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
-    assert cfg.train_cfg.max_epochs == 36 and cfg.param_scheduler[1].milestones == [27, 33]
-    assert cfg.train_dataloader.batch_size * 8 == 16
-    choice = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}["RandomChoice"]
-    (whole,), (small, crop, again) = choice.transforms
-    assert whole.scales == again.scales == [(short, 1333) for short in range(480, 801, 32)]
-    assert small.scales == [(400, 1333), (500, 1333), (600, 1333)]
-    assert crop.crop_size == (384, 600)
-    preprocessor = cfg.model.data_preprocessor
-    assert preprocessor.bgr_to_rgb and preprocessor.mean == [123.675, 116.28, 103.53]
+        assert_has(
+            head,
+            type="ConvFCBBoxHead",
+            num_shared_convs=4,
+            num_shared_fcs=1,
+            in_channels=256,
+            conv_out_channels=256,
+            fc_out_channels=1024,
+            roi_feat_size=7,
+            num_classes=80,
+            bbox_coder__target_means=[0.0] * 4,
+            norm_cfg=dict(type="SyncBN", requires_grad=True),
+            reg_class_agnostic=False,
+            reg_decoded_bbox=True,
+            loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+            loss_bbox=dict(type="GIoULoss", loss_weight=10.0),
+        )
 
 
 def test_names_outside_the_backbone_are_mmdetection_2s():

@@ -35,7 +35,7 @@ dataloader = dict(
             ],
             image_format="RGB",
             use_instance_mask=True,
-            # Boxes are cropped with the image, as in MMDetection. True: the box of the cropped mask.
+            # As in MMDetection, a box is cropped with the image. True: the box of the cropped mask.
             recompute_boxes=False,
         ),
         total_batch_size=16,
