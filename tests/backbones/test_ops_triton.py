@@ -284,7 +284,7 @@ def test_without_the_interpreter_a_cpu_is_told(monkeypatch, capsys):
     with pytest.raises(ValueError, match=told), ops.force("triton"):
         pass
     monkeypatch.setenv("DENSE_OPS", "triton")
-    assert main() == 2
+    assert main([]) == 2
     assert told in capsys.readouterr().err
 
 
