@@ -288,7 +288,7 @@ def test_without_the_interpreter_a_cpu_is_told(monkeypatch, capsys):
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.e2e
+@pytest.mark.kernels
 def test_kernels_compile_for_gpus_and_do_not_spill():
     tool = support.ROOT / "tools/inspect_kernels.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

