@@ -48,7 +48,7 @@ test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not e2e and not kernels" -n $(WORKERS) --durations=15
 
 test-e2e: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m e2e -n $(WORKERS) --dist worksteal -v -rP --durations=0
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m e2e -n $(WORKERS) --dist loadfile -v -rP --durations=0
 
 test-kernels: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m kernels -n $(WORKERS) -v -rP --durations=0
