@@ -62,6 +62,8 @@ def _show() -> int:
     ]
     for device, operator, backend, reason in lines:
         print(f"{device:<6} {operator:<37} {backend:<10} {reason}")
+    if (origin := native.origin()) is not None:
+        print(f"C kernels {origin}")
     for verdict in verdicts.every():
         used = "used" if verdict.use else "not used"
         print(f"{verdict.processor}: {verdict.operator}: {used}: {verdict.reason}")

@@ -6,6 +6,7 @@ so that everything runs in the calling thread. Values are normally distributed a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,20 +84,15 @@ def _case(operator: str, name: str, label: str, tensors: Sequence[Tensor], *size
     return Case(operator, label, forward, backward, tuple(tensors))
 
 
-def depthwise(size: Size, channels: int = 40, kernel: int = 7, batch: int = 2) -> Case:
-    """One kernel for each channel, the same for all images."""
+def depthwise(
+    size: Size, channels: int = 40, kernel: int = 7, batch: int = 2, dynamic: bool = False
+) -> Case:
+    """One kernel for each channel, with ``dynamic`` for each channel and image."""
     label = f"{batch}x{channels}x{size[0]}x{size[1]}, {kernel}x{kernel}"
-    tensors = normal(1, batch, *size, channels), normal(2, 1, kernel**2, channels)
-    tensors = *tensors, normal(3, channels)
-    return _case("depthwise_conv", "depthwise", label, tensors, kernel, biased=True)
-
-
-def dynamic(size: Size, channels: int = 40, kernel: int = 7, batch: int = 2) -> Case:
-    """One kernel for each channel and image."""
-    label = f"{batch}x{channels}x{size[0]}x{size[1]}, {kernel}x{kernel}"
-    tensors = normal(1, batch, *size, channels), normal(2, batch, kernel**2, channels)
-    tensors = *tensors, normal(3, channels)
-    return _case("dynamic_depthwise_conv", "depthwise", label, tensors, kernel, biased=True)
+    kernels = normal(2, batch if dynamic else 1, kernel**2, channels)
+    tensors = normal(1, batch, *size, channels), kernels, normal(3, channels)
+    name = "dynamic_depthwise_conv" if dynamic else "depthwise_conv"
+    return _case(name, "depthwise", label, tensors, kernel, biased=True)
 
 
 def inhomogeneous(
@@ -164,7 +160,7 @@ def _seam(window: Size, shift: Size) -> str:
 
 _MAKERS = {
     "depthwise_conv": depthwise,
-    "dynamic_depthwise_conv": dynamic,
+    "dynamic_depthwise_conv": partial(depthwise, dynamic=True),
     "inhomogeneous_dynamic_depthwise_conv": inhomogeneous,
     "inhomogeneous_aggregation": aggregation,
     "window_attention": attention,
