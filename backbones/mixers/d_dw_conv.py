@@ -21,7 +21,6 @@ class DynamicDepthwiseConv(ConvMixer):
     """
 
     marks = ("reduce.weight", "expand.weight", "bias")
-    read_by_operator = ("expand",)
     names = {
         "original": (
             (".mixer.reduce.", ".attn2conv.conv.conv1."),

@@ -96,13 +96,7 @@ def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     shape, x = (*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
-    if weight.numel() > max(2**20, 100 * x.numel()):
-        # Few rows and a large weight (D-DW-Conv's kernel predictor): reading it in order is faster.
-        out = (weight @ x.t()).t().contiguous()
-        out = out if bias is None else out.add_(bias)
-        out = F.gelu(out) if gelu else out
-    else:
-        name = "gelu" if gelu else "none"
-        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], "none" if gelu else "")
+    name = "gelu" if gelu else "none"
+    out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], "none" if gelu else "")
     # Not a view for autograd: outputs may be modified in place.
     return torch.ops.aten._unsafe_view(out, shape)
