@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from backbones.families import SIZES
 from backbones.layouts import ANCHORS, family_of, to_ours
 from backbones.mixers import Mixer
+from backbones.mixers.norm import CenteredBatchNorm2d
 from backbones.reading import CheckpointError, read_with_classes
 
 _logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def fit(
     """
     wanted = model.state_dict()
     own = backbone_of(state_dict, prefix, family_of(wanted))
-    given = to_ours(own)
+    given = _adapted(to_ours(own), model)
     classifier = _map_classifier(given, wanted, their_classes, classes)
     fitting, resized, wrong = {}, [], []
     for name, value in given.items():
@@ -303,6 +304,17 @@ def imagenet_classes(count: int, family: str | None = None) -> Sequence[str] | N
         return names[:_22K]
     subset = {1000: "imagenet-1k", _22K: "imagenet-22k"}.get(count)
     return ImageNetInfo(subset).label_names() if subset else None
+
+
+def _adapted(given: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Entries of another form of a mixer or norm, by the names of the form that the model has."""
+    for place, module in model.named_modules():
+        if isinstance(module, Mixer | CenteredBatchNorm2d):
+            own = {k: v for k, v in given.items() if k.startswith(f"{place}.")}
+            entries = module.adapt({k.removeprefix(f"{place}."): v for k, v in own.items()})
+            given = {k: v for k, v in given.items() if k not in own}
+            given |= {f"{place}.{k}": v for k, v in entries.items()}
+    return given
 
 
 def _resize(model: nn.Module, name: str, value: Tensor, target: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from backbones.checkpoints import load_checkpoint
 from backbones.layers import Mlp, Size, ceil_div
 from backbones.mixers.base import Mixer, init_linears
-from backbones.mixers.norm import normalise, paused_statistics
+from backbones.mixers.norm import NORM_LAYERS, normalise, paused_statistics
 
 
 class Pyramid(nn.Module):
@@ -38,6 +38,12 @@ class Pyramid(nn.Module):
         mlp_ratio: hidden channels of the MLPs divided by C.
         drop_rate: dropout before the classifier.
         drop_path_rate: drop path of the last block; it grows linearly from 0 in the first.
+        norm_layer: ``"layernorm"``, ``"batchnorm"`` or ``"centered_batchnorm"`` for all norms of
+            the blocks (Table 12); None keeps the family's. Patch embedding, merging and the final
+            norm have layer norm.
+
+    Raises:
+        ValueError: an unknown ``norm_layer``.
     """
 
     def __init__(
@@ -52,8 +58,11 @@ class Pyramid(nn.Module):
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        norm_layer: str | None = None,
     ):
         super().__init__()
+        if norm_layer is not None and norm_layer not in NORM_LAYERS:
+            raise ValueError(f"norm_layer={norm_layer!r}: {', '.join(NORM_LAYERS)} are valid")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -67,7 +76,13 @@ class Pyramid(nn.Module):
             dim = embed_dim * 2**i
             feat_size = _feat_size(img_size, i)
             blocks = [
-                Block(dim, mixer(dim, i, j, feat_size), Mlp(dim, int(dim * mlp_ratio)), next(rates))
+                Block(
+                    dim,
+                    mixer(dim, i, j, feat_size),
+                    Mlp(dim, int(dim * mlp_ratio)),
+                    next(rates),
+                    NORM_LAYERS.get(norm_layer),
+                )
                 for j in range(depth)
             ]
             self.stages.append(Stage(PatchMerging(dim // 2) if i else nn.Identity(), blocks))
@@ -305,10 +320,20 @@ class Block(nn.Module):
         mixer: mixes positions; its ``norm_layer`` and ``pre_norm`` choose the norms.
         mlp: mixes channels, ``(..., C)`` to ``(..., C)``.
         drop_path: drop path probability of each branch.
+        norm_layer: class of the norms, the mixer's included; None keeps the mixer's choice.
     """
 
-    def __init__(self, dim: int, mixer: Mixer, mlp: nn.Module, drop_path: float):
+    def __init__(
+        self,
+        dim: int,
+        mixer: Mixer,
+        mlp: nn.Module,
+        drop_path: float,
+        norm_layer: type[nn.Module] | None = None,
+    ):
         super().__init__()
+        if norm_layer is not None:
+            mixer.set_norm_layer(norm_layer)
         self.mixer = mixer
         self.norm1 = mixer.norm_layer(dim) if mixer.pre_norm else nn.Identity()
         self.norm2 = mixer.norm_layer(dim)

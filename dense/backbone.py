@@ -7,12 +7,11 @@ from weakref import WeakKeyDictionary
 
 import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 import backbones
 from backbones.layouts import layout_of, to_ours
-from backbones.mixers.norm import normalise
+from backbones.mixers.norm import freeze_batch_norms, normalise
 from backbones.released import source_of
 
 _logger = logging.getLogger(__name__)
@@ -90,13 +89,14 @@ class DenseBackbone(nn.Module):
         infos = [pyramid.feature_info[i] for i in self.out_indices]
         self.channels = tuple(info["num_chs"] for info in infos)
         self.strides = tuple(info["reduction"] for info in infos)
-        # As the paper's detectors and segmentors: batch norm for the convolutional families.
-        norm_layer = pyramid.stages[0].blocks[0].mixer.norm_layer
+        # As the paper's detectors and segmentors: batch norm for the convolutional families,
+        # whatever norm_layer the blocks have.
+        norm_layer = type(pyramid.stages[0].blocks[0].mixer).norm_layer
         self.norms = nn.ModuleDict(
             {str(i): norm_layer(c) for i, c in zip(self.out_indices, self.channels, strict=True)}
         )
         if norm == "FrozenBN":
-            freeze_batch_norm_2d(self)
+            freeze_batch_norms(self)
         elif norm == "SyncBN":
             revert_sync_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(self))
         # Released detectors and segmentors have their authors' keys for the backbone.

@@ -16,7 +16,9 @@ from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+from backbones.mixers.norm import CenteredBatchNorm2d
+
+_NORMS = (_NormBase, CenteredBatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _POSITIONS = ("relative_position_bias_table", "absolute_pos_embed")
 
 

@@ -4,7 +4,7 @@ A family is a subclass of :class:`Mixer` and a line of the table in :mod:`backbo
 pyramid, ``backbones.fuse``, checkpoint loading and the framework adapters use only this interface.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Self
 
 from timm.layers import trunc_normal_
@@ -20,13 +20,16 @@ class Mixer(nn.Module):
     """Mixes the positions of a map, ``(B, H, W, C)`` to ``(B, H, W, C)`` at any H and W.
 
     Attributes:
-        norm_layer: the norm of the family's blocks and dense outputs, called with C:
-            ``nn.LayerNorm`` or ``nn.BatchNorm2d``.
+        norm_layer: the class of the norms in the blocks, called with C: ``nn.LayerNorm`` or
+            ``nn.BatchNorm2d``, which the dense outputs have too; an instance's own value, set by
+            :meth:`set_norm_layer`, concerns its block alone.
         pre_norm: whether the block applies ``norm1`` before the mixer.
         marks: entries of the mixer's state dict, such as ``"qkv.weight"``, that identify the family
             of a checkpoint; see :func:`backbones.layouts.family_of`.
+        forms: other classes that :meth:`at` builds for some of its options. Their checkpoints are
+            the family's, and only those layouts hold them for which they have names.
         read_by_operator: names of linears that ``backbones.fuse`` does not replace, because an
-            operator reads their weights or they have too few input rows to gain.
+            operator reads their weights.
         names: for each key of :data:`backbones.layouts.LAYOUTS`, the (our, its) prefixes within a
             block; a layout that is absent cannot hold the family.
     """
@@ -34,6 +37,7 @@ class Mixer(nn.Module):
     norm_layer: type[nn.Module] = nn.LayerNorm
     pre_norm: bool = True
     marks: ClassVar[tuple[str, ...]] = ()
+    forms: ClassVar[tuple[type["Mixer"], ...]] = ()
     read_by_operator: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[dict[str, Names]] = {}
 
@@ -56,12 +60,31 @@ class Mixer(nn.Module):
         """Initialise the linears as Swin does: truncated normal, std 0.02; biases 0."""
         init_linears(self.modules())
 
+    def set_norm_layer(self, norm_layer: type[nn.Module]) -> None:
+        """Replace the norms of the mixer and of its block, before training (Table 12).
+
+        Args:
+            norm_layer: called with C; see :data:`.norm.NORM_LAYERS`.
+        """
+        self.norm_layer = norm_layer
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, in addition to norms and biases."""
         return set()
 
     def fold(self) -> None:
         """Fold the mixer's batch norms into adjacent layers, in place and for evaluation only."""
+
+    def adapt(self, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename a checkpoint's entries of another form of the family to this mixer's names.
+
+        Args:
+            entries: the checkpoint's entries of this mixer, by their names in it.
+
+        Returns:
+            All entries, those of this form unchanged; :meth:`fit` gets the values of other shapes.
+        """
+        return dict(entries)
 
     def fit(self, name: str, value: Tensor) -> Tensor:
         """Resize a checkpoint's tensor to this mixer's window, kernel or window grid.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from backbones.folding import foldable, linear_before
 from backbones.layers import Size, is_plain
 from backbones.mixers.base import Mixer
-from backbones.mixers.norm import batch_norm
+from backbones.mixers.norm import normalise
 
 # The authors' names of the layers around the operator, and of the block's norm before the MLP.
 AROUND = (
@@ -23,7 +23,8 @@ AROUND = (
 class ConvMixer(Mixer):
     """Linear, BN, ReLU, depth-wise operator, BN, ReLU, linear, BN (appendix D).
 
-    The linears have no bias and keep PyTorch's initialisation, that of a 1x1 convolution.
+    The linears have no bias and keep PyTorch's initialisation, that of a 1x1 convolution. A model's
+    ``norm_layer`` replaces these three norms, not that of a kernel predictor.
 
     Args:
         dim: C.
@@ -50,11 +51,17 @@ class ConvMixer(Mixer):
     def init_weights(self) -> None:
         """Keep PyTorch's initialisation."""
 
+    def set_norm_layer(self, norm_layer: type[nn.Module]) -> None:
+        """Replace ``in_norm``, ``mid_norm`` and ``out_norm`` where they stand (Table 12)."""
+        super().set_norm_layer(norm_layer)
+        for name in ("in_norm", "mid_norm", "out_norm"):
+            setattr(self, name, norm_layer(self.in_proj.out_features))
+
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
-        x = F.relu(batch_norm(self.in_norm, self.in_proj(x)))
-        x = F.relu(batch_norm(self.mid_norm, self.mix(x)))
-        return batch_norm(self.out_norm, self.out_proj(x))
+        x = F.relu(normalise(self.in_norm, self.in_proj(x)))
+        x = F.relu(normalise(self.mid_norm, self.mix(x)))
+        return normalise(self.out_norm, self.out_proj(x))
 
     def mix(self, x: Tensor) -> Tensor:
         """Apply the depth-wise operator, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
@@ -83,6 +90,11 @@ class ConvMixer(Mixer):
         """Set the kernel size to ``window_size``; ``feat_size`` has no effect."""
         if window_size is not None and square(window_size) != self.kernel_size:
             self.set_kernel_size(square(window_size))
+
+
+def resized(kernels: Tensor, size: int) -> Tensor:
+    """Bicubic resizing of ``(N, M, K, K)`` kernels to ``(N, M, size, size)`` (Table 14)."""
+    return F.interpolate(kernels, (size, size), mode="bicubic", align_corners=False)
 
 
 def square(kernel_size: int | Size) -> int:

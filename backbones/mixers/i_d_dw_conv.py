@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from backbones import ops
 from backbones.layers import Size, is_plain
 from backbones.mixers.conv import AROUND, ConvMixer
-from backbones.mixers.norm import batch_norm
+from backbones.mixers.norm import normalise
 from backbones.ops.common import autocast_dtype, without_autocast
 
 
@@ -63,7 +63,7 @@ class InhomogeneousDynamicDepthwiseConv(ConvMixer):
             # The features that predict the kernels may exceed 65504, float16's largest number.
             with without_autocast(x):
                 return self.mix(x.to(self.reduce.weight.dtype))
-        hidden = F.relu(batch_norm(self.reduce_norm, self.reduce(x)))
+        hidden = F.relu(normalise(self.reduce_norm, self.reduce(x)))
         if is_plain(self.expand, nn.Linear):
             # Fused, so that the kernels, num_groups*K*K numbers per position, are never stored.
             return ops.inhomogeneous_dynamic_depthwise_conv(

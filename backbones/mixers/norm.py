@@ -1,25 +1,79 @@
 """Norms on channels-last maps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
+from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply BN, SyncBN or frozen BN to a ``(B, H, W, C)`` map.
+class CenteredBatchNorm2d(nn.Module):
+    """Centering-calibrated batch norm (Gao et al., CVPR 2021), the CC. BN of Table 12.
 
-    Permuting the map allows a plain ``nn.BatchNorm2d``, which the frameworks' converters to SyncBN
-    and frozen BN expect.
+    The image's mean, scaled by a learned factor per channel, is added before the batch norm:
+    ``norm(x + center * mean_HW(x))``. With ``center`` 0, its initial value, it is batch norm.
+
+    The batch norm is a submodule: converters to SyncBN and frozen BN replace a subclass of
+    ``nn.BatchNorm2d`` by a class of their own, without ``center``.
+
+    Args:
+        dim: C.
+
+    Attributes:
+        center: ``(C,)``.
+        norm: BN, SyncBN or frozen BN.
     """
-    return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.center = nn.Parameter(torch.zeros(dim))
+        self.norm = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C, H, W)``."""
+        mean = x.mean((2, 3), keepdim=True, dtype=self.center.dtype)
+        return self.norm(x + (self.center[:, None, None] * mean).to(x.dtype))
+
+    def adapt(self, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take a plain batch norm's entries, with ``center`` 0; others are kept.
+
+        Args:
+            entries: of a checkpoint, by their names in this module.
+        """
+        if "running_var" not in entries:
+            return dict(entries)
+        center = torch.zeros_like(self.center, device="cpu")
+        return {"center": center} | {f"norm.{name}": value for name, value in entries.items()}
+
+
+NORM_LAYERS = {
+    "layernorm": nn.LayerNorm,
+    "batchnorm": nn.BatchNorm2d,
+    "centered_batchnorm": CenteredBatchNorm2d,
+}
+"""The norms of Table 12 by their names as a model's ``norm_layer``; each is called with C."""
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply a layer norm, batch norm or identity to a ``(B, H, W, C)`` map."""
-    return norm(x) if isinstance(norm, nn.LayerNorm | nn.Identity) else batch_norm(norm, x)
+    """Apply any norm, or an identity, to a ``(B, H, W, C)`` map.
+
+    All but layer norm get the map permuted to ``(B, C, H, W)``, which allows plain
+    ``nn.BatchNorm2d``: the frameworks' converters to SyncBN and frozen BN expect it.
+    """
+    if isinstance(norm, nn.LayerNorm | nn.Identity):
+        return norm(x)
+    return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def freeze_batch_norms(module: nn.Module) -> None:
+    """Freeze statistics and parameters of all batch norms in a module, in place."""
+    freeze_batch_norm_2d(module)
+    for child in module.modules():
+        if isinstance(child, CenteredBatchNorm2d):
+            child.center.requires_grad_(False)
 
 
 def pooled_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
