@@ -4,17 +4,20 @@ A layout is how one code base names and stores the entries of these networks. It
 the names alone, without a model.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from backbones.families import TABLE
-from backbones.mixers.base import Names
+from backbones.mixers.base import Mixer, Names
 from backbones.ops.windows import is_of_square_window, relative_position_index
 
 STAGES = 4
 _INDEX = ".relative_position_index"
+# Entries of a pyramid's se_ratio, local_kernel and norm_layer, which no other code base has.
+_OF_OPTIONS = re.compile(r"\.blocks\.\d+\.(se|local)\.|\.center$")
 
 
 def _same(value: Tensor) -> Tensor:
@@ -53,10 +56,12 @@ class Layout:
     @property
     def inner(self) -> dict[str, Names]:
         """For each family that the layout can hold, the (our, its) prefixes within a block."""
-        if self.name == "ours":
-            return dict.fromkeys(TABLE, ())
-        names = {name: family.mixer.names.get(self.name) for name, family in TABLE.items()}
+        names = {name: self.names_of(family.mixer) for name, family in TABLE.items()}
         return {name: pairs for name, pairs in names.items() if pairs is not None}
+
+    def names_of(self, mixer: type[Mixer]) -> Names | None:
+        """The (our, its) prefixes within a block with a mixer; None if it cannot hold that."""
+        return () if self.name == "ours" else mixer.names.get(self.name)
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """The (our, its) prefixes outside the blocks."""
@@ -165,13 +170,23 @@ def family_of(names: Mapping[str, Tensor]) -> str | None:
 
     If the marks of several families are complete, the family with the most marks is taken.
     """
+    found = _form_of(names)
+    return found[0] if found else None
+
+
+def _form_of(names: Mapping[str, Tensor]) -> tuple[str, type[Mixer]] | None:
+    """The family of a state dict, and which of its mixer classes it has."""
     layout = layout_of(names)
     below = {place[2] for name in names if (place := _in_block(layout, name))}
     best, most = None, 0
-    for family, inner in layout.inner.items():
-        marks = {_replaced(f".mixer.{mark}", inner) for mark in TABLE[family].mixer.marks}
-        if marks <= below and len(marks) > most:
-            best, most = family, len(marks)
+    for family, line in TABLE.items():
+        for mixer in (line.mixer, *line.mixer.forms):
+            inner = layout.names_of(mixer)
+            if inner is None:
+                continue
+            marks = {_replaced(f".mixer.{mark}", inner) for mark in mixer.marks}
+            if marks <= below and len(marks) > most:
+                best, most = (family, mixer), len(marks)
     return best
 
 
@@ -190,7 +205,8 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Buffers that our networks compute (``relative_position_index``, ``attn_mask``) are removed.
     """
     layout = layout_of(state_dict)
-    inner = layout.inner.get(family_of(state_dict), ())
+    found = _form_of(state_dict)
+    inner = layout.names_of(found[1]) if found else ()
     return dict(
         _entry_to_ours(layout, inner, name, value)
         for name, value in state_dict.items()
@@ -206,19 +222,22 @@ def from_ours(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Ten
         layout: a value of :data:`LAYOUTS`.
 
     Raises:
-        ValueError: the layout cannot hold the family, or a window is not square.
+        ValueError: the layout cannot hold the family or its options, or a window is not square.
     """
-    family = family_of(state_dict)
-    if family not in layout.inner:
+    found = _form_of(state_dict)
+    inner = layout.names_of(found[1]) if found else None
+    options = [name for name in state_dict if _OF_OPTIONS.search(name)]
+    if inner is None or (options and layout.name != "ours"):
+        what = _described(*found) if found else "what this file holds"
         raise ValueError(
-            f"the {layout.name} layout ({layout.description}) holds "
-            f"{', '.join(layout.inner)}, not {family or 'what this file holds'}"
+            f"the {layout.name} layout ({layout.description}) holds {', '.join(layout.inner)}, "
+            f"not {what}{f' with {options[0]}' if options else ''}"
         )
     converted: dict[str, Tensor] = {}
     for name, value in state_dict.items():
         if name.startswith(layout.drops):
             continue
-        theirs, value = _entry_from_ours(layout, layout.inner[family], name, value)
+        theirs, value = _entry_from_ours(layout, inner, name, value)
         converted[theirs] = value
         if layout.index_buffer and name.endswith("relative_position_bias_table"):
             if not is_of_square_window(value):
@@ -227,6 +246,10 @@ def from_ours(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Ten
             index = layout.index_buffer(relative_position_index((side, side)))
             converted[theirs.rsplit(".", 1)[0] + _INDEX] = index
     return converted
+
+
+def _described(family: str, mixer: type[Mixer]) -> str:
+    return family if mixer is TABLE[family].mixer else f"{family} as {mixer.__name__}"
 
 
 def _entry_to_ours(layout: Layout, inner: tuple, name: str, value: Tensor) -> tuple[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import inspect
 from functools import partial
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
@@ -29,9 +30,10 @@ def build(family: Family, **kwargs) -> Pyramid:
     return Pyramid(partial(family.mixer.at, **options), **kwargs)
 
 
-def _options(family: Family) -> list[str]:
+def _options(family: Family) -> dict[str, Any]:
+    """The keyword-only arguments of the mixer's ``at``, with their defaults."""
     parameters = inspect.signature(family.mixer.at).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _cfg(released: Released | None = None) -> dict:
@@ -83,7 +85,10 @@ def _with_weights(name: str, kwargs: dict) -> dict:
 def _register(family: str, size: str) -> None:
     """Register a family in one size as a timm entry point."""
     line = TABLE[family]
-    fixed = {k: v for k, v in SIZES[size].items() if k != "num_heads" or k in _options(line)}
+    fixed = dict(SIZES[size])
+    # DW-Conv has a kernel per channel unless num_heads is given.
+    if _options(line).get("num_heads") is None:
+        del fixed["num_heads"]
 
     def entry(pretrained: bool = False, **kwargs) -> Pyramid:
         name = entry.__name__

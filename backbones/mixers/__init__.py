@@ -5,6 +5,7 @@ from backbones.mixers.d_dw_conv import DynamicDepthwiseConv
 from backbones.mixers.dw_conv import DepthwiseConv
 from backbones.mixers.i_d_dw_conv import InhomogeneousDynamicDepthwiseConv
 from backbones.mixers.local_mlp import LocalMLP
+from backbones.mixers.shared_dw_conv import SharedDepthwiseConv
 from backbones.mixers.window_attention import WindowAttention
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "InhomogeneousDynamicDepthwiseConv",
     "LocalMLP",
     "Mixer",
+    "SharedDepthwiseConv",
     "WindowAttention",
 ]
