@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from backbones import ops
 from backbones.folding import foldable, linear_after, parameter
 from backbones.layers import Mlp, is_plain
-from backbones.mixers import Mixer
 from backbones.pyramid import Block, PatchMerging
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +92,7 @@ def _fold(block: Block) -> None:
 
 
 def _replace_linears(parent: nn.Module) -> None:
-    kept = parent.read_by_operator if isinstance(parent, Mixer) else ()
+    kept = getattr(parent, "read_by_operator", ())
     for name, child in parent.named_children():
         if name in kept:
             continue

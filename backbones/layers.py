@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.ops.common import without_autocast
+
 Size = tuple[int, int]
 
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -26,6 +28,41 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C)``."""
         return self.fc2(self.act(self.fc1(x)))
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation (Hu et al., 2018): the map times a gate per image and channel.
+
+    ``sigmoid(fc2(relu(fc1(mean_HW(x)))))``, with PyTorch's initialisation of the linears. The gate
+    is computed without autocast: means differ little between images.
+
+    Args:
+        dim: C.
+        ratio: hidden channels divided by C.
+
+    Raises:
+        ValueError: ``ratio`` leaves no hidden channel.
+    """
+
+    # Linears that backbones.fuse leaves alone: they have a row per image.
+    read_by_operator = ("fc1", "fc2")
+
+    def __init__(self, dim: int, ratio: float = 1 / 16):
+        super().__init__()
+        hidden = int(dim * ratio)
+        if hidden < 1:
+            raise ValueError(
+                f"se_ratio={ratio}: {dim} channels need {1 / dim} or more, or 0 for none"
+            )
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        with without_autocast(x):
+            mean = x.mean((1, 2), dtype=self.fc1.weight.dtype)
+            gate = self.fc2(F.relu(self.fc1(mean))).sigmoid()
+        return x * gate[:, None, None].to(x.dtype)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:

@@ -14,8 +14,9 @@ from timm.layers import ClassifierHead, DropPath, to_2tuple
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from backbones import ops
 from backbones.checkpoints import load_checkpoint
-from backbones.layers import Mlp, Size, ceil_div
+from backbones.layers import Mlp, Size, SqueezeExcite, ceil_div, is_plain
 from backbones.mixers.base import Mixer, init_linears
 from backbones.mixers.norm import NORM_LAYERS, normalise, paused_statistics
 
@@ -41,9 +42,13 @@ class Pyramid(nn.Module):
         norm_layer: ``"layernorm"``, ``"batchnorm"`` or ``"centered_batchnorm"`` for all norms of
             the blocks (Table 12); None keeps the family's. Patch embedding, merging and the final
             norm have layer norm.
+        se_ratio: hidden channels of a squeeze-and-excitation of each mixer's output, divided by C;
+            Table 15's is 1/16, 0 has none.
+        local_kernel: side of the kernel of a depth-wise convolution between mixer and MLP, as in
+            Shuffle Transformer; Table 6's is 7, 0 has none.
 
     Raises:
-        ValueError: an unknown ``norm_layer``.
+        ValueError: an unknown ``norm_layer``, or a ratio or kernel out of range.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class Pyramid(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: str | None = None,
+        se_ratio: float = 0.0,
+        local_kernel: int = 0,
     ):
         super().__init__()
         if norm_layer is not None and norm_layer not in NORM_LAYERS:
@@ -93,6 +100,10 @@ class Pyramid(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate, input_fmt="NHWC")
         self.init_weights()
+        # Last, so that all else has the random draws of the family without them.
+        for info, stage in zip(self.feature_info, self.stages, strict=True):
+            for block in stage.blocks:
+                block.add(info["num_chs"], se_ratio, local_kernel)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -313,7 +324,8 @@ class Stage(nn.Module):
 class Block(nn.Module):
     """Residual mixer and residual MLP: ``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))``.
 
-    The convolutional families normalise inside the mixer, so their ``norm1`` is an identity.
+    The convolutional families normalise inside the mixer, so their ``norm1`` is an identity. Two
+    parts can be added: ``x + se(mixer(norm1(x)))``, and ``x + local(x)`` before the MLP.
 
     Args:
         dim: C.
@@ -339,11 +351,52 @@ class Block(nn.Module):
         self.norm2 = mixer.norm_layer(dim)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.se = self.local = None
+
+    def add(self, dim: int, se_ratio: float = 0.0, local_kernel: int = 0) -> None:
+        """Add a squeeze-and-excitation, a local convolution, or both; see :class:`Pyramid`."""
+        if se_ratio:
+            self.se = SqueezeExcite(dim, se_ratio)
+        if local_kernel:
+            self.local = LocalConv(dim, local_kernel, self.mixer.norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""
-        x = x + self.drop_path(self.mixer(normalise(self.norm1, x)))
+        mixed = self.mixer(normalise(self.norm1, x))
+        if self.se is not None:
+            mixed = self.se(mixed)
+        x = x + self.drop_path(mixed)
+        if self.local is not None:
+            # Without drop path, as in Shuffle Transformer.
+            x = x + self.local(x)
         return x + self.drop_path(self.mlp(normalise(self.norm2, x)))
+
+
+class LocalConv(nn.Module):
+    """Norm, then depth-wise convolution with zero padding and without bias (Table 6).
+
+    Args:
+        dim: C.
+        kernel_size: side of the square kernel.
+        norm_layer: class of the norm, called with C.
+
+    Raises:
+        ValueError: ``kernel_size`` is below 1.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, norm_layer: type[nn.Module]):
+        super().__init__()
+        if kernel_size < 1:
+            raise ValueError(f"local_kernel={kernel_size}: 1 or more is needed, or 0 for none")
+        self.norm = norm_layer(dim)
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding="same", groups=dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        x = normalise(self.norm, x)
+        if is_plain(self.conv, nn.Conv2d):
+            return ops.depthwise_conv(x, self.conv.weight)
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _checkpoint_contexts(block: nn.Module):
@@ -360,6 +413,9 @@ def _feat_size(img_size: int | Size, stage: int) -> Size:
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, Mixer):
         module.init_weights()
+        return
+    # Its linears have PyTorch's, as SENet's: with smaller weights all gates would be near 1/2.
+    if isinstance(module, SqueezeExcite):
         return
     init_linears([module])
     for child in module.children():

@@ -1,0 +1,193 @@
+"""What a block can have besides: squeeze-and-excitation (Table 15), a convolution (Table 6)."""
+
+import pytest
+import timm
+import torch
+from timm.layers import SqueezeExcite as TimmsSqueezeExcite
+from torch import nn
+
+import backbones
+from backbones.layers import SqueezeExcite
+from backbones.layouts import LAYOUTS, from_ours
+from backbones.pyramid import LocalConv
+from tests.support import NANO, build
+
+BOTH = dict(se_ratio=1 / 16, local_kernel=7)
+X = torch.randn(2, 3, 61, 90)
+
+
+class Zero(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0 * x
+
+
+def test_squeeze_and_excitation_is_timms():
+    torch.manual_seed(0)
+    ours = SqueezeExcite(48, 1 / 16).double()
+    theirs = TimmsSqueezeExcite(48, rd_channels=3).double()
+    state = {n: v[..., None, None] if v.ndim == 2 else v for n, v in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    x = torch.randn(2, 5, 7, 48, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, nn.LayerNorm])
+@pytest.mark.parametrize("kernel", [3, 4, 7])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_local_convolution_is_pytorchs_of_the_norm(norm_layer, kernel, hooked):
+    torch.manual_seed(0)
+    local = LocalConv(6, kernel, norm_layer).double()
+    nn.init.normal_(local.norm.weight)
+    nn.init.normal_(local.norm.bias)
+    if hooked:
+        local.conv.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 9, 8, 6, dtype=torch.float64)
+    norm = nn.functional.layer_norm if norm_layer is nn.LayerNorm else nn.functional.batch_norm
+    if norm_layer is nn.LayerNorm:
+        y = norm(x, (6,), local.norm.weight, local.norm.bias).permute(0, 3, 1, 2)
+    else:
+        factors = (None, None, local.norm.weight, local.norm.bias)
+        y = norm(x.permute(0, 3, 1, 2), *factors, training=True)
+    before = (kernel - 1) // 2
+    y = nn.functional.pad(y, (before, kernel // 2) * 2)
+    y = nn.functional.conv2d(y, local.conv.weight, groups=6)
+    torch.testing.assert_close(local(x), y.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_a_block_is_its_sum(name):
+    """``x + se(mixer(norm1(x)))``, then ``x + local(x)`` without drop path, then the MLP."""
+    block = build(name, **BOTH).stages[1].blocks[0].eval()
+    x = torch.randn(2, 9, 11, 64)
+
+    def norm(module, x):
+        if isinstance(module, nn.BatchNorm2d):
+            return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return module(x)
+
+    with torch.no_grad():
+        y = x + block.se(block.mixer(norm(block.norm1, x)))
+        y = y + block.local(y)
+        y = y + block.mlp(norm(block.norm2, y))
+        torch.testing.assert_close(block(x), y)
+        # With every path dropped, the local convolution is what is left.
+        block.drop_path = Zero()
+        torch.testing.assert_close(block(x), x + block.local(x))
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_all_else_has_the_families_entries_and_draws(name):
+    plain, both = build(name), build(name, **BOTH)
+    state, values = plain.state_dict(), both.state_dict()
+    assert all(value.equal(values[key]) for key, value in state.items())
+    added = {key.split(".blocks.")[1].split(".", 1)[1] for key in values if key not in state}
+    norm = {"norm.weight", "norm.bias"}
+    if not name.startswith("swin"):
+        norm |= {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    expected = {f"se.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+    assert added == expected | {f"local.{n}" for n in norm} | {"local.conv.weight"}
+    off = build(name, se_ratio=0.0, local_kernel=0)
+    assert str(off) == str(plain) and list(off.state_dict()) == list(state)
+
+
+def test_gates_keep_pytorchs_initialisation():
+    """Linears of 0.02 would leave every gate near one half."""
+    model = build("swin_tiny", se_ratio=1 / 16)
+    model.init_weights()
+    for stage, dim in zip(model.stages, (96, 192, 384, 768), strict=True):
+        for block in stage.blocks:
+            for linear, inputs in ((block.se.fc1, dim), (block.se.fc2, dim // 16)):
+                bound = inputs**-0.5
+                assert 0.8 * bound < linear.weight.abs().max() <= bound
+                assert linear.bias.abs().max() > 0
+            assert block.mlp.fc1.weight.std() < 0.025
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_any_size_and_every_gradient(name):
+    model = build(name, **BOTH, drop_path_rate=0.1)
+    maps = model.forward_intermediates(X, intermediates_only=True)
+    assert [m.shape[-2:] for m in maps] == [(16, 23), (8, 12), (4, 6), (2, 3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(X).float().square().sum()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gates_are_computed_without_autocast():
+    """Maps of large numbers whose means differ by less than bfloat16 can say."""
+    torch.manual_seed(0)
+    se = SqueezeExcite(32, 1 / 4)
+    x = 300 + torch.randn(4, 14, 14, 32) / 10
+    with torch.no_grad():
+        se.fc1.bias -= 300 * se.fc1.weight.sum(1)
+        expected = se(x) / x
+        with torch.autocast("cpu", torch.bfloat16):
+            got = se(x) / x
+    assert (got - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_fused_outputs_stay(name):
+    model = build(name, **BOTH)
+    model(X)
+    model = model.eval().double()
+    fused = backbones.fuse(model)
+    x = torch.randn(1, 3, 33, 36, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-9, atol=1e-9)
+    block = fused.stages[0].blocks[0]
+    # The zeros around the map stand after the norm, so it cannot be folded.
+    assert type(block.local.norm) in (nn.BatchNorm2d, nn.LayerNorm)
+    assert type(block.se.fc1) is nn.Linear
+
+
+def test_checkpointed_blocks_update_the_local_norms_once():
+    results = []
+    for checkpointed in (False, True):
+        model = build("i_d_dw_conv_nano", **BOTH)
+        model.set_grad_checkpointing(checkpointed)
+        model(X[..., :40, :40]).square().sum().backward()
+        results.append(model.state_dict())
+    assert all(value.equal(results[1][key]) for key, value in results[0].items())
+
+
+def test_files_with_them_have_our_layout_alone(tmp_path):
+    for options, entry in (({"se_ratio": 1 / 16}, "se.fc1"), ({"local_kernel": 3}, "local.")):
+        state = build("swin_nano", **options).state_dict()
+        with pytest.raises(ValueError, match=f"timm .*not swin with .*{entry}"):
+            from_ours(state, LAYOUTS["timm"])
+        torch.save(state, tmp_path / "with.pth")
+        other = build("swin_nano", seed=1, **options)
+        assert not backbones.load_checkpoint(other, tmp_path / "with.pth").missing
+        with pytest.raises(backbones.CheckpointError, match=f"unexpected: .*{entry}"):
+            backbones.load_checkpoint(build("swin_nano"), tmp_path / "with.pth")
+    torch.save(build("swin_nano").state_dict(), tmp_path / "without.pth")
+    with pytest.raises(backbones.CheckpointError, match="missing: .*local"):
+        backbones.load_checkpoint(other, tmp_path / "without.pth")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(se_ratio=1 / 64), r"se_ratio=0.015625: 32 channels need 0.03125 or more"),
+        (dict(se_ratio=-1), "se_ratio=-1: 32 channels need"),
+        (dict(local_kernel=-3), "local_kernel=-3: 1 or more is needed"),
+    ],
+)
+def test_what_is_out_of_range_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("dw_conv_nano", **options)
+
+
+def test_counts_are_table_15s_and_6s():
+    """Two linears of C x C/16 with biases a block; a norm and 49 taps a channel."""
+    expected = {
+        ("swin_tiny", "se_ratio"): 28.563,
+        ("dw_conv_tiny", "se_ratio"): 24.447,
+        ("i_d_dw_conv_tiny", "local_kernel"): 26.469,
+    }
+    for (name, option), count in expected.items():
+        with torch.device("meta"):
+            model = timm.create_model(name, **{option: BOTH[option]})
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == count
