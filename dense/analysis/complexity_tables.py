@@ -14,8 +14,6 @@ from dense import files
 from dense.analysis import complexity, paper
 from dense.analysis.complexity import Count
 
-BEGIN = "<!-- Written by: python tools/complexity.py --write -->"
-END = "<!-- End of what tools/complexity.py writes. -->"
 _SIZES = ("tiny", "base", "nano")
 _per_cent = "{:.1f}%".format
 _22K = "in22k"
@@ -66,29 +64,42 @@ def installed() -> list[str]:
     return [name for name, section in SECTIONS.items() if find_spec(section.package)]
 
 
-def block(tables: Iterable[Table]) -> str:
+def markers(tool: str) -> tuple[str, str]:
+    """The lines before and after the tables that ``tools/<tool>.py --write`` writes."""
+    return (
+        f"<!-- Written by: python tools/{tool}.py --write -->",
+        f"<!-- End of what tools/{tool}.py writes. -->",
+    )
+
+
+BEGIN, END = markers("complexity")
+
+
+def block(tables: Iterable[Table], tool: str = "complexity") -> str:
     """The tables as Markdown, between the two marker lines."""
-    return "\n\n".join([BEGIN, *(table.markdown() for table in tables), END])
+    begin, end = markers(tool)
+    return "\n\n".join([begin, *(table.markdown() for table in tables), end])
 
 
-def read_block(readme: Path) -> str:
+def read_block(readme: Path, tool: str = "complexity") -> str:
     """The block in a README, marker lines included.
 
     Raises:
         ValueError: a marker line is missing.
     """
+    first, last = markers(tool)
     text = readme.read_text()
-    begin, end = text.find(BEGIN), text.find(END)
+    begin, end = text.find(first), text.find(last)
     if begin < 0 or end < begin:
         raise ValueError(
-            f"{readme} has no lines {BEGIN!r} and {END!r} for the tables to go between"
+            f"{readme} has no lines {first!r} and {last!r} for the tables to go between"
         )
-    return text[begin : end + len(END)]
+    return text[begin : end + len(last)]
 
 
-def write_block(readme: Path, tables: Iterable[Table]) -> bool:
+def write_block(readme: Path, tables: Iterable[Table], tool: str = "complexity") -> bool:
     """Replace the block in a README; returns whether that changed it."""
-    old, new = read_block(readme), block(tables)
+    old, new = read_block(readme, tool), block(tables, tool)
     if old != new:
         files.write(readme, readme.read_text().replace(old, new))
     return old != new

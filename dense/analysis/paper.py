@@ -92,3 +92,20 @@ TABLE_11_SEGMENTATION = {
     "d_dw_conv_base": Segmentor(195, 1129, 49.6),
     "i_d_dw_conv_base": Segmentor(114, 1153, 51.3),
 }
+# Marks of Table 1 and, below it, those that only Table 7 has: non-local and full sparsity between
+# positions, sparsity between channels, weights shared across positions and across channels, dynamic
+# weights.
+MARKS = ("non-local", "full", "channels", "positions shared", "channels shared", "dynamic")
+TABLE_1 = {
+    "Local MLP": {"non-local", "channels", "channels shared"},
+    "Local attention": {"non-local", "channels", "channels shared", "dynamic"},
+    "DW-Conv.": {"non-local", "channels", "positions shared"},
+    "D-DW-Conv.": {"non-local", "channels", "positions shared", "dynamic"},
+    "Conv.": {"non-local", "positions shared"},
+}
+TABLE_7 = TABLE_1 | {
+    "MLP": set(),
+    "Attention": {"channels", "channels shared", "dynamic"},
+    "Spatial-mixing MLP": {"channels", "channels shared"},
+    "1x1 Conv.": {"full", "positions shared"},
+}
