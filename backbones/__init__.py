@@ -6,7 +6,8 @@ Importing this package registers the models with timm:
 >>> model = timm.create_model("i_d_dw_conv_tiny", num_classes=1000, drop_path_rate=0.2)
 """
 
-import backbones.models  # noqa: F401  (registers them)
+import backbones.hosts  # noqa: F401  (registers them)
+import backbones.models  # noqa: F401
 from backbones.checkpoints import LoadReport, load_checkpoint
 from backbones.families import FAMILIES, MODEL_NAMES
 from backbones.fusion import fuse

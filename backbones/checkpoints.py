@@ -13,6 +13,8 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 from timm.models import adapt_input_conv
+from timm.models.twins import Twins
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from backbones.families import SIZES
@@ -81,7 +83,9 @@ def load_checkpoint(
 
     Args:
         model: a :class:`backbones.Pyramid`, or any module that contains one backbone of this
-            package: timm's ``features_only`` wrapper, DDP, a detector, a segmentor.
+            package: timm's ``features_only`` wrapper, DDP, a detector, a segmentor. Or one of
+            :mod:`backbones.hosts`, which takes the file of timm's model too: its replaced mixers,
+            reported as missing, then keep their weights.
         source: a ``.pth`` or ``.safetensors`` file, or a URL.
         classes: class names of the model's classifier, to pick its rows from a file with other
             classes; None takes ImageNet's sorted wnids for 1000 or 21841 outputs. The same wnids
@@ -97,7 +101,8 @@ def load_checkpoint(
             is unchanged then.
     """
     given, their_classes = read_with_classes(source, weights_only=weights_only)
-    model = _pyramid_in(model)
+    if not isinstance(model, VOLO | Twins):
+        model = _pyramid_in(model)
     state_dict, report = fit(given, model, str(source), their_classes, classes, prefix)
     model.load_state_dict(state_dict, strict=False)
     _logger.info("%s", report)
@@ -123,7 +128,8 @@ def fit(
 
     Args:
         state_dict: weights in any layout.
-        model: a :class:`backbones.Pyramid` or a ``DenseBackbone``.
+        model: a :class:`backbones.Pyramid`, a ``DenseBackbone``, or a network of
+            :mod:`backbones.hosts`.
         source: the name of the weights in the report and in errors.
         their_classes: class names of the file's classifier, if known.
         classes: class names of the model's classifier, if known.
@@ -135,6 +141,8 @@ def fit(
     Raises:
         CheckpointError: a weight is missing, unexpected or of a shape that cannot be resized.
     """
+    if isinstance(model, VOLO | Twins):
+        return _fit_host(state_dict, model, source, their_classes, classes)
     wanted = model.state_dict()
     own = backbone_of(state_dict, prefix, family_of(wanted))
     given = _adapted(to_ours(own), model)
@@ -164,6 +172,75 @@ def fit(
     return fitting, report
 
 
+def _fit_host(
+    state_dict: Mapping[str, Tensor],
+    model: nn.Module,
+    source: str,
+    their_classes: Sequence[str] | None,
+    classes: Sequence[str] | None,
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """:func:`fit` for timm's VOLO or Twins, whose ``replaced_mixers`` may all be missing.
+
+    A classifier of other classes is left out.
+    """
+    wanted = model.state_dict()
+    found = _prefixes(state_dict, [next(iter(wanted))])
+    before = found[0] if len(found) == 1 else ""
+    given = {k.removeprefix(before): v for k, v in state_dict.items() if k.startswith(before)}
+    ours = tuple(f"{name}." for name in getattr(model, "replaced_mixers", ()))
+    classifier = tuple(f"{name}." for name in _classifiers(model))
+    whole = all(
+        n in given and given[n].shape == wanted[n].shape for n in wanted if n.startswith(ours)
+    )
+    other_classes = bool(their_classes and classes and tuple(their_classes) != tuple(classes))
+    fitting, wrong, unexpected = {}, [], []
+    for name, value in given.items():
+        if name.startswith(ours) and not whole:
+            continue
+        if name not in wanted:
+            unexpected.append(name)
+            continue
+        target = wanted[name]
+        if name == f"{model.pretrained_cfg['first_conv']}.weight" and value.shape[1] == 3:
+            value = adapt_input_conv(target.shape[1], value)
+        if name.startswith(classifier) and (other_classes or value.shape != target.shape):
+            continue
+        if value.shape == target.shape:
+            fitting[name] = value
+        else:
+            wrong.append(f"{name} {tuple(value.shape)} instead of {tuple(target.shape)}")
+    missing = [n for n in wanted if n not in fitting]
+    report = LoadReport(
+        source=source,
+        matched=tuple(fitting),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        resized=(),
+        elsewhere=len(state_dict) - len(given),
+        classifier="left out: the file has other classes" if other_classes else "",
+    )
+    excused = (*classifier, *(() if whole else ours))
+    lacking = [n for n in missing if not n.startswith(excused) and not _OPTIONAL.search(n)]
+    if wrong or lacking or unexpected:
+        kind = type(model).__name__
+        lines = [f"{source} does not fit {kind}: {len(fitting)} of {len(wanted)} entries match."]
+        lines += _lines(shape=wrong, missing=lacking, unexpected=unexpected)
+        raise CheckpointError("\n".join(lines))
+    if ours and not whole:
+        _logger.warning("%s has no weights of the replaced mixers: %s", source, _some(ours))
+    return fitting, report
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    names = model.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _lines(**kinds: Sequence[str]) -> list[str]:
+    """A line of an error message for each kind of entries that is not empty."""
+    return [f"  {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+
+
 def _refuse_partial(report: LoadReport, wrong: list[str], given: Mapping, wanted: Mapping) -> None:
     shapes = {entry.split()[0] for entry in wrong}
     missing = [n for n in report.missing if n not in shapes and not _OPTIONAL.search(n)]
@@ -176,9 +253,7 @@ def _refuse_partial(report: LoadReport, wrong: list[str], given: Mapping, wanted
         f"{report.source} does not fit: {len(report.matched)} of {len(wanted)} entries match. "
         f"It looks like {_guess(given)}, the network like {_guess(wanted)}."
     ]
-    for kind, names in (("shape", wrong), ("missing", missing), ("unexpected", unexpected)):
-        if names:
-            lines.append(f"  {kind}: {_some(names)}")
+    lines += _lines(shape=wrong, missing=missing, unexpected=unexpected)
     raise CheckpointError("\n".join(lines))
 
 
