@@ -143,7 +143,7 @@ class OperatorCases:
     def __init__(self, kernel: int):
         self.kernel = kernel
         self.convolutions = [self.depthwise, self.dynamic, self.inhomogeneous, self.aggregation]
-        self.all = [*self.convolutions, self.attention, self.local_mlp]
+        self.all = [*self.convolutions, self.attention, self.local_mlp, self.sliding]
 
     def depthwise(self, size, groups=2, shared=3, kernel=None, batch=2):
         kernel, channels = kernel or self.kernel, groups * shared
@@ -178,6 +178,10 @@ class OperatorCases:
         weights = groups, window[0] * window[1], window[0] * window[1]
         inputs = [randn(batch, *size, groups * shared), randn(*grid, *weights), randn(*weights)]
         return "local_mlp", inputs, (window, shift)
+
+    def sliding(self, size, groups=2, shared=3, window=(3, 5), batch=2):
+        inputs = [randn(batch, *size, 3 * groups * shared), randn(groups, window[0] * window[1])]
+        return "sliding_attention", inputs, (groups, window)
 
 
 def outputs_and_gradients(function, inputs, options, grad) -> tuple[Tensor, ...]:

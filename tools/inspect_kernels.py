@@ -105,6 +105,7 @@ def _calls(
         depthwise,
         inhomogeneous,
         local_mlp,
+        sliding,
         window,
     )
 
@@ -137,6 +138,11 @@ def _calls(
     yield ["window attention"], window.forward, (qkv, table, heads, *windows)
     name = "window attention gradient"
     yield [name], window.backward, (grad, qkv, table, heads, *windows)
+    table = empty(heads, 49)
+    yield ["sliding attention"], sliding.forward, (qkv, table, heads, [7, 7])
+    names = [f"sliding attention {of} gradient" for of in ("query", "key")]
+    yield names, sliding.backward, (grad, qkv, table, heads, [7, 7])
+    table = empty(heads, 49, 49)
     yield ["local MLP"], local_mlp.forward, (value, table, *windows)
     names = ["local MLP weight gradient", "local MLP map gradient"]
     yield names, local_mlp.backward, (grad, value, table, *windows)

@@ -7,13 +7,16 @@ this file lists them. :mod:`backbones.ops.reference` defines the results in plai
 
 from backbones.ops import flops as flops  # registers the FLOP formulas
 from backbones.ops.aggregation import inhomogeneous_aggregation
+from backbones.ops.convolutional import convolutional_attention
 from backbones.ops.depthwise import depthwise_conv, dynamic_depthwise_conv
 from backbones.ops.dispatch import force as force
 from backbones.ops.inhomogeneous import inhomogeneous_dynamic_depthwise_conv
 from backbones.ops.linear import linear, mlp
+from backbones.ops.sliding import sliding_attention
 from backbones.ops.window import local_mlp, window_attention
 
 __all__ = [
+    "convolutional_attention",
     "depthwise_conv",
     "dynamic_depthwise_conv",
     "inhomogeneous_aggregation",
@@ -21,5 +24,6 @@ __all__ = [
     "linear",
     "local_mlp",
     "mlp",
+    "sliding_attention",
     "window_attention",
 ]

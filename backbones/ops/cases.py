@@ -153,6 +153,15 @@ def mixing(
     return _case("local_mlp", "local_mlp", label, tensors, [*window], [*shift])
 
 
+def sliding(
+    size: Size, heads: int = 2, dim: int = 32, window: Size = (7, 7), batch: int = 2
+) -> Case:
+    """Heads of ``dim`` channels on a map of ``size`` positions."""
+    tensors = normal(1, batch, *size, 3 * heads * dim), normal(2, heads, window[0] * window[1])
+    label = f"{batch}x{heads * dim}x{size[0]}x{size[1]}, {heads} heads, {_seam(window, (0, 0))}"
+    return _case("sliding_attention", "sliding_attention", label, tensors, heads, [*window])
+
+
 def _seam(window: Size, shift: Size) -> str:
     shifted = f", shift {shift[0]} {shift[1]}" if any(shift) else ""
     return f"windows {window[0]}x{window[1]}{shifted}"
@@ -165,6 +174,7 @@ _MAKERS = {
     "inhomogeneous_aggregation": aggregation,
     "window_attention": attention,
     "local_mlp": mixing,
+    "sliding_attention": sliding,
 }
 
 
@@ -186,6 +196,9 @@ def small_cases(operator: str) -> list[Case]:
         found += [make((2, 2), 1, 16, (4, 5), shift) for shift in ((2, 0), (0, 2))]
         own = [make((2, 2), 2, 16, (3, 2), (1, 1), grid=True)] if make is mixing else []
         return found + own
+    if operator == "sliding_attention":
+        found = [make(size, 2, dim, (3, 5)) for size in sizes for dim in (1, 7, 24)]
+        return found + [make((4, 9), 3, 5, window) for window in ((1, 1), (3, 3), (7, 7), (9, 1))]
     found = [make(size, 2, 3) for size in sizes]
     found += [make((2, 3), groups, 3, 3) for groups in (1, 5, 40)]
     found += [make((2, 3), 2, shared, 3) for shared in (1, 17, 40)]
@@ -198,6 +211,8 @@ def stage_cases(operator: str, batch: int) -> list[Case]:
     for side, channels in ((56, 96), (14, 384)):
         if operator in ("window_attention", "local_mlp"):
             found.append(make((side // 7, side // 7), channels // 32, batch=batch))
+        elif operator == "sliding_attention":
+            found.append(make((side, side), channels // 32, batch=batch))
         elif operator.startswith("inhomogeneous"):
             found.append(make((side, side), 32, channels // 32, batch=batch))
         else:

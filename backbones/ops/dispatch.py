@@ -34,6 +34,8 @@ OPERATORS = {
     "inhomogeneous_aggregation": ("reference", "torch", "native", "triton"),
     "window_attention": ("reference", "torch", "native", "triton"),
     "local_mlp": ("reference", "torch", "native", "triton"),
+    "sliding_attention": ("reference", "torch", "native", "triton"),
+    "convolutional_attention": ("reference", "torch"),
     "linear": ("reference", "torch", "onednn"),
 }
 ENVIRONMENT = "DENSE_OPS"
@@ -46,6 +48,7 @@ ON_GPUS = (
     "inhomogeneous_aggregation",
     "window_attention",
     "local_mlp",
+    "sliding_attention",
 )
 
 T = TypeVar("T")

@@ -12,14 +12,31 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 # These modules define the custom operators.
-from backbones.ops import aggregation, depthwise, inhomogeneous, window  # noqa: F401
+from backbones.ops import aggregation, depthwise, inhomogeneous, sliding, window  # noqa: F401
 
 Shape = tuple[int, ...]
 
 
-def _window_attention(qkv: Shape, bias: Shape, *_, products: int = 2, **__) -> int:
-    """``q k^T`` and ``weights v``: two products of N*C multiply-adds at each position."""
+def _attention(qkv: Shape, bias: Shape, *_, products: int = 2, **__) -> int:
+    """``q k^T`` and ``weights v``: two products of N*C multiply-adds at each position.
+
+    The bias is ``(heads, N, N)`` of windows, ``(heads, N)`` of sliding ones.
+    """
     return prod(qkv[:-1]) * products * bias[-1] * (qkv[-1] // 3)
+
+
+def _convolutional_attention(
+    qkv: Shape,
+    bias: Shape,
+    num_heads: int,
+    window_size: Shape,
+    theta: Shape | None = None,
+    kernel: Shape | None = None,
+) -> int:
+    """Sliding attention, a key of its own for each offset, and 3x3 taps on each logit."""
+    positions, logits = prod(qkv[:-1]), prod(bias)
+    more = positions * prod(theta) if theta else 0
+    return _attention(qkv, bias) + more + (positions * logits * 9 if kernel else 0)
 
 
 def _local_mlp(value: Shape, weight: Shape, *_, **__) -> int:
@@ -36,7 +53,9 @@ def _inhomogeneous(x: Shape, hidden: Shape, weight: Shape, bias: Shape, size: in
 
 
 MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
-    "window_attention": _window_attention,
+    "window_attention": _attention,
+    "sliding_attention": _attention,
+    "convolutional_attention": _convolutional_attention,
     "local_mlp": _local_mlp,
     "depthwise_conv": _convolution,
     "dynamic_depthwise_conv": _convolution,
@@ -62,8 +81,10 @@ def _predict_and_aggregate_backward(_, x: Shape, hidden: Shape, weight: Shape, *
 
 # Multiply-adds of the custom operators; backward passes include what they recompute.
 _OF_OPERATORS: dict[str, Callable[..., int]] = {
-    "window_attention": _window_attention,
-    "window_attention_backward": lambda _, *args: _window_attention(*args, products=5),
+    "window_attention": _attention,
+    "window_attention_backward": lambda _, *args: _attention(*args, products=5),
+    "sliding_attention": _attention,
+    "sliding_attention_backward": lambda _, *args: _attention(*args, products=5),
     "local_mlp": _local_mlp,
     "local_mlp_backward": lambda _, *args: 2 * _local_mlp(*args),
     "depthwise": _taps,

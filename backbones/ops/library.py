@@ -33,7 +33,8 @@ SECONDS = 300
 """How long a compiler may take, and how long a process waits for another one that compiles."""
 
 _SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.c") for name in ("depthwise", "inhomogeneous", "windows")
+    Path(__file__).with_name(f"{name}.c")
+    for name in ("depthwise", "inhomogeneous", "sliding", "windows")
 )
 _HEADER = Path(__file__).with_name("matrix.h")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")

@@ -1,6 +1,7 @@
 /* SIMD vectors of 32 bytes, and products of small matrices whose rows are padded to whole vectors.
    REAL is float or double. */
 
+#include <math.h>
 #include <stdint.h>
 
 typedef int64_t I;
@@ -25,6 +26,7 @@ typedef REAL One;
 
 INLINE I least(I a, I b) { return a < b ? a : b; }
 INLINE I most(I a, I b) { return a > b ? a : b; }
+INLINE I padded(I n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* 1 / n! */
 static const REAL FACTORS[] = {1,           1,           1. / 2,       1. / 6,        1. / 24,
@@ -46,6 +48,25 @@ INLINE Vec exponential(Vec x) {
   Vec r = x - n * high - n * rest, sum = (Vec){0} + FACTORS[degree];
   for (int i = degree; i > 0; i--) sum = sum * r + FACTORS[i - 1];
   return (Vec)(((VecBits)(sum * (Vec)power) & normal) | broken);
+}
+
+/* Softmax of a row of n numbers, a multiple of LANES; the largest is not -infinity. */
+INLINE void softmax(REAL *row, I n) {
+  REAL largest = -INFINITY, total = 0;
+  Vec top = LOAD(row), sum = {0};
+  for (I m = LANES; m < n; m += LANES) {
+    Vec next = LOAD(row + m);
+    VecBits more = next > top;
+    top = (Vec)(((VecBits)next & more) | ((VecBits)top & ~more));
+  }
+  for (I i = 0; i < LANES; i++) largest = top[i] > largest ? top[i] : largest;
+  for (I m = 0; m < n; m += LANES) {
+    Vec weight = exponential(LOAD(row + m) - largest);
+    STORE(row + m) = weight;
+    sum += weight;
+  }
+  for (I i = 0; i < LANES; i++) total += sum[i];
+  for (I m = 0; m < n; m += LANES) STORE(row + m) *= 1 / total;
 }
 
 /* A tile of R rows and J vectors of out = a @ b + start, or out += if `more`. Element (r, k) of a

@@ -62,6 +62,51 @@ def window_attention(
     return torch.roll(out, shift, (1, 2))
 
 
+def sliding_attention(qkv: Tensor, bias: Tensor, num_heads: int, window_size: Size) -> Tensor:
+    """:func:`backbones.ops.sliding_attention` with the keys and values of all windows in memory."""
+    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    key, value = (_centred_windows(x, window_size) for x in (key, value))
+    query = query * query.shape[-1] ** -0.5
+    scores = torch.einsum("bhwgd,bhwgdn->bhwgn", query, key) + bias.to(query.dtype)
+    inside = _centred_windows(qkv.new_ones(1, *qkv.shape[1:3], 1, 1), window_size)[..., 0, :]
+    weights = scores.masked_fill(inside == 0, float("-inf")).softmax(-1)
+    return torch.einsum("bhwgn,bhwgdn->bhwgd", weights, value).flatten(-2)
+
+
+def convolutional_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    window_size: Size,
+    theta: Tensor | None = None,
+    kernel: Tensor | None = None,
+) -> Tensor:
+    """:func:`backbones.ops.convolutional_attention` with all windows in memory."""
+    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    key, value = (_centred_windows(x, window_size) for x in (key, value))
+    query = query * query.shape[-1] ** -0.5
+    scores = torch.einsum("bhwgd,bhwgdn->bhwgn", query, key)
+    if kernel is not None:
+        scores = scores.unflatten(-1, window_size)
+        scores = sum(
+            torch.roll(scores, (1 - y, 1 - x), (-2, -1)) * kernel[:, y, x, None, None]
+            for y in range(3)
+            for x in range(3)
+        ).flatten(-2)
+    if theta is not None:
+        scores = scores + torch.einsum("bhwgd,gnd->bhwgn", query, theta)
+    inside = _centred_windows(qkv.new_ones(1, *qkv.shape[1:3], 1, 1), window_size)[..., 0, :]
+    weights = (scores + bias).masked_fill(inside == 0, float("-inf")).softmax(-1)
+    return torch.einsum("bhwgn,bhwgdn->bhwgd", weights, value).flatten(-2)
+
+
+def _centred_windows(x: Tensor, window_size: Size) -> Tensor:
+    """``(B, H, W, heads, D)`` to ``(B, H, W, heads, D, N)``, zeros outside of the map."""
+    up, left = (side // 2 for side in window_size)
+    padded = F.pad(x, (0, 0, 0, 0, left, left, up, up))
+    return padded.unfold(1, window_size[0], 1).unfold(2, window_size[1], 1).flatten(-2)
+
+
 def local_mlp(
     value: Tensor, weight: Tensor, bias: Tensor, window_size: Size, shift: Size
 ) -> Tensor:

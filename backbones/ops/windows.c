@@ -13,8 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-INLINE I padded(I n) { return (n + LANES - 1) / LANES * LANES; }
-
 /* The windows of a map. N: positions of a window; Np, Dp: N and D padded to whole vectors; across:
    windows in a row; windows: windows of an image. */
 typedef struct {
@@ -72,26 +70,6 @@ INLINE void transpose(const Cut *c, const REAL *from, REAL *to) {
   }
 }
 
-static void softmax(const Cut *c, REAL *scores) {
-  for (I n = 0; n < c->N; n++) {
-    REAL *row = scores + n * c->Np, most = -INFINITY, total = 0;
-    Vec top = LOAD(row), sum = {0};
-    for (I m = LANES; m < c->Np; m += LANES) {
-      Vec next = LOAD(row + m);
-      VecBits more = next > top;
-      top = (Vec)(((VecBits)next & more) | ((VecBits)top & ~more));
-    }
-    for (I i = 0; i < LANES; i++) most = top[i] > most ? top[i] : most;
-    for (I m = 0; m < c->Np; m += LANES) {
-      Vec weight = exponential(LOAD(row + m) - most);
-      STORE(row + m) = weight;
-      sum += weight;
-    }
-    for (I i = 0; i < LANES; i++) total += sum[i];
-    for (I m = 0; m < c->Np; m += LANES) STORE(row + m) *= 1 / total;
-  }
-}
-
 /* (4, heads, N, Np): the bias for each value of seam_of, -inf across the seam and in padding. */
 static REAL *masked_bias(const Cut *c, const REAL *bias) {
   REAL *all = malloc(4 * c->heads * c->N * c->Np * sizeof(REAL)), *to = all;
@@ -120,7 +98,7 @@ static void attend(const Cut *c, const REAL *image, const REAL *bias, I window, 
   transpose(c, key, keys);
   memcpy(weights, bias + (seam_of(c, window) * c->heads + h) * square, square * sizeof(REAL));
   multiply(query, c->Dp, 1, keys, c->Np, weights, c->Np, c->Np, c->N, c->D, 1);
-  softmax(c, weights);
+  for (I n = 0; n < c->N; n++) softmax(weights + n * c->Np, c->Np);
 }
 
 /* out (B, H, W, C) from qkv (B, H, W, 3C) and bias (heads, N, N). */

@@ -69,6 +69,15 @@ def relative_position_index(window_size: Size) -> Tensor:
     return (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
 
 
+def sliding_position_index(window_size: Size) -> Tensor:
+    """``(N,)``: the row of the bias table for each position of a window, seen from its centre.
+
+    Of Swin's 13x13 rows, for offsets of up to 6, these are the middle 7x7, for offsets of up to 3.
+    """
+    rows, columns = window_size
+    return relative_position_index(window_size)[rows * columns // 2]
+
+
 def resize_window_grid(weight: Tensor, grid: Size) -> Tensor:
     """Resize the window grid of ``(nH, nW, ...)`` weights to ``grid``, bilinearly."""
     if surely(weight.shape[0] == grid[0]) and surely(weight.shape[1] == grid[1]):

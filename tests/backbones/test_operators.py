@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from backbones import ops
-from backbones.ops import native, reference
-from backbones.ops.windows import relative_position_bias, relative_position_index
+from backbones.ops import halos, native, reference
+from backbones.ops.windows import (
+    relative_position_bias,
+    relative_position_index,
+    sliding_position_index,
+)
 from tests.support import randn
 
 SIZES = [(1, 1), (3, 8), (9, 7), (13, 5)]
@@ -222,3 +226,134 @@ def test_local_mlp(per_window, shift):
                         scale = own[h, i, j] + bias[h, i, j]
                         expected[b, *p, h * dim : (h + 1) * dim] += scale * v[r][h]
     torch.testing.assert_close(ops.local_mlp(value, weight, bias, window, shift), expected)
+
+
+def sliding_by_loops(qkv, bias, heads, window, static=None, convolved=None):
+    """Equations 1 and 2 over the window centred at each position, position by position.
+
+    ``static`` and ``convolved`` are those of equations 24 and 25.
+    """
+    batch, height, width, channels = qkv.shape
+    dim, up, left = channels // (3 * heads), window[0] // 2, window[1] // 2
+    q, k, v = qkv.reshape(batch, height, width, 3, heads, dim).unbind(3)
+    out = torch.zeros(batch, height, width, heads, dim, dtype=qkv.dtype)
+    for b, y, x, h in itertools.product(range(batch), range(height), range(width), range(heads)):
+        query, seen, products = q[b, y, x, h] / dim**0.5, {}, torch.zeros(window, dtype=qkv.dtype)
+        for u, w in itertools.product(range(window[0]), range(window[1])):
+            r, c = y + u - up, x + w - left
+            if 0 <= r < height and 0 <= c < width:
+                seen[u, w] = v[b, r, c, h]
+                products[u, w] = query @ k[b, r, c, h]
+        logits = []
+        for u, w in seen:
+            value = products[u, w]
+            if convolved is not None:
+                near = itertools.product((-1, 0, 1), repeat=2)
+                value = sum(
+                    convolved[h, i + 1, j + 1] * products[(u + i) % window[0], (w + j) % window[1]]
+                    for i, j in near
+                )
+            if static is not None:
+                value = value + query @ static[h, u * window[1] + w]
+            logits.append(value + bias[h, u * window[1] + w])
+        weights = torch.stack(logits).softmax(0)
+        out[b, y, x, h] = sum(a * value for a, value in zip(weights, seen.values(), strict=True))
+    return out.flatten(3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("window", [(3, 3), (5, 3), (7, 7)])
+def test_sliding_attention(size, window):
+    """Also on maps smaller than the window, and of one position."""
+    heads, dim = 2, 3
+    qkv, bias = randn(2, *size, 3 * heads * dim), randn(heads, window[0] * window[1])
+    expected = sliding_by_loops(qkv, bias, heads, window)
+    torch.testing.assert_close(ops.sliding_attention(qkv, bias, heads, window), expected)
+    torch.testing.assert_close(reference.sliding_attention(qkv, bias, heads, window), expected)
+
+
+def test_the_offsets_of_a_window_from_its_centre():
+    """In Swin's table of 13x13, the middle 7x7 from the last to the first."""
+    table = torch.arange(169).reshape(13, 13)
+    expected = table[3:10, 3:10].flip(0, 1).flatten()
+    assert sliding_position_index((7, 7)).equal(expected)
+    assert sliding_position_index((3, 5)).equal(relative_position_index((3, 5))[7])
+
+
+def test_sliding_attention_moves_with_its_input():
+    """Inside of the map; a patch in zeros, moved by a row and two columns."""
+    qkv, bias = torch.zeros(1, 20, 20, 12, dtype=torch.float64), randn(2, 9)
+    moved, patch = qkv.clone(), randn(1, 6, 6, 12)
+    qkv[:, 5:11, 5:11] = patch
+    moved[:, 6:12, 7:13] = patch
+    first, second = (ops.sliding_attention(x, bias, 2, (3, 3)) for x in (qkv, moved))
+    torch.testing.assert_close(second[:, 3:-3, 4:-3], first[:, 2:-4, 2:-5])
+
+
+@pytest.mark.parametrize("window, what", [((4, 3), r"\(4, 3\)"), ((3, 12), r"\(3, 12\)")])
+def test_a_sliding_window_without_a_centre_is_refused(window, what):
+    with pytest.raises(ValueError, match=f"window_size={what}: .* odd"):
+        ops.sliding_attention(randn(1, 4, 4, 12), randn(2, window[0] * window[1]), 2, window)
+
+
+def test_a_bias_of_another_window_is_refused():
+    with pytest.raises(ValueError, match=r"bias of \(2, 49\) for 2 heads and windows of 5x5"):
+        ops.sliding_attention(randn(1, 4, 4, 12), randn(2, 49), 2, (5, 5))
+
+
+def convolutional_inputs(size, window, heads=2, dim=3):
+    taps = window[0] * window[1]
+    qkv, bias = randn(2, *size, 3 * heads * dim), randn(heads, taps)
+    return qkv, bias, randn(heads, taps, dim), randn(heads, 3, 3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("window", [(3, 3), (5, 3), (7, 7)])
+def test_convolutional_attention(size, window):
+    """Equations 24 and 25, each alone and both."""
+    qkv, bias, theta, kernel = convolutional_inputs(size, window)
+    for given in ({}, {"theta": theta}, {"kernel": kernel}, {"theta": theta, "kernel": kernel}):
+        static, convolved = given.get("theta"), given.get("kernel")
+        expected = sliding_by_loops(qkv, bias, 2, window, static, convolved)
+        for module in (ops, reference):
+            got = module.convolutional_attention(qkv, bias, 2, window, **given)
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("scores", [2**19, 100])
+@pytest.mark.parametrize("size", [(1, 1), (9, 7), (13, 5)])
+@pytest.mark.parametrize("which", ["theta", "kernel"])
+def test_convolutional_gradients(size, which, scores, monkeypatch):
+    """At once, and a row of blocks at a time."""
+    monkeypatch.setitem(halos._SCORES, "cpu", scores)
+    qkv, bias, theta, kernel = convolutional_inputs(size, (5, 3))
+    learned = {"theta": theta, "kernel": kernel}[which]
+    leaves = [t.requires_grad_() for t in (qkv, bias, learned)]
+    grad = randn(2, *size, 6)
+    found = []
+    for module in (ops, reference):
+        out = module.convolutional_attention(qkv, bias, 2, (5, 3), **{which: learned})
+        found.append(torch.autograd.grad(out, leaves, grad))
+    torch.testing.assert_close(*found)
+
+
+def test_logits_convolved_by_a_delta_or_without_static_part_are_sliding_attention():
+    qkv, bias, theta, kernel = convolutional_inputs((9, 8), (7, 7))
+    delta = torch.zeros_like(kernel)
+    delta[:, 1, 1] = 1
+    expected = ops.sliding_attention(qkv, bias, 2, (7, 7))
+    for given in ({"theta": torch.zeros_like(theta)}, {"kernel": delta}):
+        got = ops.convolutional_attention(qkv, bias, 2, (7, 7), **given)
+        torch.testing.assert_close(got, expected)
+
+
+def test_convolving_logits_is_convolving_the_keys_of_a_window():
+    """Equation 25 where the window is the whole map: circular in it."""
+    qkv, bias, _, kernel = convolutional_inputs((5, 5), (5, 5), heads=1, dim=4)
+    q, k, v = qkv.unflatten(-1, (3, 4)).unbind(3)
+    taps = itertools.product(range(3), repeat=2)
+    keys = sum(kernel[0, y, x] * k.roll((1 - y, 1 - x), (1, 2)) for y, x in taps)
+    logits = torch.einsum("bd,byxd->byx", q[:, 2, 2] / 2, keys).flatten(1) + bias[:1]
+    expected = torch.einsum("bn,bnd->bd", logits.softmax(-1), v.flatten(1, 2))
+    got = ops.convolutional_attention(qkv, bias[:1], 1, (5, 5), kernel=kernel[:1])
+    torch.testing.assert_close(got[:, 2, 2], expected)

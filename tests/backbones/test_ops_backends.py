@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from backbones import ops
-from backbones.ops import native, reference
+from backbones.ops import halos, native, reference
 from backbones.ops.dispatch import OPERATORS, explain
 from tests.support import OperatorCases, agrees, outputs_and_gradients, randn
 
@@ -72,11 +72,63 @@ def test_windows(backend, window, dim, heads=2):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [(7, 7), (1, 1), (3, 3), (5, 7), (9, 1), (1, 9)])
+@pytest.mark.parametrize("dim", [1, 3, 5, 8, 12, 32, 40])
+def test_sliding_windows(backend, window, dim):
+    """Maps smaller than the window, those that are no whole blocks, strips of rows in C."""
+    for size in ((1, 1), (2, 11), (23, 6)):
+        agrees(cases.sliding(size, groups=3, shared=dim, window=window), backend)
+
+
+@pytest.mark.parametrize("scores", [2**19, 100])
+def test_blocks_of_queries_at_once_and_by_rows(scores, monkeypatch):
+    monkeypatch.setitem(halos._SCORES, "cpu", scores)
+    agrees(cases.sliding((17, 12)), "torch")
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="there are no C kernels")
+@pytest.mark.parametrize("size", [(40, 9), (7, 5)])
+def test_sliding_attention_is_the_same_on_any_number_of_threads(size):
+    name, inputs, options = cases.sliding(size, window=(7, 7))
+    inputs, grad = [x.float() for x in inputs], torch.randn(2, *size, 6)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with ops.force("native"):
+                found.append(outputs_and_gradients(getattr(ops, name), inputs, options, grad))
+    finally:
+        torch.set_num_threads(before)
+    assert all(a.equal(b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_a_sliding_window_does_not_see_does_not_matter(backend, value):
+    """A key or value beside the window, in the same vector of it."""
+    qkv, bias = torch.randn(1, 9, 14, 3 * 8), torch.randn(2, 9)
+    with ops.force(backend):
+        expected = ops.sliding_attention(qkv, bias, 2, (3, 3))
+        for channel in (9, 17):
+            wrong = qkv.clone()
+            wrong[0, 4, 6, channel] = value
+            out = ops.sliding_attention(wrong, bias, 2, (3, 3))
+            near = torch.zeros(9, 14, dtype=torch.bool)
+            near[3:6, 5:8] = True
+            assert not out[:, near].isfinite().all()
+            if backend != "torch":  # whose blocks of queries share products
+                torch.testing.assert_close(out[:, ~near], expected[:, ~near])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_attention_of_any_sharpness(backend, scale):
     """From even weights to a single one, whose others are below the smallest float32."""
     torch.manual_seed(0)
     case = "window_attention", [scale * randn(1, 7, 14, 192), randn(2, 49, 49)], (2, (7, 7), (3, 3))
+    agrees(case, backend)
+    agrees(case, backend, torch.float32, 1e-5 * max(1.0, scale**2))
+    case = "sliding_attention", [scale * randn(1, 7, 14, 192), randn(2, 49)], (2, (7, 7))
     agrees(case, backend)
     agrees(case, backend, torch.float32, 1e-5 * max(1.0, scale**2))
 
@@ -98,6 +150,7 @@ def test_a_key_that_is_not_a_number_is_not_hidden():
     qkv[0, 1, 1, 9] = float("nan")
     with ops.force("native"):
         assert ops.window_attention(qkv, torch.zeros(2, 6, 6), 2, (3, 2), (0, 0)).isnan().any()
+        assert ops.sliding_attention(qkv, torch.zeros(2, 9), 2, (3, 3)).isnan().any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,6 +197,8 @@ def test_registration_is_sound(backend):
     inner = (x, leaf(2, 4, 5, 6), leaf(9, 8, 6), leaf(9, 8), 3)
     with ops.force(backend):
         torch.library.opcheck(torch.ops.dense.predict_and_aggregate.default, inner)
+        inner = (leaf(2, 4, 5, 18), leaf(2, 9), 2, [3, 3])
+        torch.library.opcheck(torch.ops.dense.sliding_attention.default, inner)
         if backend == "native":
             inner = (leaf(2, 4, 5, 9), leaf(2, 49, 9), leaf(9), 7)
             torch.library.opcheck(torch.ops.dense.depthwise.default, inner)
@@ -159,7 +214,7 @@ class Operator(nn.Module):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", cases.convolutions)
+@pytest.mark.parametrize("make", [*cases.convolutions, cases.sliding])
 def test_one_graph_serves_all_sizes(make, backend):
     """Forward and backward, without a break; the second size compiles nothing."""
     torch._dynamo.reset()
@@ -172,9 +227,9 @@ def test_one_graph_serves_all_sizes(make, backend):
                 for tensor in maps:
                     torch._dynamo.mark_dynamic(tensor, axis)
             compiled = torch.compile(Operator(name, options), backend=counter, fullgraph=True)
-            grad = torch.ones_like(inputs[0])
             leaves = [x.requires_grad_() for x in inputs]
             out = compiled(*leaves)
+            grad = torch.ones_like(out)
             got = out, *torch.autograd.grad(out, leaves, grad)
             expected = outputs_and_gradients(getattr(ops, name), inputs, options, grad)
             torch.testing.assert_close(got, expected)
@@ -182,7 +237,7 @@ def test_one_graph_serves_all_sizes(make, backend):
 
 
 @pytest.mark.usefixtures("unforced")
-@pytest.mark.parametrize("make", [cases.inhomogeneous, cases.aggregation])
+@pytest.mark.parametrize("make", [cases.inhomogeneous, cases.aggregation, cases.sliding])
 def test_compiled_graphs_hold_the_operator(make):
     """And not the form that exported ones do, which keeps the kernels for the backward pass."""
     name, inputs, options = make((9, 12))

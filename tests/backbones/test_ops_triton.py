@@ -69,6 +69,13 @@ def test_windows(window, dim):
         agrees(cases.local_mlp(size, shared=dim, shift=shift, window=window, grid=grid))
 
 
+@pytest.mark.parametrize("window, dim", [((7, 7), 5), ((1, 1), 3), ((5, 3), 1), ((1, 9), 40)])
+def test_sliding_windows(window, dim):
+    """Windows larger than the map, channels and positions that fill no tile."""
+    torch.manual_seed(0)
+    agrees(cases.sliding((3, 4), groups=3, shared=dim, window=window))
+
+
 @pytest.mark.parametrize("make", cases.all)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_half_precisions(make, dtype, tolerance):
@@ -118,9 +125,10 @@ def registered():
     yield dense.depthwise, leaf(2, 2, 3, 4), leaf(2, 9, 4), leaf(4), 3
     yield dense.window_attention, leaf(1, 4, 1, 12), leaf(2, 2, 2), 2, *window
     yield dense.local_mlp, leaf(1, 4, 1, 4), leaf(2, 2, 2), *window
+    yield dense.sliding_attention, leaf(1, 2, 3, 12), leaf(2, 3), 2, [1, 3]
 
 
-@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("case", range(6))
 def test_registration_is_sound(case):
     """Schemas, fakes and autograd are what they say, with gradients and with changing sizes."""
     operator, *inputs = list(registered())[case]
@@ -300,6 +308,6 @@ def test_kernels_compile_for_gpus_and_do_not_spill():
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = [line for line in done.stdout.splitlines() if "| bf16 |" in line]
-    assert len(rows) == 25
-    products = [row for row in rows if any(n in row for n in ("I-D-DW", "attention", "MLP"))]
+    assert len(rows) == 28
+    products = [row for row in rows if any(n in row for n in ("I-D-DW", "window", "MLP"))]
     assert len(products) == 13 and all(row.endswith("| yes |") for row in products)

@@ -32,7 +32,7 @@ def agrees(case, dtype=torch.float32, tolerance=1e-5):
 
 @interpreted
 @pytest.mark.parametrize("dim", [*range(1, 16), 48, 96])
-@pytest.mark.parametrize("make", [cases.attention, cases.local_mlp])
+@pytest.mark.parametrize("make", [cases.attention, cases.local_mlp, cases.sliding])
 def test_channels_of_a_head(make, dim):
     torch.manual_seed(dim)
     agrees(make((3, 4), groups=3, shared=dim, batch=1))
@@ -62,10 +62,12 @@ def test_blocks_of_what_kernels_are_predicted_from(depth):
 
 
 @interpreted
-@pytest.mark.parametrize("make", [cases.depthwise, cases.dynamic, cases.inhomogeneous])
+@pytest.mark.parametrize(
+    "make", [cases.depthwise, cases.dynamic, cases.inhomogeneous, cases.sliding]
+)
 def test_sums_over_positions_in_several_parts(make, monkeypatch):
     """Gradients agree, and repeat bit for bit, whose parts end inside an image or span images."""
-    from backbones.ops.triton_kernels import depthwise, inhomogeneous
+    from backbones.ops.triton_kernels import depthwise, inhomogeneous, sliding
 
     numbers = []
 
@@ -73,13 +75,14 @@ def test_sums_over_positions_in_several_parts(make, monkeypatch):
         numbers.append(min(blocks, 4))
         return numbers[-1]
 
-    for module in (depthwise, inhomogeneous):
+    for module in (depthwise, inhomogeneous, sliding):
         monkeypatch.setattr(module, "parts", parts)
+    monkeypatch.setattr(sliding, "_ELEMENTS", 16)
     torch.manual_seed(0)
     name, inputs, options = case = make((5, 3))
     agrees(case)
     inputs = [x.float().to(DEVICE) for x in inputs]
-    grad = torch.randn_like(inputs[0])
+    grad = torch.randn_like(getattr(reference, name)(*inputs, *options))
     with ops.force("triton"):
         runs = [outputs_and_gradients(getattr(ops, name), inputs, options, grad) for _ in range(2)]
     assert all(a.equal(b) for a, b in zip(*runs, strict=True))
@@ -369,7 +372,7 @@ def test_offsets_in_32_bits_are_found():
 def test_offsets_of_all_kernels_have_64_bits():
     done = run_inspection("--arch", "90", "--dtypes", "bf16", "--only", "offsets")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count("| 64 bits |") == 25
+    assert done.stdout.count("| 64 bits |") == 28
 
 
 # What the generated code uses

@@ -31,6 +31,8 @@ def tiny(operator: str) -> cases.Case:
     """A first case that the interpreter runs in less than a second."""
     if operator in CONVOLUTIONS:
         return cases._MAKERS[operator]((2, 3), 2, kernel=3, batch=1)
+    if operator == "sliding_attention":
+        return cases.sliding((2, 3), 1, 3, (3, 3), 1)
     return cases._MAKERS[operator]((1, 2), 1, 3, (2, 2), (1, 1), 1)
 
 

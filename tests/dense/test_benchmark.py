@@ -22,6 +22,7 @@ tool = load_tool("benchmark")
         operators._depthwise,
         operators._attention,
         operators._shifted_attention,
+        operators._sliding,
         operators._mlp,
     ],
 )

@@ -292,6 +292,38 @@ def _attention(images: int, height: int, width: int, device: torch.device, shift
 _shifted_attention = partial(_attention, shift=WINDOW[0] // 2)
 
 
+def _sliding(images: int, height: int, width: int, device: torch.device):
+    inside = F.pad(torch.ones(height, width, device=device), [KERNEL // 2] * 4)
+    inside = inside.unfold(0, KERNEL, 1).unfold(1, KERNEL, 1).flatten(2) > 0
+
+    def inputs() -> list[Tensor]:
+        return [
+            _random(device, images, height, width, 3 * CHANNELS),
+            _random(device, HEADS, TAPS),
+        ]
+
+    def windows(x: Tensor) -> Tensor:
+        """``(B, H, W, heads, D)`` to ``(B, H, W, heads, D, K*K)``."""
+        x = F.pad(x, (0, 0, 0, 0, *[KERNEL // 2] * 4))
+        return x.unfold(1, KERNEL, 1).unfold(2, KERNEL, 1).flatten(-2)
+
+    def unfolded(qkv: Tensor, bias: Tensor) -> Tensor:
+        query, key, value = qkv.unflatten(-1, (3, HEADS, -1)).unbind(3)
+        query = query * (CHANNELS // HEADS) ** -0.5
+        scores = (query[..., None, :] @ windows(key))[..., 0, :] + bias
+        scores = scores.masked_fill(~inside[:, :, None], -math.inf)
+        return (scores.softmax(-1)[..., None, :] @ windows(value).mT).flatten(3)
+
+    functions = {
+        "unfold": lambda: (unfolded, inputs()),
+        "ours": lambda: (
+            partial(ops.sliding_attention, num_heads=HEADS, window_size=WINDOW),
+            inputs(),
+        ),
+    }
+    return "sliding attention", functions
+
+
 def _whole_windows(height: int, width: int) -> tuple[int, int]:
     return -(-height // WINDOW[0]) * WINDOW[0], -(-width // WINDOW[1]) * WINDOW[1]
 
@@ -327,5 +359,6 @@ OPERATORS = (
     _depthwise,
     _attention,
     _shifted_attention,
+    _sliding,
     _mlp,
 )
