@@ -34,8 +34,8 @@ class CenteredBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, H, W)``."""
-        mean = x.mean((2, 3), keepdim=True, dtype=self.center.dtype)
-        return self.norm(x + (self.center[:, None, None] * mean).to(x.dtype))
+        mean = x.mean((2, 3), dtype=self.center.dtype)
+        return self.norm(x + (self.center * mean)[:, :, None, None].to(x.dtype))
 
     def adapt(self, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take a plain batch norm's entries, with ``center`` 0; others are kept.

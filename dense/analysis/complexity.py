@@ -14,7 +14,7 @@ from copy import deepcopy
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import timm
@@ -77,11 +77,21 @@ def flops(model: nn.Module, *shapes: tuple[int, ...]) -> int:
 
 
 def classifier(
-    name: str, img_size: int = 224, window_size: int = 7, with_flops: bool = True
+    name: str,
+    img_size: int = 224,
+    window_size: int | None = 7,
+    with_flops: bool = True,
+    **options: Any,
 ) -> Count:
-    """Count a classifier of 1000 classes on one image of ``img_size`` x ``img_size`` pixels."""
+    """Count a classifier of 1000 classes on one image of ``img_size`` x ``img_size`` pixels.
+
+    ``window_size=None`` leaves that argument out, for networks that have none; ``options`` are
+    other arguments of the network.
+    """
+    if window_size is not None:
+        options["window_size"] = window_size
     with torch.device("meta"):
-        model = timm.create_model(name, img_size=img_size, window_size=window_size)
+        model = timm.create_model(name, img_size=img_size, **options)
     shape = (1, 3, img_size, img_size)
     return Count(parameters(model), flops(model, shape) if with_flops else None)
 
@@ -165,6 +175,10 @@ def _openmmlab_model(config: str | Path) -> nn.Module:
         return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 
+def _shape(argument: object) -> object:
+    return tuple(argument.shape) if isinstance(argument, Tensor) else argument
+
+
 def _meta(shape: tuple[int, ...]) -> Tensor:
     """A tensor without values."""
     return torch.empty(shape, device="meta")
@@ -181,12 +195,13 @@ def _multiply_adds(forward: Callable[[], object]) -> int:
         On the meta device, an operator itself would run some backend's products.
         """
 
-        def operator(x: Tensor, *args) -> Tensor:
+        def operator(*args, **kwargs) -> Tensor:
             nonlocal own
-            shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in (x, *args)]
-            own += MULTIPLY_ADDS[name](*shapes)
-            # window_attention takes q, k and v in one map of 3C channels and returns C channels.
-            return x.chunk(3, -1)[0] if name == "window_attention" else x
+            x = args[0]
+            shapes = [_shape(a) for a in args]
+            own += MULTIPLY_ADDS[name](*shapes, **{key: _shape(a) for key, a in kwargs.items()})
+            # Attention takes q, k and v in one map of 3C channels and returns C channels.
+            return x.chunk(3, -1)[0] if name.endswith("attention") else x
 
         return operator
 
