@@ -24,6 +24,11 @@ from dense.metrics import read_run
 from dense.recipes import config_beside
 
 WEIGHTS = ("averaged", "model")
+# Keys of a pretraining config's model that its network, once trained, is not built with.
+_NOT_OF_THE_NETWORK = (
+    *("type", "name", "num_classes", "classes", "mixup", "label_smoothing", "init", "compile"),
+    *("drop_rate", "drop_path_rate"),
+)
 _BEGIN, _END = "<!-- Published models, by tools/publish_checkpoint.py. -->", "<!-- End of them. -->"
 _HEAD = (
     "| model | recipe | image | classes | top-1 | top-5 | file |",
@@ -153,9 +158,7 @@ def _of_the_classifier(config: Path) -> dict[str, Any]:
 
     cfg = load_config(config)
     transform = cfg.val_dataloader.dataset.transform
-    options = {
-        key: cfg.model[key] for key in ("img_size", "window_size", "shared") if key in cfg.model
-    }
+    options = {key: value for key, value in cfg.model.items() if key not in _NOT_OF_THE_NETWORK}
     return {
         "model": cfg.model.name,
         "image_size": transform.input_size,

@@ -73,6 +73,23 @@ def test_a_classifier(trained, weights, tmp_path, capsys):
     assert few.head.fc.weight.equal(expected["head.fc.weight"][[2, 0]])
 
 
+def test_the_options_of_a_network_are_published_with_it(trained, tmp_path):
+    from mmengine.config import Config
+
+    work, *_ = trained
+    options = dict(num_heads=(1, 2, 4, 8), se_ratio=1 / 16)
+    network = timm.create_model("dw_conv_nano", num_classes=3, **options)
+    state = {f"network.{k}": v for k, v in network.state_dict().items()}
+    content = torch.load(work / "epoch_2.pth", weights_only=True)
+    torch.save({"state_dict": state, "meta": content["meta"]}, work / "epoch_2.pth")
+    cfg = Config.fromfile(work / "d_dw_conv_nano.py")
+    cfg.model.update(name="dw_conv_nano", drop_path_rate=0.1, **options)
+    cfg.dump(work / "d_dw_conv_nano.py")
+    done = tool.publish.publish(work / "epoch_2.pth", tmp_path / "out")
+    assert done.meta["options"] == dict(options, img_size=64)
+    assert backbones.read_checkpoint(done.files[0]).keys() == network.state_dict().keys()
+
+
 def test_figures_of_an_epoch_that_ends_between_two_logged_iterations(trained, tmp_path):
     work, *_ = trained
     (log,) = work.glob("*/vis_data/scalars.json")

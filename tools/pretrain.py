@@ -8,6 +8,10 @@ Your own folders, on a CPU or one GPU:
     python tools/pretrain.py configs/pretraining/i_d_dw_conv_nano.py \\
         --data-root photos --num-classes 10
 
+A row of the paper's ablations (backbones/README.md lists them), in the size of the config's:
+    python tools/pretrain.py configs/pretraining/dw_conv_nano.py --ablation dw_conv_se \\
+        --data-root photos --num-classes 10
+
 On fewer GPUs gradients are accumulated to keep the recipe's total batch size. --resume continues
 after a kill. --eval-only CHECKPOINT evaluates a checkpoint of any supported layout: top-1, top-5,
 images per second, and accuracy per class in WORK_DIR/evaluation.
@@ -34,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, help="batch size per process (default: the config's)")
     add("--accumulate", type=int, help="batches per optimizer step; default keeps the total batch")
     add("--init", help="initial weights: a file, a URL or a tag")
+    add("--ablation", metavar="NAME", help="a row of the paper's ablations in place of the network")
     add("--resume", action="store_true", help="continue from the last complete checkpoint")
     add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -74,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         require("mmengine", "pretraining")
         from backbones import CheckpointError
         from dense.metrics import plot_finished
-        from dense.openmmlab.config import ConfigError, load_config, use_amp
+        from dense.openmmlab.config import ConfigError, load_config, use_ablation, use_amp
         from dense.pretraining import config
         from dense.pretraining.data import TooManyUnreadable
     except ImportError as error:
@@ -83,9 +88,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         cfg = load_config(args.config, args.cfg_options)
         cfg.launcher = args.launcher
-        cfg.work_dir = (
-            args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
-        )
+        run = Path(args.config).stem
+        if args.ablation:
+            use_ablation(cfg.model, args.ablation, "name", dense=False)
+            run += f"_{args.ablation}"
+        cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", run))
         cfg.resume = args.resume or cfg.get("resume", False)
         config.set_data(cfg, args.data_root, args.train, args.val, args.num_classes)
         if args.init or args.eval_only:

@@ -23,6 +23,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config-file", required=True, help="a LazyConfig .py, or an earlier run's config.yaml")
+    add(
+        "--ablation", metavar="NAME", help="a row of the paper's ablations in place of the backbone"
+    )
     add("--output-dir", help="logs and checkpoints (default: the config's train.output_dir)")
     add("--train-json", help="COCO-style annotations for training")
     add("--train-images", help="folder of the training images")
@@ -48,12 +51,14 @@ def main() -> None:
 
     from backbones import CheckpointError
     from dense.detection import engine
-    from dense.detection.config import LazyConfigError, load_config
+    from dense.detection.config import LazyConfigError, load_config, use_ablation
     from dense.detection.data import resolve_data
     from dense.metrics import plot_finished
 
     try:
         cfg = load_config(args.config_file, args.overrides)
+        if args.ablation:
+            use_ablation(cfg, args.ablation)
         if args.output_dir:
             cfg.train.output_dir = args.output_dir
         given = {

@@ -25,6 +25,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("config", help="a config of MMSegmentation")
+    add(
+        "--ablation", metavar="NAME", help="a row of the paper's ablations in place of the backbone"
+    )
     add("--work-dir", help="logs and checkpoints (default: work_dirs/<name of the config>)")
     add("--resume", action="store_true", help="continue from the last complete checkpoint")
     add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
@@ -53,7 +56,7 @@ def main() -> None:
         require("mmseg", "segmentation")
         from backbones import CheckpointError
         from dense.metrics import plot_finished
-        from dense.openmmlab.config import ConfigError
+        from dense.openmmlab.config import ConfigError, use_ablation
         from dense.segmentation import config
     except ImportError as error:
         sys.exit(f"train_segmentor: {error}")
@@ -68,9 +71,11 @@ def main() -> None:
     try:
         cfg = config.load_config(args.config, args.cfg_options)
         cfg.launcher = args.launcher
-        cfg.work_dir = (
-            args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
-        )
+        run = Path(args.config).stem
+        if args.ablation:
+            use_ablation(cfg.model.backbone, args.ablation, "type")
+            run += f"_{args.ablation}"
+        cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", run))
         cfg.resume = args.resume or cfg.get("resume", False)
         if args.data_root:
             config.set_data_root(cfg, args.data_root)

@@ -10,6 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from backbones.ablations import AblationError, ablated
+
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
@@ -58,6 +60,25 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
         if not override.is_add():
             _check_key(cfg, override.key_or_group, text)
     return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def use_ablation(cfg: DictConfig, name: str) -> None:
+    """Replace the backbone by a row of the paper's ablations, in the backbone's size.
+
+    Args:
+        cfg: changed in place.
+        name: a key of :data:`backbones.ablations.ABLATIONS`.
+
+    Raises:
+        LazyConfigError: the name is unknown, or the row cannot replace the config's backbone.
+    """
+    backbone = cfg.model.get("backbone") or {}
+    backbone = backbone.get("bottom_up", backbone)
+    try:
+        model, options = ablated(name, str(backbone.get("name")), dense=True)
+    except AblationError as error:
+        raise LazyConfigError(f"--ablation: {error}") from error
+    backbone.update(name=model, **options)
 
 
 def _read(path: Path) -> DictConfig:

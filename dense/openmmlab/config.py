@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
+from backbones.ablations import AblationError, ablated
 from dense.amp import best_half
 from dense.openmmlab.runner import DenseRunner
 
@@ -58,6 +59,27 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
     # bfloat16 has float32's exponent range and needs no scaling.
     scaled = cfg.optim_wrapper.dtype != "bfloat16"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic" if scaled else 1.0)
+
+
+def use_ablation(network: ConfigDict, name: str, key: str, dense: bool = True) -> None:
+    """Replace a network by a row of the paper's ablations, in the network's size.
+
+    >>> use_ablation(cfg.model.backbone, "dw_conv_se", "type")
+
+    Args:
+        network: the part of a config that describes the network; changed in place.
+        name: a key of :data:`backbones.ablations.ABLATIONS`.
+        key: the key of the network's name.
+        dense: whether it is for dense prediction.
+
+    Raises:
+        ConfigError: the name is unknown, or the row cannot replace the network.
+    """
+    try:
+        network[key], options = ablated(name, network[key], dense)
+    except AblationError as error:
+        raise ConfigError(f"--ablation: {error}") from error
+    network.update(options)
 
 
 def build_runner(cfg: Config) -> Runner:

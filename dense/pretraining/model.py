@@ -11,6 +11,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 import backbones
+from backbones.ablations import ABLATIONS
 from backbones.released import source_of
 
 
@@ -21,7 +22,7 @@ class ImageClassifier(BaseModel):
     >>> ImageClassifier("dw_conv_tiny", 10, drop_path_rate=0.2, label_smoothing=0.1)
 
     Args:
-        name: one of ``backbones.MODEL_NAMES``.
+        name: one of ``backbones.MODEL_NAMES``, or a host of :data:`backbones.ablations.ABLATIONS`.
         num_classes: number of logits.
         classes: class names; the classifier's rows in ``init`` are matched by them.
         mixup: arguments of :class:`timm.data.Mixup` except ``num_classes`` and
@@ -30,8 +31,8 @@ class ImageClassifier(BaseModel):
         init: a checkpoint or a tag of released weights, loaded by
             :func:`backbones.load_checkpoint`; None starts from random weights.
         compile: run the network under ``torch.compile`` with dynamic shapes.
-        **kwargs: arguments of the network: ``drop_path_rate``, ``img_size``, ``window_size``,
-            ``shared``.
+        **kwargs: other arguments of the network, such as ``drop_path_rate``, ``img_size``,
+            ``window_size`` and ``se_ratio``.
 
     Raises:
         ValueError: an unknown name; the message lists the valid ones.
@@ -50,8 +51,9 @@ class ImageClassifier(BaseModel):
         **kwargs: Any,
     ):
         super().__init__()
-        if name not in backbones.MODEL_NAMES:
-            raise ValueError(f"no network {name!r}: {', '.join(backbones.MODEL_NAMES)} are valid")
+        others = [a.model for a in ABLATIONS.values() if not a.is_pyramid]
+        if name not in (valid := (*backbones.MODEL_NAMES, *others)):
+            raise ValueError(f"no network {name!r}: {', '.join(valid)} are valid")
         self.name, self.classes, self.init = name, classes, init
         self.network = timm.create_model(name, num_classes=num_classes, **kwargs)
         # In a list, so that it is not a submodule: the weights are the network's.

@@ -122,6 +122,18 @@ def test_a_predictor_has_the_classes_of_its_checkpoint(coco_files, tmp_path, mon
         )
 
 
+def test_a_row_of_the_ablations(coco_files, tmp_path, monkeypatch):
+    """In place of the config's backbone; what is saved builds it again."""
+    out = tmp_path / "out"
+    base = ["--config-file", NANO, "--output-dir", str(out), *coco_files.arguments(), *SMALL]
+    main(monkeypatch, *base, "--ablation", "dw_conv_positions_own", "train.max_iter=1")
+    predict = load_predictor(None, str(out / "model_final.pth"))
+    weights = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    kernels = weights["backbone.bottom_up.stages.1.blocks.0.mixer.kernels"]
+    assert kernels.shape == (28, 28, 2, 1, 7, 7)
+    assert predict(np.zeros((64, 64, 3), np.uint8))["class_names"] == ["block", "bar"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -132,6 +144,8 @@ def test_a_predictor_has_the_classes_of_its_checkpoint(coco_files, tmp_path, mon
         (["train.init_checkpoint=nowhere.pth"], "nowhere.pth does not exist"),
         (["model.backbone.bottom_up.init=nowhere.pth"], "init='nowhere.pth' is no file"),
         (["--val-json", "nowhere.json"], "there is no file nowhere.json"),
+        (["--ablation", "volo_d1_dw_conv"], "--ablation: volo_d1_dw_conv is a classifier"),
+        (["--ablation", "dw_con_se"], "no ablation 'dw_con_se'; near it are dw_conv_se"),
     ],
 )
 def test_wrong_arguments_are_one_line(coco_files, tmp_path, monkeypatch, arguments, message):

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS
 
 import backbones
+from tests.pretraining.conftest import CONFIGS
 
 
 def last_metrics(work_dir: Path) -> dict:
@@ -96,6 +98,32 @@ def test_options_of_a_run(run, tmp_path):
         run("--resume", work_dir=tmp_path / "second")
 
 
+@pytest.mark.parametrize("name", ["dw_conv_channels_shared", "twins_svt_small_dw_conv"])
+def test_a_row_of_the_ablations(run, capsys, tmp_path, name):
+    """In place of the config's network; its checkpoint is evaluated by the same option."""
+    work = run("--ablation", name, options=["train_cfg.max_epochs=1"])
+    saved = Config.fromfile(work / "dw_conv_nano.py").model
+    shared = name.startswith("dw_conv")
+    assert saved.name == ("dw_conv_nano" if shared else name)
+    assert saved.get("num_heads") == ((1, 2, 4, 8) if shared else None)
+    trained = last_metrics(work)["top1"]
+    capsys.readouterr()
+    run("--ablation", name, "--eval-only", work / "epoch_1.pth", work_dir=tmp_path / "evaluated")
+    said = re.search(r"top1 ([\d.]+)", capsys.readouterr().out)
+    assert float(said[1]) == pytest.approx(trained, abs=0.01)
+
+
+def test_the_work_folder_is_named_after_the_ablation(pretrain, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = str(CONFIGS / "swin_nano.py")
+    with pytest.raises(SystemExit, match="no checkpoint at absent.pth"):
+        pretrain.main(
+            [config, "--ablation", "swin_se", "--data-root", str(photos), "--num-classes", "3"]
+            + ["--eval-only", "absent.pth"]
+        )
+    assert [p.name for p in (tmp_path / "work_dirs").iterdir()] == ["swin_nano_swin_se"]
+
+
 def test_going_on(run, tmp_path):
     work = run()
     (work / "epoch_2.pth").write_bytes((work / "epoch_2.pth").read_bytes()[:5000])
@@ -116,6 +144,7 @@ def test_going_on(run, tmp_path):
         (["--anneal-after-warmup"], [], "dw_conv_nano.py has no WarmupCosineLR"),
         (["--eval-only", "absent.pth"], [], "no checkpoint at absent.pth"),
         (["--real-labels", "absent.json"], [], "no label file at absent.json"),
+        (["--ablation", "dw_conv_s"], [], "--ablation: no .*; near it are dw_conv_se"),
     ],
 )
 def test_what_is_wrong_is_one_line(run, args, options, reason):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import backbones
 from dense.recipes import RECIPES
 from dense.segmentation import load_predictor
 
@@ -66,6 +67,19 @@ def test_train_test_and_predict_agree(monkeypatch, tools, shapes, tmp_path):
         predict(np.zeros((64, 80), np.uint8))
 
 
+def test_a_row_of_the_ablations(monkeypatch, tools, shapes, tmp_path):
+    work = tmp_path / "work"
+    run(
+        *(monkeypatch, tools.train, CONFIG, "--work-dir", work, *own_data(shapes)),
+        *("--ablation", "dw_conv_positions_own", "--short-side", "64", "--cfg-options", *FAST),
+    )
+    predict = load_predictor(str(work / CONFIG.name), str(work / "iter_2.pth"))
+    weights = backbones.read_checkpoint(work / "iter_2.pth")
+    kernels = weights["backbone.stages.1.blocks.0.mixer.kernels"]
+    assert kernels.shape == (28, 28, 2, 1, 7, 7)
+    assert predict(np.zeros((64, 80, 3), np.uint8)).shape == (64, 80)
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -73,6 +87,8 @@ def test_train_test_and_predict_agree(monkeypatch, tools, shapes, tmp_path):
         ([CONFIG], "no folder data/ade/ADEChallengeData2016/images/training"),
         ([CONFIG, "--data-root", "/elsewhere"], "no folder /elsewhere/images/training"),
         ([CONFIG, "--short-side", "16"], "--short-side 16: 32 or more is needed"),
+        ([CONFIG, "--ablation", "volo_d1_dw_conv"], "--ablation: volo_d1_dw_conv is a class"),
+        ([CONFIG, "--ablation", "dw_con_se"], "--ablation: no ablation 'dw_con_se'; near"),
         ([CONFIG, "--classes", "a,b"], "train_images, train_masks, val_images, val_masks not"),
     ],
 )
