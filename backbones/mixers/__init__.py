@@ -6,6 +6,7 @@ from backbones.mixers.dw_conv import DepthwiseConv
 from backbones.mixers.i_d_dw_conv import InhomogeneousDynamicDepthwiseConv
 from backbones.mixers.local_mlp import LocalMLP
 from backbones.mixers.shared_dw_conv import SharedDepthwiseConv
+from backbones.mixers.sliding_attention import SlidingAttention
 from backbones.mixers.window_attention import WindowAttention
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "LocalMLP",
     "Mixer",
     "SharedDepthwiseConv",
+    "SlidingAttention",
     "WindowAttention",
 ]

@@ -29,9 +29,17 @@ class WindowedMixer(Mixer):
         window_size: side, or rows and columns, of a window.
         shifted: whether the windows are shifted by half their size; an axis that a single window
             covers is never shifted.
+        position_bias: whether there is a relative position bias table; without one it is None.
     """
 
-    def __init__(self, dim: int, num_heads: int, window_size: int | Size, shifted: bool):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int | Size,
+        shifted: bool,
+        position_bias: bool = True,
+    ):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the {dim} channels")
@@ -39,10 +47,12 @@ class WindowedMixer(Mixer):
         self.shifted = shifted
         self.window_size = to_2tuple(window_size)
         rows, columns = self.window_size
-        self.relative_position_bias_table = nn.Parameter(
-            torch.empty((2 * rows - 1) * (2 * columns - 1), num_heads)
-        )
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_parameter(TABLE, None)
+        if position_bias:
+            self.relative_position_bias_table = nn.Parameter(
+                torch.empty((2 * rows - 1) * (2 * columns - 1), num_heads)
+            )
+            trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.init_non_persistent_buffers()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,21 +80,26 @@ class WindowedMixer(Mixer):
 
     def init_non_persistent_buffers(self) -> None:
         """Compute the index into the bias table (timm's hook for non-persistent buffers)."""
-        device = self.relative_position_bias_table.device
-        index = relative_position_index(self.window_size).to(device)
+        table, index = self.relative_position_bias_table, None
+        if table is not None:
+            index = self.position_index().to(table.device)
         self.register_buffer("relative_position_index", index, persistent=False)
+
+    def position_index(self) -> Tensor:
+        """``(N, N)``: the row of the bias table for each pair of positions in a window."""
+        return relative_position_index(self.window_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # to_empty() allocates a meta tensor's memory without values.
-        was_meta = self.relative_position_index.is_meta
+        index = self.relative_position_index
         super()._apply(fn, recurse)
-        if was_meta and not self.relative_position_index.is_meta:
+        if index is not None and index.is_meta and not self.relative_position_index.is_meta:
             self.init_non_persistent_buffers()
         return self
 
     def no_weight_decay(self) -> set[str]:
         """The bias table, as in Swin."""
-        return {TABLE}
+        return set() if self.relative_position_bias_table is None else {TABLE}
 
     def fit(self, name: str, value: Tensor) -> Tensor:
         """Interpolate the bias table of another square window (Table 14)."""
@@ -99,13 +114,14 @@ class WindowedMixer(Mixer):
         if window_size == self.window_size:
             return
         rows, columns = window_size
-        table = resize_rel_pos_bias_table(
-            self.relative_position_bias_table.detach(),
-            new_window_size=window_size,
-            new_bias_shape=((2 * rows - 1) * (2 * columns - 1), self.num_heads),
-            old_window_size=self.window_size,
-        )
-        self.relative_position_bias_table = parameter(table, self.relative_position_bias_table)
+        if (given := self.relative_position_bias_table) is not None:
+            table = resize_rel_pos_bias_table(
+                given.detach(),
+                new_window_size=window_size,
+                new_bias_shape=((2 * rows - 1) * (2 * columns - 1), self.num_heads),
+                old_window_size=self.window_size,
+            )
+            self.relative_position_bias_table = parameter(table, given)
         self.window_size = window_size
         self.init_non_persistent_buffers()
 
