@@ -76,8 +76,8 @@ def read_checkpoint(source: str | Path, *, weights_only: bool = True) -> dict[st
             code in the file: only for files that you trust.
 
     Raises:
-        CheckpointError: the file does not exist, is damaged, holds no state dict, or is unsafe to
-            unpickle.
+        CheckpointError: the file does not exist, is damaged, holds no state dict, has NaN or
+            infinite weights, or is unsafe to unpickle.
     """
     return read_with_classes(source, weights_only=weights_only)[0]
 
@@ -87,7 +87,9 @@ def read_with_classes(
 ) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """:func:`read_checkpoint`, and the file's class names or None."""
     content = read_content(source, weights_only=weights_only)
-    return _unwrap(content, str(source)), class_names(content)
+    weights = _unwrap(content, str(source))
+    refuse_not_finite(weights, source)
+    return weights, class_names(content)
 
 
 def read_content(source: str | Path, *, weights_only: bool = True) -> Any:
@@ -194,20 +196,72 @@ def _refusing(source: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        text = str(error).strip()
-        named = re.search(r"GLOBAL (\S+)", text) or re.search(r"Unpickler error: (.+)", text)
-        if named is None and ("pickle" not in text or "truncated" in text):
-            raise _Damaged(f"{source} cannot be read: {text.splitlines()[0]}") from error
-        held = named[1] if named else text.splitlines()[0]
-        raise CheckpointError(
-            f"{source} cannot be read as weights alone: it holds {held}. Unpickling it can run "
-            "code in the file: if you trust its origin, pass weights_only=False to "
-            "backbones.load_checkpoint, or write its weights to a safe file with "
-            "tools/convert_checkpoint.py --trust"
-        ) from error
+        if _is_damage(error):
+            reason = str(error).strip().splitlines()[0]
+            raise _Damaged(f"{source} cannot be read: {reason}") from error
+        raise CheckpointError(why_unsafe(error, source)) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _Damaged(f"{source} cannot be read: {reason}") from error
+
+
+def why_unsafe(error: pickle.UnpicklingError, source: str | Path) -> str:
+    """One line on a file that ``torch.load(weights_only=True)`` refused."""
+    if _is_damage(error):
+        return f"{source} cannot be read: {str(error).strip().splitlines()[0]}"
+    named = _global_in(error)
+    held = named[1] if named else str(error).strip().splitlines()[0]
+    return (
+        f"{source} cannot be read as weights alone: it holds {held}. Unpickling it can run "
+        "code in the file: if you trust its origin, pass weights_only=False to "
+        "backbones.load_checkpoint, or write its weights to a safe file with "
+        "tools/convert_checkpoint.py --trust"
+    )
+
+
+def _global_in(error: pickle.UnpicklingError) -> re.Match | None:
+    text = str(error)
+    return re.search(r"GLOBAL (\S+)", text) or re.search(r"Unpickler error:\s+(.+)", text)
+
+
+def _is_damage(error: pickle.UnpicklingError) -> bool:
+    text = str(error)
+    return _global_in(error) is None and ("pickle" not in text or "truncated" in text)
+
+
+def refuse_not_finite(content: Any, source: str | Path) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Args:
+        content: a state dict, or a checkpoint that holds one under a usual key.
+        source: names the file in the error message.
+
+    Raises:
+        CheckpointError: the message names the first such entry and how many there are.
+    """
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        return
+    bad = not_finite(content)
+    if bad:
+        raise CheckpointError(
+            f"{source} is not used: {bad[0]} has NaN or infinite values"
+            + (f", and so have {len(bad) - 1} other entries" if len(bad) > 1 else "")
+            + "; a checkpoint from before the training diverged is needed"
+        )
+
+
+def not_finite(state_dict: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors of floating-point numbers that hold a NaN or an infinity."""
+    return [
+        name
+        for name, value in state_dict.items()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and not bool(torch.isfinite(value).all())
+    ]
 
 
 def _unwrap(content: object, source: str) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """Atomic writes, and reading of JSON-lines logs whose last line was cut off by a kill."""
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,9 @@ from pathlib import Path
 SUFFIX = ".partial"
 
 
-def write(path: str | os.PathLike, content: str | bytes | Callable[[Path], object]) -> Path:
+def write(
+    path: str | os.PathLike, content: str | bytes | Callable[[Path], object], size: int = 0
+) -> Path:
     """Replace a file atomically: readers see the old content or all of the new.
 
     The content is written to ``name.partial`` beside the target, synced to disk and renamed. Two
@@ -19,6 +23,8 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[Path], objec
     Args:
         path: the target; its folder must exist.
         content: text (written as UTF-8), bytes, or a function that writes to the path it is given.
+        size: bytes that the file will have, at least; less free space on the disk is an error
+            before anything is written.
 
     Raises:
         OSError: the file cannot be written; its ``filename`` is the target. Other exceptions of a
@@ -31,6 +37,9 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[Path], objec
     path = Path(path)
     partial = path.with_name(path.name + SUFFIX)
     try:
+        if size and (free := shutil.disk_usage(path.parent).free) < size:
+            needed = f"it needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free on its disk"
+            raise OSError(errno.ENOSPC, needed, str(partial))
         if callable(content):
             content(partial)
         else:
@@ -47,6 +56,11 @@ def write(path: str | os.PathLike, content: str | bytes | Callable[[Path], objec
         error.add_note(f"while writing {path}")
         raise
     return path
+
+
+def json_line(entry: dict) -> str:
+    """A line of a JSON-lines log, with its line break; keys are sorted."""
+    return json.dumps(entry, sort_keys=True) + "\n"
 
 
 def json_lines(path: str | os.PathLike) -> list[dict]:

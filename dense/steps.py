@@ -1,7 +1,6 @@
 """Run a sequence of commands that can be killed and resumed."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dense import files
+from dense.runs import RunError
 
 STATE = "steps.json"
 LOGS = "logs"
@@ -136,39 +136,6 @@ def prepare(out: Path, made: Sequence[str], digest: str, fresh: bool) -> State:
     return state
 
 
-@contextlib.contextmanager
-def only_one(out: Path, patience: float = 15) -> Iterator[int]:
-    """Lock a folder for one run; yields the lock's file descriptor.
-
-    Steps inherit the descriptor, so that a step that outlives a killed run still holds the lock.
-
-    Args:
-        out: the folder; created if missing.
-        patience: seconds to wait for the lock: data loader workers hold it until they notice that
-            their trainer was killed.
-
-    Raises:
-        StepError: ``out`` is a file, or another run holds the lock.
-    """
-    if out.exists() and not out.is_dir():
-        raise StepError(f"{out} is a file; a folder is needed")
-    out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + patience
-    with open(out / ".lock", "a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise StepError(
-                        f"another run, or a step that outlived one, works in {out}: "
-                        "wait for it or end it, then start again"
-                    ) from None
-            time.sleep(0.5)
-        yield lock.fileno()
-
-
 def run_all(
     steps: Sequence[Step | Sequence[Step]],
     out: Path,
@@ -185,7 +152,7 @@ def run_all(
         out: the output folder.
         places: values of the templates' ``{...}``.
         state: from :func:`prepare`; updated while steps run.
-        lock: from :func:`only_one`.
+        lock: from :func:`dense.runs.locked`.
         cwd: working directory of the commands.
         jobs: how many run in parallel; above 1 none may need another's result, but those of a
             sequence the results of earlier ones in it.
@@ -235,7 +202,7 @@ def run_tool(name: str, work: Callable[[], None], *expected: type[Exception]) ->
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         work()
-    except (StepError, *expected) as error:
+    except (StepError, RunError, *expected) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

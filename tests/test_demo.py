@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dense import report, steps
+from dense import report, runs, steps
 from dense.demo import scenes
+from dense.runs import RunError
 from dense.steps import Step, StepError
 from tests.support import ROOT, environment, load_tool
 
@@ -251,7 +252,7 @@ def script(folder, name, text):
 
 
 def run(steps_to_run, out, digest="code", fresh=False, jobs=1):
-    with steps.only_one(out) as lock:
+    with runs.locked(out) as lock:
         state = steps.prepare(out, ("made",), digest, fresh)
         steps.run_all(steps_to_run, out, {"out": str(out)}, state, lock, out, jobs)
         return state
@@ -316,7 +317,7 @@ def test_foreign_folders_are_refused(tmp_path):
         steps.prepare(tmp_path, ("made",), "code", fresh=True)
     assert (tmp_path / "made").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(StepError, match="is a file"), steps.only_one(tmp_path / "file"):
+    with pytest.raises(RunError, match="is a file"), runs.locked(tmp_path / "file"):
         pass
 
 
@@ -324,10 +325,10 @@ def test_a_step_that_outlives_its_run_keeps_others_out(tmp_path):
     step = script(tmp_path, "slow", "import time; time.sleep(60)")
     out = tmp_path / "out"
     program = (
-        "import sys; from pathlib import Path; from dense import steps\n"
+        "import sys; from pathlib import Path; from dense import runs, steps\n"
         f"step = steps.Step('slow', 'slow', {step.template!r})\n"
         f"out = Path({str(out)!r})\n"
-        "with steps.only_one(out) as lock:\n"
+        "with runs.locked(out) as lock:\n"
         "    state = steps.prepare(out, (), 'code', False)\n"
         "    steps.run_all([step], out, {'out': str(out)}, state, lock, out)\n"
     )
@@ -339,7 +340,7 @@ def test_a_step_that_outlives_its_run_keeps_others_out(tmp_path):
         time.sleep(0.5)
         os.kill(runner.pid, signal.SIGKILL)
         runner.wait()
-        with pytest.raises(StepError, match="outlived one"), steps.only_one(out, patience=1):
+        with pytest.raises(RunError, match="outlived one"), runs.locked(out, patience=1):
             pass
     finally:
         os.killpg(runner.pid, signal.SIGKILL)
@@ -348,9 +349,9 @@ def test_a_step_that_outlives_its_run_keeps_others_out(tmp_path):
 
 def lock_is_free(out):
     try:
-        with steps.only_one(out, patience=0):
+        with runs.locked(out, patience=0):
             return True
-    except StepError:
+    except RunError:
         return False
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dense import drawing, files, prediction, report, steps
+from dense import drawing, files, prediction, report, runs, steps
 from dense.demo import scenes
 from dense.images import read_image
 from dense.steps import State, Step, StepError
@@ -235,7 +235,7 @@ def demo(out: Path, fresh: bool) -> None:
     digest = steps.sources_digest(
         ROOT, ("backbones", "dense", "configs", "tools"), (Path(__file__), Path(report.__file__))
     )
-    with steps.only_one(out) as lock:
+    with runs.locked(out) as lock:
         state = steps.prepare(out, MADE, digest, fresh)
         jobs = min(2, len(os.sched_getaffinity(0)))
         for row in ([SCENES], [DETECTOR, SEGMENTOR]):

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from dense import files, metrics, steps
+from dense import files, metrics, runs, steps
 from dense.steps import State, Step, StepError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,7 +244,7 @@ def chain(args: argparse.Namespace) -> None:
     digest = steps.sources_digest(ROOT, ("backbones", "dense", "configs", "tools"), ())
     digest += f" {args.photos} {args.ade}"
     rows = ([SCENES, *trainings], publications, downstream())
-    with steps.only_one(out) as lock:
+    with runs.locked(out) as lock:
         state: State = steps.prepare(out, MADE, digest, args.fresh)
         for row in rows:
             steps.run_all(row, out, places(out, args), state, lock, ROOT, args.jobs)

@@ -40,6 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init", help="initial weights: a file, a URL or a tag")
     add("--ablation", metavar="NAME", help="a row of the paper's ablations in place of the network")
     add("--resume", action="store_true", help="continue from the last complete checkpoint")
+    add("--overwrite", action="store_true", help="remove the training that the work dir holds")
     add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--sync-bn", action="store_true", help="SyncBN: batch statistics over all GPUs")
@@ -65,61 +66,72 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_classes", "batch_size", "accumulate"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: 1 or more is needed")
-    if args.eval_only and args.resume:
-        parser.error("--resume continues training, but --eval-only does not train")
+    for name in ("resume", "overwrite"):
+        if args.eval_only and getattr(args, name):
+            parser.error(f"--{name} is for training, but --eval-only does not train")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    from dense import require
+    from dense import require, runs
 
     try:
         require("mmengine", "pretraining")
         from backbones import CheckpointError
-        from dense.metrics import plot_finished
-        from dense.openmmlab.config import ConfigError, load_config, use_ablation, use_amp
-        from dense.pretraining import config
+        from dense.openmmlab.config import ConfigError
         from dense.pretraining.data import TooManyUnreadable
     except ImportError as error:
         sys.exit(f"pretrain: {error}")
+    foreseen = (ConfigError, CheckpointError, FloatingPointError, TooManyUnreadable)
+    runs.run_tool("pretrain", lambda: train(args), *foreseen)
 
-    try:
-        cfg = load_config(args.config, args.cfg_options)
-        cfg.launcher = args.launcher
-        run = Path(args.config).stem
-        if args.ablation:
-            use_ablation(cfg.model, args.ablation, "name", dense=False)
-            run += f"_{args.ablation}"
-        cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", run))
-        cfg.resume = args.resume or cfg.get("resume", False)
-        config.set_data(cfg, args.data_root, args.train, args.val, args.num_classes)
-        if args.init or args.eval_only:
-            cfg.model.init = None if args.eval_only else args.init
-        if args.amp:
-            use_amp(cfg)
-        if args.compile:
-            cfg.model.compile = True
-        if args.sync_bn:
-            cfg.sync_bn = "torch"
-        if args.ema is not None:
-            config.use_ema(cfg, args.ema)
-        if args.anneal_after_warmup:
-            config.anneal_after_warmup(cfg)
-        world = config.world_size(args.launcher)
-        batches = config.plan_batches(cfg, world, args.batch_size, args.accumulate)
-        runner = config.build(cfg, not args.eval_only, args.real_labels)
-        if args.eval_only:
-            metrics = config.evaluate(runner, args.eval_only)
-            print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
-            return
+
+def train(args: argparse.Namespace) -> None:
+    """Check the config and the data, then train, or evaluate with ``--eval-only``."""
+    from dense import runs
+    from dense.metrics import plot_finished
+    from dense.openmmlab.config import load_config, use_ablation, use_amp
+    from dense.pretraining import config
+
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    run = Path(args.config).stem
+    if args.ablation:
+        use_ablation(cfg.model, args.ablation, "name", dense=False)
+        run += f"_{args.ablation}"
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", run))
+    cfg.resume = args.resume or cfg.get("resume", False)
+    config.set_data(cfg, args.data_root, args.train, args.val, args.num_classes)
+    if args.init or args.eval_only:
+        cfg.model.init = None if args.eval_only else args.init
+    if args.amp:
+        use_amp(cfg)
+    if args.compile:
+        cfg.model.compile = True
+    if args.sync_bn:
+        cfg.sync_bn = "torch"
+    if args.ema is not None:
+        config.use_ema(cfg, args.ema)
+    if args.anneal_after_warmup:
+        config.anneal_after_warmup(cfg)
+    world = config.world_size(args.launcher)
+    batches = config.plan_batches(cfg, world, args.batch_size, args.accumulate)
+    if args.eval_only:
+        runner = config.build(cfg, False, args.real_labels)
+        metrics = config.evaluate(runner, args.eval_only)
+        print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+        return
+    with runs.claimed(
+        cfg.work_dir, resume=cfg.resume, overwrite=args.overwrite, launcher=args.launcher
+    ) as start:
+        start()
+        runner = config.build(cfg, True, args.real_labels)
         runner.logger.info(batches)
         runner.train()
         if runner.rank == 0:
             plot_finished(runner.work_dir)
-    except (ConfigError, CheckpointError, FloatingPointError, TooManyUnreadable) as error:
-        sys.exit(f"pretrain: {error}")
 
 
 if __name__ == "__main__":

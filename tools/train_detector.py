@@ -9,12 +9,11 @@ On COCO in $DETECTRON2_DATASETS/coco, with 8 GPUs:
     python tools/train_detector.py --num-gpus 8 --output-dir work/dw_tiny \\
         --config-file configs/detection/cascade_mask_rcnn_dw_conv_tiny_3x_coco.py
 
---resume continues after a kill; key=value arguments change the config.
+--resume continues after a kill or Ctrl-C; key=value arguments change the config.
 """
 
 import argparse
 import os
-import sys
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,8 +30,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-images", help="folder of the training images")
     add("--val-json", help="COCO-style annotations for evaluation")
     add("--val-images", help="folder of the evaluation images")
+    add("--allow-invalid", action="store_true", help="drop images and objects that are faulty")
     add("--classes", help="comma-separated category names (default: all in the JSON)")
     add("--resume", action="store_true", help="continue from the last complete checkpoint")
+    add("--overwrite", action="store_true", help="remove the training that the output dir holds")
     add("--eval-only", action="store_true", help="evaluate train.init_checkpoint=PATH and stop")
     add("--num-gpus", type=int, help="GPUs per machine; 0 is the CPU (default: 1 if there is one)")
     add("--num-processes", type=int, default=1, help="processes per machine on CPUs")
@@ -48,33 +49,55 @@ def main() -> None:
     if args.num_gpus == 0:
         # Hide the GPUs, before CUDA is initialised.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
     from backbones import CheckpointError
+    from dense import runs
+    from dense.detection.config import LazyConfigError
+
+    foreseen = (LazyConfigError, CheckpointError, FloatingPointError)
+    runs.run_tool("train_detector", lambda: run(args), *foreseen)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the config and the data, then train, or evaluate with ``--eval-only``."""
+    from dense import runs
     from dense.detection import engine
     from dense.detection.config import LazyConfigError, load_config, use_ablation
     from dense.detection.data import resolve_data
     from dense.metrics import plot_finished
 
-    try:
-        cfg = load_config(args.config_file, args.overrides)
-        if args.ablation:
-            use_ablation(cfg, args.ablation)
-        if args.output_dir:
-            cfg.train.output_dir = args.output_dir
-        given = {
-            "train_json": args.train_json,
-            "train_images": args.train_images,
-            "val_json": args.val_json,
-            "val_images": args.val_images,
-            "classes": args.classes and args.classes.split(","),
-        }
-        cfg.data = {**(cfg.get("data") or {}), **{k: v for k, v in given.items() if v}}
-        resolve_data(cfg, training=not args.eval_only)
+    cfg = load_config(args.config_file, args.overrides)
+    if args.ablation:
+        use_ablation(cfg, args.ablation)
+    if args.output_dir:
+        cfg.train.output_dir = args.output_dir
+    classes = None if args.classes is None else [name.strip() for name in args.classes.split(",")]
+    if classes is not None and not all(classes):
+        raise LazyConfigError(f"--classes {args.classes!r}: a name is empty")
+    given = {
+        "train_json": args.train_json,
+        "train_images": args.train_images,
+        "val_json": args.val_json,
+        "val_images": args.val_images,
+        "classes": classes,
+        "allow_invalid": args.allow_invalid,
+    }
+    cfg.data = {**(cfg.get("data") or {}), **{k: v for k, v in given.items() if v}}
+    if args.eval_only:
+        resolve_data(cfg, training=False)
         engine.start(cfg, args)
-        if not args.eval_only and args.machine_rank == 0:
+        return
+    engine.check(cfg, args)
+    with runs.claimed(
+        cfg.train.output_dir,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        first=args.machine_rank == 0,
+    ) as start:
+        resolve_data(cfg, training=True)
+        start()
+        engine.start(cfg, args)
+        if args.machine_rank == 0:
             plot_finished(cfg.train.output_dir)
-    except (LazyConfigError, CheckpointError, FloatingPointError) as error:
-        sys.exit(f"train_detector: {error}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ On ADE20K in data/ade/ADEChallengeData2016, with 8 GPUs:
     torchrun --nproc_per_node 8 tools/train_segmentor.py --launcher pytorch --amp \\
         configs/segmentation/i_d_dw_conv_tiny_upernet_8xb2-160k_ade20k-512x512.py
 
---resume continues after a kill; --cfg-options key=value changes the config.
+--resume continues after a kill or Ctrl-C; --cfg-options key=value changes the config.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--work-dir", help="logs and checkpoints (default: work_dirs/<name of the config>)")
     add("--resume", action="store_true", help="continue from the last complete checkpoint")
+    add("--overwrite", action="store_true", help="remove the training that the work dir holds")
     add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     add("--data-root", help="folder of the data set (default: the config's data_root)")
@@ -50,16 +51,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
 
-    from dense import require
+    from dense import require, runs
 
     try:
         require("mmseg", "segmentation")
         from backbones import CheckpointError
-        from dense.metrics import plot_finished
-        from dense.openmmlab.config import ConfigError, use_ablation
-        from dense.segmentation import config
+        from dense.openmmlab.config import ConfigError
     except ImportError as error:
         sys.exit(f"train_segmentor: {error}")
+    foreseen = (ConfigError, CheckpointError, FloatingPointError)
+    runs.run_tool("train_segmentor", lambda: train(args), *foreseen)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Check the config and the data, then train."""
+    from dense import runs
+    from dense.metrics import plot_finished
+    from dense.openmmlab.config import use_ablation
+    from dense.segmentation import config
 
     own_data = {
         key: getattr(args, key)
@@ -68,29 +77,30 @@ def main() -> None:
             *("classes", "ignore_index", "reduce_zero_label"),
         )
     }
-    try:
-        cfg = config.load_config(args.config, args.cfg_options)
-        cfg.launcher = args.launcher
-        run = Path(args.config).stem
-        if args.ablation:
-            use_ablation(cfg.model.backbone, args.ablation, "type")
-            run += f"_{args.ablation}"
-        cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", run))
-        cfg.resume = args.resume or cfg.get("resume", False)
-        if args.data_root:
-            config.set_data_root(cfg, args.data_root)
-        if args.short_side is not None:
-            config.set_short_side(cfg, args.short_side)
-        if args.amp:
-            config.use_amp(cfg)
-        config.use_own_data(cfg, own_data)
-        config.check(cfg, training=True)
+    cfg = config.load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    run = Path(args.config).stem
+    if args.ablation:
+        use_ablation(cfg.model.backbone, args.ablation, "type")
+        run += f"_{args.ablation}"
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", run))
+    cfg.resume = args.resume or cfg.get("resume", False)
+    if args.data_root:
+        config.set_data_root(cfg, args.data_root)
+    if args.short_side is not None:
+        config.set_short_side(cfg, args.short_side)
+    if args.amp:
+        config.use_amp(cfg)
+    config.use_own_data(cfg, own_data)
+    config.check(cfg, training=True)
+    with runs.claimed(
+        cfg.work_dir, resume=cfg.resume, overwrite=args.overwrite, launcher=args.launcher
+    ) as start:
+        start()
         runner = config.build_runner(cfg)
         runner.train()
         if runner.rank == 0:
             plot_finished(runner.work_dir)
-    except (ConfigError, CheckpointError, FloatingPointError) as error:
-        sys.exit(f"train_segmentor: {error}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from backbones import CheckpointError
+from backbones.reading import not_finite, refuse_not_finite, why_unsafe
 from dense import files
 from dense.detection.backbone import PyramidBackbone
 
@@ -41,15 +43,28 @@ class WholeCheckpointer(DetectionCheckpointer):
         self.classes, self.seed = classes, seed
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` atomically, then name it in ``last_checkpoint``."""
+        """Write ``<name>.pth`` atomically, then name it in ``last_checkpoint``.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; nothing is written.
+            OSError: the disk has too little space for the file.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         about = {"classes": self.classes, "seed": self.seed}
-        data = {"model": self.model.state_dict(), **about, **kwargs}
+        weights = self.model.state_dict()
+        if bad := not_finite(weights):
+            raise FloatingPointError(
+                f"{bad[0]} and {len(bad) - 1} other weights have NaN or infinite values: "
+                f"{name}.pth is not written; a lower optimizer.lr may help"
+            )
+        data = {"model": weights, **about, **kwargs}
         data.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
         path = Path(self.save_dir, f"{name}.pth")
         _logger.info(f"Saving checkpoint to {path}")
-        files.write(path, lambda partial: torch.save(data, partial))
+        # Optimizers that train keep tensors in addition to the weights: this is the least.
+        size = sum(value.nbytes for value in weights.values())
+        files.write(path, lambda partial: torch.save(data, partial), size=size)
         files.write(Path(self.save_dir, "last_checkpoint"), path.name)
 
     @staticmethod
@@ -65,9 +80,18 @@ class WholeCheckpointer(DetectionCheckpointer):
         """Path of the newest intact checkpoint, None without one; skipped files are logged.
 
         The main process chooses for all processes.
+
+        Raises:
+            CheckpointError: all checkpoints are damaged.
         """
-        path = self._find_last_whole() if comm.is_main_process() else None
-        return comm.all_gather(path)[0]
+        found = self._find_last_whole() if comm.is_main_process() else None
+        path, damaged = comm.all_gather(found)[0]
+        if damaged and path is None:
+            raise CheckpointError(
+                f"{damaged[0]}, and {self.save_dir} has no other to resume: without it the "
+                "training starts from the beginning"
+            )
+        return path
 
     def load_weights(self, path: str, *, complete: bool) -> dict[str, Any]:
         """Load a detector's weights, without optimizer or iteration, and log which matched.
@@ -123,22 +147,26 @@ class WholeCheckpointer(DetectionCheckpointer):
         modules = self.model.named_modules()
         return tuple(f"{n}." for n, m in modules if isinstance(m, PyramidBackbone)) or ("",)
 
-    def _find_last_whole(self) -> str | None:
+    def _find_last_whole(self) -> tuple[str | None, list[str]]:
+        """The newest intact checkpoint, and what is wrong with the newer ones."""
         newest_first = sorted(
             Path(self.save_dir).glob("*.pth"), key=lambda p: p.stat().st_mtime_ns, reverse=True
         )
+        damaged = []
         for path in newest_first:
             try:
                 content = _read(str(path), mmap=True)
             except CheckpointError as error:
                 _logger.warning(f"{error}; trying the one before it")
+                damaged.append(str(error))
                 continue
             if "trainer" in content and "iteration" in content:
-                return str(path)
-        return None
+                return str(path), damaged
+        return None, damaged
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = _read(filename)
+        refuse_not_finite(content, filename)
         return content if "model" in content else {"model": content}
 
     def _load_model(self, checkpoint: Any):
@@ -150,6 +178,8 @@ def _read(path: str, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint of weights and plain values."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(why_unsafe(error, f"checkpoint {path}")) from error
     # The type of exception depends on where the file is damaged.
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]

@@ -12,7 +12,9 @@ from detectron2.data.datasets import register_coco_instances
 from omegaconf import DictConfig, OmegaConf
 
 from dense import files
+from dense.detection import annotations
 from dense.detection.config import LazyConfigError
+from dense.detection.mapper import PhotoMapper
 
 _logger = logging.getLogger(__name__)
 
@@ -25,8 +27,9 @@ def resolve_data(cfg: DictConfig, *, training: bool) -> None:
     """Check a config's data and set its loaders, mask format and number of classes to match.
 
     ``cfg.data`` names COCO-style files: ``train_json``, ``train_images``, ``val_json``,
-    ``val_images``, and ``classes``, an ordered selection of category names (None: all of the
-    JSON's). Without these files, the data sets of the loaders must be registered in Detectron2.
+    ``val_images``, ``classes``, an ordered selection of category names (None: all of the JSON's),
+    and ``allow_invalid``, which drops entries that cannot be used instead of raising. Without these
+    files, the data sets of the loaders must be registered in Detectron2.
     Afterwards ``cfg.dataloader.metadata.classes`` holds the class names.
 
     Args:
@@ -76,10 +79,10 @@ def _use_json(cfg: DictConfig, data: DictConfig, training: bool) -> list[str]:
         names = _category_names(content, json_file)
         classes = classes or names
         _check_classes(classes, names, json_file, must_have=split == needed[0])
-        _check_annotations(content, json_file, images)
-        _fit_masks(cfg, content, json_file, split)
-        if names != classes:
-            kept = _with_classes(content, classes, json_file, split)
+        kept = _without_faults(content, json_file, images, bool(data.get("allow_invalid")))
+        _fit_masks(cfg, kept, json_file, split)
+        if names != classes or kept is not content:
+            kept = _with_classes(kept, classes, json_file, split)
             path = Path(cfg.train.output_dir, "annotations", f"{split}.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             json_file = str(files.write(path, json.dumps(kept)))
@@ -147,28 +150,19 @@ def _check_classes(
         _logger.warning(f"{json_file}: objects of {', '.join(others)} are ignored")
 
 
-def _check_annotations(content: dict, json_file: str, images: str) -> None:
-    ids = {image["id"] for image in content["images"]}
-    for image in content["images"]:
-        if not {"file_name", "height", "width"} <= image.keys():
-            raise DataError(f"{json_file}: image {image['id']} lacks file_name, height or width")
-    names = [image["file_name"] for image in content["images"]]
-    missing = [name for name in names if not os.path.isfile(os.path.join(images, name))]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of the {len(ids)} images that {json_file} lists are not in "
-            f"{images}, such as {missing[0]}"
-        )
-    categories = {c["id"] for c in content["categories"]}
-    for a in content["annotations"]:
-        if a.get("image_id") not in ids:
-            raise DataError(f"{json_file}: annotation {a.get('id')} is of no listed image")
-        if a.get("category_id") not in categories:
-            raise DataError(f"{json_file}: annotation {a.get('id')} is of no listed category")
-        if len(a.get("bbox") or ()) != 4:
-            raise DataError(f"{json_file}: annotation {a.get('id')} has no bbox [x, y, w, h]")
+def _without_faults(content: dict, json_file: str, images: str, allow_invalid: bool) -> dict:
+    """The content, without the entries that cannot be used if ``allow_invalid`` is set."""
+    found = annotations.faults(content, images)
+    if found and not allow_invalid:
+        raise DataError(f"{annotations.described(found, json_file)}. --allow-invalid drops them")
+    if found:
+        _logger.warning(f"{annotations.described(found, json_file)}. They are dropped")
+        content = annotations.without(content, found)
+    if not content["images"]:
+        raise DataError(f"{json_file} lists no image that can be used")
     if all(a.get("iscrowd", 0) for a in content["annotations"]):
         raise DataError(f"{json_file} has no annotation to use")
+    return content
 
 
 def _fit_masks(cfg: DictConfig, content: dict, json_file: str, split: str) -> None:
@@ -184,6 +178,8 @@ def _fit_masks(cfg: DictConfig, content: dict, json_file: str, split: str) -> No
     mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
     if split == "train" and mapper is not None:
         mapper.use_instance_mask = has_mask_head
+        if mapper._target_ is PhotoMapper:
+            mapper.total = len(content["images"])
         mapper.recompute_boxes = bool(mapper.get("recompute_boxes")) and has_mask_head
         if any(isinstance(a.get("segmentation"), dict) for a in objects):
             mapper.instance_mask_format = "bitmask"

@@ -2,16 +2,23 @@
 
 import json
 import logging
+import multiprocessing
 import os
+import signal
 from argparse import Namespace
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import torch
-from detectron2.config import instantiate
-from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks, launch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import create_ddp_model, hooks, launch
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -23,8 +30,10 @@ from dense.backbone import revert_sync_batchnorm
 from dense.detection.backbone import PyramidBackbone
 from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import LazyConfigError
+from dense.detection.hooks import StopOnSignal, ValidateOnResume, WriteMetrics, run_writers
 from dense.detection.resuming import SeedSteps, resumable
 from dense.detection.trainer import build_trainer
+from dense.runs import Stopped
 
 _logger = logging.getLogger(__name__)
 
@@ -39,18 +48,17 @@ def start(cfg: DictConfig, args: Namespace) -> None:
             ``config_file``.
 
     Raises:
-        LazyConfigError: too few GPUs, several machines without ``dist_url``, or evaluation without
-            a checkpoint or an evaluator. Errors of :func:`train` in any process are raised too.
+        LazyConfigError: too few GPUs, several machines without ``dist_url``, a batch that the
+            processes cannot share, or evaluation without a checkpoint or an evaluator. Errors of
+            :func:`train` in any process are raised too.
+        Stopped: Ctrl-C or SIGTERM ended the training after a checkpoint.
     """
-    processes = _processes(args)
-    if args.eval_only and not cfg.train.init_checkpoint:
-        raise LazyConfigError("--eval-only needs a checkpoint: train.init_checkpoint=PATH")
-    if args.eval_only and "evaluator" not in cfg.dataloader:
-        raise LazyConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
-    if args.num_machines > 1 and args.dist_url == "auto":
-        raise LazyConfigError(
-            "several machines need --dist-url, such as tcp://<first machine>:29500"
-        )
+    check(cfg, args)
+    processes = args.num_gpus or args.num_processes
+    if processes > 1:
+        # The processes that train write a checkpoint; this one waits for them.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, _pass_on)
     try:
         # cloudpickle sends functions defined in a config file by value.
         launch(
@@ -67,10 +75,27 @@ def start(cfg: DictConfig, args: Namespace) -> None:
         for kind in (CheckpointError, LazyConfigError, FloatingPointError):
             if name.rpartition(".")[2] == kind.__name__:
                 raise kind(reason) from error
+        if name.rpartition(".")[2] == _StoppedProcess.__name__:
+            number, _, checkpoint = reason.partition(" ")
+            raise Stopped(int(number), checkpoint) from None
         raise
 
 
-def train(cfg: DictConfig, *, resume: bool) -> None:
+def check(cfg: DictConfig, args: Namespace) -> None:
+    """Check the command line against the config and the machine; raises what :func:`start` does."""
+    processes = _processes(args)
+    _check_batch(cfg, processes * args.num_machines, args.eval_only)
+    if args.eval_only and not cfg.train.init_checkpoint:
+        raise LazyConfigError("--eval-only needs a checkpoint: train.init_checkpoint=PATH")
+    if args.eval_only and "evaluator" not in cfg.dataloader:
+        raise LazyConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise LazyConfigError(
+            "several machines need --dist-url, such as tcp://<first machine>:29500"
+        )
+
+
+def train(cfg: DictConfig, *, resume: bool, on_ready: Callable[[], None] | None = None) -> None:
     """Train a config; ``resume`` continues from the newest intact checkpoint if there is one.
 
     On a CPU a resumed run equals an uninterrupted one bit for bit: data order, augmentation and
@@ -100,14 +125,19 @@ def train(cfg: DictConfig, *, resume: bool) -> None:
     trainer = build_trainer(cfg, parallel, instantiate(cfg.dataloader.train), optimizer)
     checkpointer.add_checkpointable("trainer", trainer)
     is_main = comm.is_main_process()
-    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if is_main else []
+    folder, period = cfg.train.output_dir, cfg.train.log_period
+    writers = run_writers(folder, cfg.train.max_iter) if is_main else []
+    evaluation = hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, parallel))
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            # Before the checkpoint: a kill after it must not lose the metrics of its iterations.
+            WriteMetrics(writers, period) if is_main else None,
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
-            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, parallel)),
-            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if is_main else None,
+            evaluation,
+            hooks.PeriodicWriter(writers, period=period) if is_main else None,
+            StopOnSignal(checkpointer),
         ]
     )
     first = 0
@@ -116,11 +146,13 @@ def train(cfg: DictConfig, *, resume: bool) -> None:
         _same_classes(extra, classes, last)
         checkpointer.seed = extra.get("seed", seed)
         first = trainer.iter + 1
+    if on_ready:
+        on_ready()
     if first >= cfg.train.max_iter:
         _logger.info(f"{last} has all iterations (train.max_iter={cfg.train.max_iter})")
         evaluate(cfg, parallel)
         return
-    trainer.register_hooks([SeedSteps(checkpointer.seed)])
+    trainer.register_hooks([SeedSteps(checkpointer.seed), ValidateOnResume(evaluation, folder)])
     trainer.data_loader = resumable(trainer.data_loader, checkpointer.seed, first)
     trainer.train(first, cfg.train.max_iter)
 
@@ -146,12 +178,17 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
 def _run(pickled: bytes, processes: int) -> None:
     """Run one process of a training or evaluation."""
     cfg, args = cloudpickle.loads(pickled)
-    for name in ("dense", "backbones"):
-        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name=name)
-    default_setup(cfg, args)
+    _set_up(cfg, args)
+    as_given = deepcopy(cfg)
     _fall_back(cfg, processes)
     if not args.eval_only:
-        train(cfg, resume=args.resume)
+        try:
+            # An earlier run's config stays until its checkpoint has been found to fit.
+            train(cfg, resume=args.resume, on_ready=lambda: _save_config(as_given))
+        except Stopped as stopped:
+            if processes == 1:
+                raise
+            raise _StoppedProcess(f"{stopped.number} {stopped.checkpoint}") from None
         return
     model = revert_sync_batchnorm(instantiate(cfg.model)).to(cfg.train.device)
     checkpointer = WholeCheckpointer(model)
@@ -160,8 +197,58 @@ def _run(pickled: bytes, processes: int) -> None:
     evaluate(cfg, model)
 
 
+class _StoppedProcess(Exception):
+    """:class:`Stopped` in one of several processes; the message has the signal and the file."""
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, number)
+
+
+def _set_up(cfg: DictConfig, args: Namespace) -> None:
+    """Detectron2's ``default_setup``, which would also write the config over an earlier run's."""
+    folder, rank = cfg.train.output_dir, comm.get_rank()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name in ("fvcore", "detectron2", "dense", "backbones"):
+        logger = setup_logger(folder, distributed_rank=rank, name=name)
+    logger.info(f"environment:\n{collect_env_info()}")
+    logger.info(f"command line: {args}")
+    seed = cfg.train.get("seed", -1)
+    seed_all_rng(None if seed < 0 else seed + rank)
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cfg.train.get("cudnn_benchmark", False)
+
+
+def _save_config(cfg: DictConfig) -> None:
+    """Write ``config.yaml`` atomically."""
+    if comm.is_main_process():
+        path = Path(cfg.train.output_dir, "config.yaml")
+        files.write(path, lambda partial: LazyConfig.save(cfg, str(partial)))
+        _logger.info(f"config: {path}")
+
+
+def _check_batch(cfg: DictConfig, processes: int, eval_only: bool) -> None:
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    if batch and batch % processes and not eval_only:
+        raise LazyConfigError(
+            f"dataloader.train.total_batch_size={batch} cannot be shared by {processes} processes: "
+            "a multiple of their number is needed"
+        )
+
+
 def _processes(args: Namespace) -> int:
     available = torch.cuda.device_count()
+    for name, least in (("num_gpus", 0), ("num_processes", 1), ("num_machines", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            option = name.replace("_", "-")
+            raise LazyConfigError(f"--{option} {value}: {least} or more is needed")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise LazyConfigError(
+            f"--machine-rank {args.machine_rank}: with --num-machines {args.num_machines} it is "
+            f"{'0' if args.num_machines == 1 else f'0 to {args.num_machines - 1}'}"
+        )
     if args.num_gpus is None:
         args.num_gpus = min(1, available)
     if args.num_gpus > available:

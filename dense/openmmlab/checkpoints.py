@@ -1,5 +1,7 @@
 """MMEngine's checkpoints: safe reading, full-match loading, the newest intact one."""
 
+import contextlib
+import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -9,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.registry import Registry
 from numpy.core import multiarray
 from torch import nn
 
 from backbones import CheckpointError, LoadReport
+from backbones.reading import class_names, refuse_not_finite, why_unsafe
 
+_NUMBERED = r"(?:iter|epoch)_(\d+)\.pth"
 _STATISTICS = ("min", "max", "mean", "current")
 
 
@@ -40,7 +45,9 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     with refusing(path), safe_reading():
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    refuse_not_finite(content, path)
+    return content
 
 
 @contextmanager
@@ -52,7 +59,11 @@ def refusing(source: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(why_unsafe(error, source)) from error
     except Exception as error:
+        if isinstance(error, CheckpointError) and str(source) in str(error):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = "; ".join(lines[:4]) or type(error).__name__
         reason = reason if len(reason) < 500 else f"{reason[:500]} ..."
@@ -111,18 +122,54 @@ def newest_whole(work_dir: str | Path) -> tuple[Path | None, list[Path]]:
         work_dir: folder with ``iter_<n>.pth`` or ``epoch_<n>.pth``; it need not exist.
 
     Returns:
-        The checkpoint (None if there is none) and the newer damaged ones, newest first.
+        The checkpoint with the most iterations, by what the files themselves say, then by their
+        names (None if there is none), and the damaged ones.
     """
-    numbered = []
-    for path in Path(work_dir).glob("*.pth"):
-        if match := re.fullmatch(r"(?:iter|epoch)_(\d+)\.pth", path.name):
-            numbered.append((int(match[1]), path))
-    damaged = []
-    for _, path in sorted(numbered, reverse=True):
-        if _is_whole(path):
-            return path, damaged
-        damaged.append(path)
-    return None, damaged
+    numbers = {
+        path: int(match[1])
+        for path in Path(work_dir).glob("*.pth")
+        if (match := re.fullmatch(_NUMBERED, path.name))
+    }
+    whole = {path: (iteration(path), n) for path, n in numbers.items() if _is_whole(path)}
+    damaged = sorted(set(numbers) - set(whole), key=numbers.get, reverse=True)
+    return max(whole, key=whole.get, default=None), damaged
+
+
+def iteration(path: str | Path) -> int:
+    """The number of iterations that a checkpoint has; -1 if it does not say so."""
+    with contextlib.suppress(CheckpointError), safe_reading(), refusing(path):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["meta"]["iter"])
+    return -1
+
+
+def refuse_other(content: dict[str, Any], classes: Sequence[str] | None, source: str) -> None:
+    """Refuse to resume a run of other classes, or of the same in another order.
+
+    Raises:
+        CheckpointError: the checkpoint names classes that differ from ``classes``.
+    """
+    trained = class_names(content)
+    if trained and classes and tuple(trained) != tuple(map(str, classes)):
+        order = " in another order" if set(trained) == set(classes) else ""
+        raise CheckpointError(
+            f"{source} was trained on the classes {shown(trained)}; the data has "
+            f"{shown(classes)}{order}: --resume needs the same"
+        )
+
+
+def shown(classes: Sequence[str]) -> str:
+    """Class names for a message, ten at most."""
+    rest = f", ... ({len(classes)})" if len(classes) > 10 else ""
+    return ",".join(map(str, classes[:10])) + rest
+
+
+def network_of(content: Any) -> str | None:
+    """The name of the network that a checkpoint was trained with, from the config in it."""
+    with contextlib.suppress(Exception):
+        model = Config.fromstring(content["meta"]["cfg"], ".py").model
+        return model.get("name") or model.backbone.type
+    return None
 
 
 def _is_whole(path: Path) -> bool:

@@ -8,6 +8,9 @@ from mmengine.runner import Runner
 
 from backbones.ablations import AblationError, ablated
 from dense.amp import best_half
+from dense.openmmlab import checking
+from dense.openmmlab import hooks as hooks  # registers them
+from dense.openmmlab import resuming as resuming
 from dense.openmmlab.runner import DenseRunner
 
 
@@ -25,15 +28,18 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         overrides: the values of ``--cfg-options``, by dotted key.
 
     Raises:
-        ConfigError: the file does not exist or is not a valid config.
+        ConfigError: the file does not exist or is not a valid config, or an override names a key
+            that the config cannot have, or has a value of another type.
     """
     if not Path(path).is_file():
         raise ConfigError(f"no config file at {path}")
     try:
         cfg = Config.fromfile(path)
         if overrides:
+            if wrong := checking.wrong_overrides(cfg, overrides):
+                raise ConfigError(wrong)
             cfg.merge_from_dict(overrides)
-    except ImportError:
+    except (ImportError, ConfigError):
         raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -82,12 +88,23 @@ def use_ablation(network: ConfigDict, name: str, key: str, dense: bool = True) -
     network.update(options)
 
 
+# Added to the custom_hooks of a config: one that names hooks of its own would lose them.
+_HOOKS = ("SeedEveryIteration", "StopOnNonFiniteLoss", "ValidateOnResume", "StopOnSignal")
+
+
 def build_runner(cfg: Config) -> Runner:
     """Build a :class:`.runner.DenseRunner` from a config, ignoring its ``runner_type``.
+
+    The hooks that seed, stop and validate are added to the config's ``custom_hooks``.
 
     Raises:
         ConfigError: the config describes a model or a run that cannot be built.
     """
+    if wrong := checking.wrong_keys(cfg):
+        raise ConfigError(f"{cfg.filename}: {wrong}")
+    own = list(cfg.get("custom_hooks") or [])
+    named = {hook.get("type") for hook in own}
+    cfg.custom_hooks = own + [dict(type=name) for name in _HOOKS if name not in named]
     try:
         return DenseRunner.from_cfg(cfg)
     except (KeyError, TypeError, ValueError) as error:

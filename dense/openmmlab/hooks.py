@@ -1,10 +1,17 @@
 """Hooks of the training recipes."""
 
+from pathlib import Path
+
+import torch
+from mmengine.dist import all_reduce, broadcast_object_list
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from dense.finite import stop_if_not_finite
+from dense.metrics import read_run
+from dense.openmmlab import checkpoints
+from dense.runs import Stop, Stopped
 
 _ADVICE = "a lower learning rate, or AMP in bfloat16 (optim_wrapper.dtype=bfloat16), may help"
 
@@ -34,6 +41,99 @@ class StopOnNonFiniteLoss(Hook):
         if losses:
             optimizer = runner.optim_wrapper.optimizer
             stop_if_not_finite(losses, runner.iter + 1, optimizer, _ADVICE)
+
+
+@HOOKS.register_module()
+class StopOnSignal(Hook):
+    """On Ctrl-C or SIGTERM, write ``iter_<n>.pth`` at the end of the iteration and stop.
+
+    During a validation it stops at once if the checkpoint before it is written; resuming runs the
+    validation again. A second signal stops at once.
+
+    >>> custom_hooks = [dict(type="StopOnSignal")]
+
+    Raises:
+        Stopped: in every process.
+    """
+
+    # After CheckpointHook and the hooks that a checkpoint stores.
+    priority = "LOWEST"
+
+    def before_train(self, runner: Runner) -> None:
+        """Begin to listen."""
+        self._stop = Stop()
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | tuple | list | None = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Write a checkpoint and stop, if a signal has come to any process."""
+        asked = self._stop.asked
+        if runner.distributed:
+            asked = torch.tensor(asked)
+            all_reduce(asked, "max")
+            asked = int(asked)
+        if asked:
+            done = runner.iter + 1
+            path = Path(runner.work_dir, f"iter_{done}.pth")
+            meta = dict(epoch=runner.epoch, iter=done)
+            runner.save_checkpoint(runner.work_dir, path.name, meta=meta, by_epoch=False)
+            raise Stopped(asked, str(path))
+
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | tuple | list | None = None,
+        outputs: list | None = None,
+    ) -> None:
+        """Stop if the state before the validation is in a checkpoint."""
+        stop = getattr(self, "_stop", None)
+        if stop is None or not stop.asked or runner.distributed:
+            return
+        newest, _ = checkpoints.newest_whole(runner.work_dir)
+        if newest is not None and checkpoints.iteration(newest) == runner.iter:
+            raise Stopped(stop.asked, str(newest))
+
+
+@HOOKS.register_module()
+class ValidateOnResume(Hook):
+    """Run the validation that a kill cut off after the checkpoint from which a run resumes.
+
+    >>> custom_hooks = [dict(type="ValidateOnResume")]
+    """
+
+    # After CheckpointHook, which prepares to keep the best checkpoint.
+    priority = "LOWEST"
+
+    def before_train(self, runner: Runner) -> None:
+        """Validate if the logs have no validation of the resumed iteration, though one is due."""
+        due = [runner.rank == 0 and runner.val_loop is not None and self._is_due(runner)]
+        broadcast_object_list(due)
+        if due[0]:
+            runner.logger.info(f"the validation after iteration {runner.iter} was cut off: again")
+            runner.val_loop.run()
+
+    def _is_due(self, runner: Runner) -> bool:
+        loop, by_epoch = runner.train_loop, isinstance(runner.train_loop, EpochBasedTrainLoop)
+        # A checkpoint written between two epochs may count the epoch as not finished.
+        done = loop.iter / len(loop.dataloader) if by_epoch else loop.iter
+        if not done or done != int(done) or done < loop.val_begin:
+            return False
+        loop._decide_current_val_interval()
+        if done % loop.val_interval and done != (loop.max_epochs if by_epoch else loop.max_iters):
+            return False
+        try:
+            log = read_run(runner.work_dir)
+        except ValueError:
+            return True
+        steps = (
+            log.epochs if by_epoch else {s for points in log.metrics.values() for s, _ in points}
+        )
+        return int(done) not in steps
 
 
 @HOOKS.register_module()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.hooks import EMAHook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
@@ -13,10 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import backbones
+from backbones.reading import not_finite, refuse_not_finite
 from dense import files
 from dense.amp import warn_of_float16
 from dense.backbone import DenseBackbone, revert_sync_batchnorm
 from dense.openmmlab import checkpoints
+from dense.runs import earlier
 from dense.seeding import SeededDataset
 
 
@@ -43,6 +46,11 @@ class DenseRunner(Runner):
         search = resume and load_from is None
         if search:
             found, damaged = checkpoints.newest_whole(work_dir)
+            if damaged and found is None:
+                raise backbones.CheckpointError(
+                    f"{damaged[0]} is truncated or damaged, and {work_dir} has no other "
+                    "checkpoint to resume: without it the training starts from the beginning"
+                )
             load_from, resume = (str(found), True) if found else (None, False)
         super().__init__(model, work_dir, load_from=load_from, resume=resume, **kwargs)
 
@@ -143,11 +151,19 @@ class DenseRunner(Runner):
         """As in MMEngine, but read with ``weights_only``.
 
         Raises:
-            CheckpointError: the file cannot be read, does not fit, or has averaged weights and the
+            CheckpointError: the file cannot be read, does not fit, has NaN or infinite weights, was
+                trained on other classes than the resumed run, or has averaged weights and the
                 resumed run has no EMA hook.
         """
-        with checkpoints.refusing(filename), checkpoints.safe_reading():
-            content = super().load_checkpoint(filename, map_location, strict, revise_keys)
+        try:
+            with checkpoints.refusing(filename), checkpoints.safe_reading():
+                content = super().load_checkpoint(filename, map_location, strict, revise_keys)
+        except backbones.CheckpointError as error:
+            raise _named(error, filename, self.cfg) from error
+        refuse_not_finite(content, filename)
+        if self._resume:
+            meta = getattr(self.train_dataloader.dataset, "metainfo", None) or {}
+            checkpoints.refuse_other(content, meta.get("classes"), filename)
         averaging = any(isinstance(hook, EMAHook) for hook in self.hooks)
         if self._resume and "ema_state_dict" in content and not averaging:
             raise backbones.CheckpointError(
@@ -157,15 +173,68 @@ class DenseRunner(Runner):
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-        """As in MMEngine; local files are written atomically, see :func:`dense.files.write`."""
+        """As in MMEngine; local files are written atomically, see :func:`dense.files.write`.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; nothing is written.
+            OSError: the disk has too little space for the file.
+        """
+        weights = self.model.state_dict()
+        if bad := not_finite(weights):
+            raise FloatingPointError(
+                f"iteration {self.iter + 1}: {bad[0]} and {len(bad) - 1} other weights have NaN "
+                f"or infinite values: {filename} is not written; a lower learning rate may help"
+            )
         save = super().save_checkpoint
         if "://" in str(out_dir):
             save(out_dir, filename, *args, **kwargs)
-        else:
-            files.write(
-                Path(out_dir, filename),
-                lambda partial: save(out_dir, partial.name, *args, **kwargs),
-            )
+            return
+        # Optimizers that train keep tensors in addition to the weights: this is the least.
+        size = sum(value.nbytes for value in weights.values())
+        files.write(
+            Path(out_dir, filename),
+            lambda partial: save(out_dir, partial.name, *args, **kwargs),
+            size=size,
+        )
+
+    def load_or_resume(self) -> None:
+        """As in MMEngine; then write the config over an earlier run's, whose checkpoint fits."""
+        super().load_or_resume()
+        self._write_config()
+
+    def dump_config(self) -> None:
+        """As in MMEngine, but atomically, and not into the folder of an earlier training.
+
+        There :meth:`load_or_resume` writes it, when the checkpoint has been found to fit.
+        """
+        if not earlier(Path(self.work_dir)):
+            self._write_config()
+
+    @property
+    def _config_path(self) -> Path:
+        named = self.cfg.filename
+        return Path(self.work_dir, Path(named).name if named else f"{self.timestamp}.py")
+
+    @master_only
+    def _write_config(self) -> None:
+        files.write(self._config_path, self.cfg.pretty_text)
+
+
+def _named(
+    error: backbones.CheckpointError, filename: str, cfg: Config
+) -> backbones.CheckpointError:
+    """The error, with both networks if the checkpoint was trained with another one."""
+    ours = checkpoints.network_of({"meta": {"cfg": cfg.pretty_text}})
+    try:
+        with checkpoints.safe_reading():
+            content = torch.load(filename, map_location="cpu", weights_only=True, mmap=True)
+    # The error at hand says more.
+    except Exception:
+        return error
+    trained = checkpoints.network_of(content)
+    if trained is None or trained == ours:
+        return error
+    return backbones.CheckpointError(f"{filename} is of {trained}, the config of {ours}")
 
 
 def _refuse_unknown_backbone(backbone: dict | None) -> None:

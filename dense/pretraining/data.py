@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.dist import get_rank
 from mmengine.registry import DATASETS
 from PIL import Image
@@ -19,18 +18,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from backbones.checkpoints import imagenet_classes
-from dense.images import to_rgb
+from dense.images import Skipped, TooManyUnreadable, to_rgb
 from dense.openmmlab.config import ConfigError
 
 _logger = logging.getLogger(__name__)
-
-
-class TooManyUnreadable(RuntimeError):
-    """More images than ``unreadable_share`` allows cannot be decoded."""
-
-    def __str__(self) -> str:
-        # From a worker, the message is a traceback that ends with the reason.
-        return super().__str__().strip().splitlines()[-1].rpartition("TooManyUnreadable: ")[2]
 
 
 class ListReader(Reader):
@@ -149,9 +140,7 @@ class ImageDataset(Dataset):
             )
         self.metainfo = {"classes": names}
         self.transform = create_transform(**transform)
-        self.allowed = max(1, int(unreadable_share * len(self.reader)))
-        # Shared with the workers, so that each damaged file counts once.
-        self._unreadable = torch.zeros(len(self.reader), dtype=torch.bool).share_memory_()
+        self._skipped = Skipped(len(self.reader), unreadable_share)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -166,15 +155,13 @@ class ImageDataset(Dataset):
             raise IndexError(f"image {index} of {len(self)}")
         for offset in range(len(self)):
             found = (index + offset) % len(self)
-            if self._unreadable[found]:
-                continue
             try:
                 file, label = self.reader[found]
                 with file, Image.open(file) as opened:
                     image = to_rgb(opened)
             # The type of exception depends on the decoder and the damage.
             except Exception as error:
-                self._skip(found, error)
+                self._skipped.note(self.reader.filename(found), error)
                 continue
             return self.transform(image), label, found
         raise TooManyUnreadable("no image decodes")
@@ -182,18 +169,6 @@ class ImageDataset(Dataset):
     def filename(self, index: int) -> str:
         """The file name without its folder."""
         return str(self.reader.filename(index, basename=True))
-
-    def _skip(self, index: int, error: Exception) -> None:
-        self._unreadable[index] = True
-        name, count = self.reader.filename(index), int(self._unreadable.sum())
-        _logger.warning(
-            f"{name} cannot be read ({error}): skipped, {count} so far, {self.allowed} allowed"
-        )
-        if count > self.allowed:
-            raise TooManyUnreadable(
-                f"{count} of {len(self)} images cannot be read, such as {name}; "
-                "the data set's unreadable_share sets the limit"
-            )
 
 
 @DATASETS.register_module()

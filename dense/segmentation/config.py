@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import import_modules_from_strings
 
 from dense.openmmlab.config import ConfigError, build_runner, load_config, use_amp
-from dense.segmentation.data import check_folders, check_masks
+from dense.segmentation.data import check_folders, check_masks, check_overlap
 
 __all__ = ["build_runner", "check", "load_config", "set_data_root", "use_amp", "use_own_data"]
 __all__ += ["set_short_side"]
 
+_MODULES = ["dense.segmentation.dataset", "dense.segmentation.losses"]
 _OWN_DATA = ("train_images", "train_masks", "val_images", "val_masks", "classes")
 _OWN_DATA_OPTIONS = ("ignore_index", "reduce_zero_label")
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -98,15 +100,26 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
             metainfo=dict(classes=classes),
             ignore_index=data.get("ignore_index", 255),
             reduce_zero_label=bool(data.get("reduce_zero_label", False)),
-            # The data set sets reduce_zero_label, not a step of its pipeline.
-            pipeline=[
-                {k: v for k, v in step.items() if k != "reduce_zero_label"}
-                for step in cfg[loader].dataset.pipeline
-            ],
+            pipeline=[_of_own_data(step) for step in cfg[loader].dataset.pipeline],
         )
         cfg[loader].dataset = dataset
     for head in _heads(cfg):
         head.num_classes = len(classes)
+        losses = head.get("loss_decode") or []
+        for loss in losses if isinstance(losses, list) else [losses]:
+            if loss.type == "CrossEntropyLoss" and loss.get("class_weight"):
+                loss.type = "WeightedCrossEntropyLoss"
+    # Registers what the config refers to; a stock config does not import it.
+    cfg.setdefault("custom_imports", dict(imports=[]))
+    cfg.custom_imports.imports = [*cfg.custom_imports.imports, *_MODULES]
+    import_modules_from_strings(_MODULES)
+
+
+def _of_own_data(step: dict) -> dict:
+    """A step of a pipeline for own data, which may hold any kind of image."""
+    # The data set sets reduce_zero_label, not a step of its pipeline.
+    step = {k: v for k, v in step.items() if k != "reduce_zero_label"}
+    return dict(type="ReadImage") if step["type"] == "LoadImageFromFile" else step
 
 
 def check(cfg: Config, training: bool) -> None:
@@ -119,9 +132,11 @@ def check(cfg: Config, training: bool) -> None:
     Raises:
         ConfigError: the first fault found.
     """
+    all_pairs = []
     for loader in _LOADERS[:2] if training else _LOADERS[2:]:
         dataset = cfg[loader].dataset
         pairs = check_folders(dataset, loader)
+        all_pairs.append(pairs)
         if dataset.type == "FolderDataset":
             check_masks(
                 pairs,
@@ -129,6 +144,8 @@ def check(cfg: Config, training: bool) -> None:
                 dataset.ignore_index,
                 dataset.reduce_zero_label,
             )
+    if training:
+        check_overlap(*all_pairs)
     if training and _pools_to_one_value(cfg) and cfg.train_dataloader.batch_size < 2:
         raise ConfigError(
             "train_dataloader.batch_size=1: the head pools an image to one value per channel, and "

@@ -1,20 +1,28 @@
 """Finds and checks pairs of images and masks on disk."""
 
+import contextlib
+import hashlib
+import json
+import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
+from tqdm import tqdm
 
+from dense import files
+from dense.images import UnreadableImage, displayed_size
 from dense.openmmlab.config import ConfigError
+
+_logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MASK_SUFFIX = ".png"
-# check_masks reads about this many masks (up to twice as many), evenly spaced.
-_CHECKED = 500
 _INDEX_MODES = ("1", "L", "P", "I", "I;16")
 
 
@@ -86,7 +94,9 @@ def check_masks(
     ignore_index: int = 255,
     reduce_zero_label: bool = False,
 ) -> None:
-    """Check up to 1000 evenly spaced masks: class index per pixel, size of the image.
+    """Check every mask: class index per pixel, size of the image; log what is odd.
+
+    What a mask holds is cached by its size and time, in the user's cache folder.
 
     Args:
         pairs: images and masks.
@@ -95,41 +105,128 @@ def check_masks(
         reduce_zero_label: True ignores 0 and numbers the classes from 1.
 
     Raises:
-        ConfigError: a mask is unusable; the message names the first one and the reason.
+        ConfigError: masks are unusable; the message names the first one and how many there are.
     """
     first = int(reduce_zero_label)
-    valid = {*range(first, first + len(classes)), ignore_index, 255, *([0] if first else [])}
-    step = max(1, len(pairs) // _CHECKED)
+    ignored = {ignore_index, 255, *([0] if first else [])}
+    indices = set(range(first, first + len(classes))) - ignored
+    masks = [mask for _, mask in pairs]
+    if twice := sorted(mask for mask, n in Counter(masks).items() if n > 1):
+        images = ", ".join(str(image) for image, mask in pairs if mask == twice[0])
+        raise ConfigError(f"{images} share the mask {twice[0]}: give each image a name of its own")
 
-    def fault(pair: tuple[Path, Path]) -> str | None:
-        image, mask = pair
-        try:
-            with Image.open(path := image) as opened:
-                size = _displayed_size(opened)
-            with Image.open(path := mask) as opened:
-                mode, mask_size = opened.mode, opened.size
-                values = set(np.unique(np.asarray(opened)).tolist())
-        except (UnidentifiedImageError, OSError) as error:
-            return f"{path} cannot be read: {error}"
-        if mode not in _INDEX_MODES:
-            return f"{mask} is {mode}: one class index per pixel is needed, a grey or palette PNG"
-        if size != mask_size:
-            return f"{mask} is {mask_size[0]}x{mask_size[1]}, its image {size[0]}x{size[1]}"
-        if wrong := sorted(values - valid):
-            return (
-                f"{mask} holds {', '.join(map(str, wrong[:5]))}: {len(classes)} classes are "
-                f"{first} to {first + len(classes) - 1}, and {ignore_index} is ignored"
+    with _cached_contents(masks) as held:
+
+        def fault(pair: tuple[Path, Path]) -> str | tuple[int, ...]:
+            return _fault(*pair, held, indices | ignored) or held[pair[1]].values
+
+        with ThreadPoolExecutor() as pool:
+            found = list(
+                tqdm(pool.map(fault, pairs), "checking masks", len(pairs), delay=2, leave=False)
             )
-        return None
+    if faults := [reason for reason in found if isinstance(reason, str)]:
+        more = f" ({len(faults)} of {len(pairs)} masks cannot be used)" if len(faults) > 1 else ""
+        raise ConfigError(faults[0] + _said(found, indices | ignored, classes, first) + more)
+    present = set().union(*found) if found else set()
+    if not present & indices:
+        raise ConfigError(f"all pixels of the {len(pairs)} masks in {masks[0].parent} are ignored")
+    empty = [mask for mask, values in zip(masks, found, strict=True) if not set(values) & indices]
+    if empty:
+        _logger.warning(f"{len(empty)} masks have ignored pixels only, such as {empty[0]}")
+    if absent := [classes[index - first] for index in sorted(indices - present)]:
+        names = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        _logger.warning(
+            f"no pixel in {masks[0].parent} is of {names}: {len(absent)} of {len(classes)} classes"
+        )
 
-    with ThreadPoolExecutor() as pool:
-        for found in pool.map(fault, pairs[::step]):
-            if found:
-                raise ConfigError(found)
+
+def check_overlap(train: Sequence[tuple[Path, Path]], val: Sequence[tuple[Path, Path]]) -> None:
+    """Log how many validation images are training images too, by their path."""
+    seen = {image.resolve() for image, _ in train}
+    both = [image for image, _ in val if image.resolve() in seen]
+    if both:
+        _logger.warning(
+            f"{len(both)} of {len(val)} validation images are training images too, such as "
+            f"{both[0]}: their mIoU says nothing about other photos"
+        )
 
 
-def _displayed_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after EXIF rotation, which OpenCV applies on reading."""
-    width, height = image.size
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return (height, width) if turned else (width, height)
+class _Content(NamedTuple):
+    """What a mask file holds: size in bytes, time in ns, mode, width, height, values."""
+
+    bytes: int
+    time: int
+    mode: str
+    width: int
+    height: int
+    values: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def _cached_contents(masks: Sequence[Path]) -> Iterator[dict[Path, _Content]]:
+    """What is known of masks, kept for the next run; entries of changed files are left out."""
+    name = hashlib.sha256("\n".join(sorted({str(m.parent.resolve()) for m in masks})).encode())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    cache = home / "dense-backbones/masks" / f"{name.hexdigest()[:16]}.json"
+    known = {}
+    # A cache that cannot be read or written costs time, nothing else.
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        for path, entry in json.loads(cache.read_text()).items():
+            known[Path(path)] = _Content(*entry[:-1], tuple(entry[-1]))
+    held = {mask: known[mask] for mask in masks if mask in known and _is_current(mask, known[mask])}
+    yield held
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        files.write(cache, json.dumps({str(mask): entry for mask, entry in held.items()}))
+
+
+def _is_current(mask: Path, content: _Content) -> bool:
+    try:
+        stat = mask.stat()
+    except OSError:
+        return False
+    return (stat.st_size, stat.st_mtime_ns) == (content.bytes, content.time)
+
+
+def _fault(image: Path, mask: Path, held: dict[Path, _Content], valid: set[int]) -> str | None:
+    """Why a mask cannot be used; fills ``held``."""
+    try:
+        _, size = displayed_size(image)
+    except UnreadableImage as error:
+        return str(error)
+    if mask not in held:
+        try:
+            stat = mask.stat()
+            with Image.open(mask) as opened:
+                values = tuple(np.unique(np.asarray(opened)).tolist())
+                held[mask] = _Content(
+                    stat.st_size, stat.st_mtime_ns, opened.mode, *opened.size, values
+                )
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"{mask} cannot be read: {error}"
+    content = held[mask]
+    if content.mode not in _INDEX_MODES:
+        return (
+            f"{mask} is {content.mode}: one class index per pixel is needed, a grey or palette PNG"
+        )
+    if size != (content.width, content.height):
+        return f"{mask} is {content.width}x{content.height}, its image {size[0]}x{size[1]}"
+    if wrong := sorted(set(content.values) - valid):
+        return f"{mask} holds {', '.join(map(str, wrong[:5]))}"
+    return None
+
+
+def _said(found: list, valid: set[int], classes: Sequence[str], first: int) -> str:
+    """What the values of masks should be, if the first fault is one of values."""
+    faults = [reason for reason in found if isinstance(reason, str)]
+    if " holds " not in faults[0]:
+        return ""
+    ignored = sorted(valid - set(range(first, first + len(classes))))
+    wrong = {reason.rpartition(" holds ")[2] for reason in faults if " holds " in reason}
+    text = (
+        f": {len(classes)} classes are {first} to {first + len(classes) - 1}, and "
+        f"{', '.join(map(str, ignored))} {'is' if len(ignored) == 1 else 'are'} ignored"
+    )
+    if len(wrong) == 1 and (value := wrong.pop()).isdigit():
+        text += f"; if {value} marks pixels to ignore, --ignore-index {value} says so"
+    return text

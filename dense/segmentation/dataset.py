@@ -1,11 +1,35 @@
-"""MMSegmentation data set of a folder of images and a folder of masks."""
+"""MMSegmentation data set of a folder of images and a folder of masks, and its image reader."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from mmcv.transforms import BaseTransform
 from mmseg.datasets import BaseSegDataset
-from mmseg.registry import DATASETS
+from mmseg.registry import DATASETS, TRANSFORMS
 
+from dense.images import Skipped, UnreadableImage, read_image
 from dense.segmentation.data import image_mask_pairs
+
+
+@TRANSFORMS.register_module()
+class ReadImage(BaseTransform):
+    """``LoadImageFromFile`` by :func:`dense.images.read_image`, which prediction uses too.
+
+    It differs for 16-bit images, of which it takes the upper 8 bits, and for damaged ones.
+
+    >>> pipeline = [dict(type="ReadImage"), dict(type="LoadAnnotations")]
+
+    Raises:
+        UnreadableImage: the file cannot be read; :class:`FolderDataset` skips it in training.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Add ``img``, ``(H, W, 3)`` uint8 BGR, and its shapes."""
+        image = np.ascontiguousarray(read_image(results["img_path"])[..., ::-1])
+        results["img"] = image
+        results["img_shape"] = results["ori_shape"] = image.shape[:2]
+        return results
 
 
 @DATASETS.register_module()
@@ -16,8 +40,29 @@ class FolderDataset(BaseSegDataset):
     >>> FolderDataset(data_prefix=folders, metainfo=dict(classes=("road", "tree")))
 
     The arguments are those of :class:`mmseg.datasets.BaseSegDataset`; mask values ``ignore_index``
-    and 255 are ignored.
+    and 255 are ignored. In training an image that cannot be read is named and replaced by another,
+    up to one in a thousand (one at least).
+
+    Raises:
+        TooManyUnreadable: more images cannot be read.
+        UnreadableImage: an image to test on cannot be read.
     """
+
+    def prepare_data(self, idx: int) -> Any:
+        """The sample, or None for MMEngine to take another."""
+        try:
+            return super().prepare_data(idx)
+        except UnreadableImage as error:
+            if self.test_mode:
+                raise
+            self._skipped.note(self.get_data_info(idx)["img_path"], error)
+            return None
+
+    def full_init(self) -> None:
+        """List the images."""
+        super().full_init()
+        if not hasattr(self, "_skipped"):
+            self._skipped = Skipped(len(self))
 
     def load_data_list(self) -> list[dict]:
         """One entry per image, sorted by path."""

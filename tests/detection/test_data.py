@@ -154,12 +154,24 @@ def change_first(section, **values):
         (lambda c: c["categories"].clear(), "lists no category"),
         (lambda c: c["annotations"].clear(), "has no annotation to use"),
         (change_first("categories", name="block"), "several categories named block"),
-        (change_first("images", file_name="gone.png"), "1 of the 6 images.*gone.png"),
-        (change_first("annotations", image_id=99), "annotation 1 is of no listed image"),
-        (change_first("annotations", category_id=99), "annotation 1 is of no listed category"),
-        (change_first("annotations", bbox=[1, 2]), "annotation 1 has no bbox"),
+        (
+            change_first("images", file_name="gone.png"),
+            "1 image cannot be used: .*there is no .*gone.png",
+        ),
+        (
+            change_first("annotations", image_id=99),
+            "annotation 1: image_id=99 is of no listed image",
+        ),
+        (
+            change_first("annotations", category_id=99),
+            "annotation 1: category_id=99 is of no listed category",
+        ),
+        (
+            change_first("annotations", bbox=[1, 2]),
+            r"annotation 1: bbox=\[1, 2\]: four finite numbers",
+        ),
         (change_first("annotations", segmentation=[]), "1 of 12 objects have no segmentation"),
-        (lambda c: c["images"][0].pop("width"), "image 0 lacks file_name, height or width"),
+        (lambda c: c["images"][0].pop("width"), "image 0: width=None: the photo's pixels"),
     ],
 )
 def test_a_broken_json_is_named(cfg, coco_files, change, message):
@@ -168,6 +180,17 @@ def test_a_broken_json_is_named(cfg, coco_files, change, message):
         resolve_data(cfg, training=True)
     assert coco_files.json("train") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_faulty_entries_are_dropped_if_allowed(cfg, coco_files, caplog):
+    coco_files.edit("train", change_first("annotations", bbox=[1, 2, -3, 4]))
+    cfg.data.allow_invalid = True
+    resolve_data(cfg, training=True)
+    assert "1 annotation cannot be used: annotation 1: bbox=[1, 2, -3, 4]" in caplog.text
+    dataset = cfg.dataloader.train.dataset
+    assert dataset.json_file != coco_files.json("train")
+    kept = json.loads(Path(dataset.json_file).read_text())["annotations"]
+    assert [annotation["id"] for annotation in kept] == list(range(2, 13))
 
 
 def test_not_json(cfg, coco_files):

@@ -1,15 +1,23 @@
 """Folders of images and masks: what is paired, what the labels become, what is refused."""
 
+import os
+from pathlib import Path
+
+import mmseg
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
-from mmengine.registry import TRANSFORMS, init_default_scope
+from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
+from mmseg.models import CrossEntropyLoss
 from PIL import Image
 
+from dense.images import TooManyUnreadable, UnreadableImage
 from dense.recipes import RECIPES
 from dense.segmentation.config import check, load_config, set_short_side, use_own_data
-from dense.segmentation.data import ConfigError, check_masks, image_mask_pairs
+from dense.segmentation.data import ConfigError, check_masks, check_overlap, image_mask_pairs
 from dense.segmentation.dataset import FolderDataset
+from dense.segmentation.losses import WeightedCrossEntropyLoss
 
 NANO = RECIPES / "segmentation/i_d_dw_conv_nano_upernet.py"
 RECIPE = "8xb2-160k_ade20k-512x512"
@@ -231,3 +239,151 @@ def test_unreadable_configs_are_named(tmp_path):
     with pytest.raises(ConfigError, match="bad.py: "):
         load_config(tmp_path / "bad.py")
     assert isinstance(load_config(NANO), Config)
+
+
+def test_all_masks_are_checked_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pairs = []
+    for number in range(12):
+        image, mask = tmp_path / f"images/{number}.png", tmp_path / f"masks/{number}.png"
+        save(image, np.zeros((4, 6, 3)))
+        save(mask, np.full((4, 6), 254 if number > 8 else number % 3))
+        pairs.append((image, mask))
+    told = (
+        r"9\.png holds 254: 3 classes are 0 to 2, and 255 is ignored; if 254 marks pixels to ignore"
+    )
+    with pytest.raises(ConfigError, match=told) as refused:
+        check_masks(pairs, CLASSES)
+    assert "--ignore-index 254" in str(refused.value) and "3 of 12 masks" in str(refused.value)
+    check_masks(pairs, CLASSES, ignore_index=254)
+
+
+def test_masks_are_read_again_only_if_they_change(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    check_masks([pair], CLASSES)
+    opened = []
+    read = Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *a: opened.append(path) or read(path, *a))
+    check_masks([pair], CLASSES)
+    assert pair[1] not in opened
+    save(pair[1], np.full((4, 6), 3))
+    os.utime(pair[1], ns=(1, 1))
+    with pytest.raises(ConfigError, match="holds 3"):
+        check_masks([pair], CLASSES)
+    (cache,) = (tmp_path / "cache").rglob("*.json")
+    cache.write_text("{not json")
+    with pytest.raises(ConfigError, match="holds 3"):
+        check_masks([pair], CLASSES)
+
+
+def test_what_is_odd_is_said(pair, caplog):
+    save(pair[1], np.zeros((4, 6)))
+    check_masks([pair], CLASSES)
+    assert "no pixel in" in caplog.text and "is of box, bar: 2 of 3 classes" in caplog.text
+    check_overlap([pair], [pair])
+    assert "1 of 1 validation images are training images too" in caplog.text
+    save(pair[1], np.full((4, 6), 255))
+    with pytest.raises(ConfigError, match="all pixels of the 1 masks .* are ignored"):
+        check_masks([pair], CLASSES)
+
+
+def test_two_images_with_one_mask(pair):
+    other = pair[0].with_suffix(".jpg")
+    save(other, np.zeros((4, 6, 3)))
+    with pytest.raises(ConfigError, match=r"a\.png, .*a\.jpg share the mask"):
+        check_masks([pair, (other, pair[1])], CLASSES)
+
+
+@pytest.fixture
+def photos_of_kinds(tmp_path):
+    """A 16-bit grey photo and a good one, each with a mask."""
+    values = np.linspace(0, 65535, 24).reshape(4, 6)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "images/deep.png")
+    save(tmp_path / "images/good.png", np.full((4, 6, 3), (10, 20, 30)))
+    for name in ("deep", "good"):
+        save(tmp_path / f"masks/{name}.png", np.zeros((4, 6)))
+    return tmp_path, (values / 256).astype(np.uint8)
+
+
+def folder_dataset(root, **options):
+    init_default_scope("mmseg")
+    return FolderDataset(
+        data_prefix=dict(img_path=str(root / "images"), seg_map_path=str(root / "masks")),
+        metainfo=dict(classes=("a", "b")),
+        pipeline=[dict(type="ReadImage"), dict(type="LoadAnnotations")],
+        **options,
+    )
+
+
+def test_training_reads_as_prediction_does(photos_of_kinds):
+    root, expected = photos_of_kinds
+    dataset = folder_dataset(root)
+    deep, good = dataset[0], dataset[1]
+    assert (deep["img"] == expected[..., None]).all() and deep["img"].dtype == np.uint8
+    assert deep["img_shape"] == deep["ori_shape"] == (4, 6)
+    # MMSegmentation's order of channels.
+    assert good["img"][0, 0].tolist() == [30, 20, 10]
+
+
+def test_a_damaged_photo_is_named_and_replaced_up_to_a_share(photos_of_kinds, caplog):
+    root, _ = photos_of_kinds
+    (root / "images/deep.png").write_bytes(b"no image")
+    dataset = folder_dataset(root)
+    assert dataset[0]["img_path"].endswith("good.png")
+    assert "deep.png cannot be read" in caplog.text and "1 so far, 1 allowed" in caplog.text
+    (root / "images/good.png").write_bytes(b"no image")
+    with pytest.raises(TooManyUnreadable, match="2 of 2 images cannot be read"):
+        for _ in range(8):
+            dataset[1]
+    with pytest.raises(UnreadableImage, match="deep.png"):
+        folder_dataset(root, test_mode=True)[0]
+
+
+def test_class_weights_and_ignored_pixels():
+    torch.manual_seed(0)
+    scores = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    label = torch.randint(0, 3, (2, 5, 4))
+    label[0, 1:4] = 255
+    weights = [0.5, 1.0, 4.0]
+    loss = WeightedCrossEntropyLoss(class_weight=weights)(scores, label, ignore_index=255)
+    expected = torch.nn.CrossEntropyLoss(scores.new_tensor(weights), ignore_index=255)
+    torch.testing.assert_close(loss, expected(scores, label))
+    alone = WeightedCrossEntropyLoss(class_weight=weights)(scores, torch.full_like(label, 255))
+    assert alone == 0
+    # What it replaces fails on the index of ignored pixels.
+    with pytest.raises(IndexError):
+        CrossEntropyLoss(class_weight=weights)(scores, label, ignore_index=255)
+
+
+STOCK = (
+    *(
+        "fcn/fcn_r50-d8_4xb4-20k_voc12aug-512x512.py",
+        "pspnet/pspnet_r50-d8_4xb2-80k_ade20k-512x512.py",
+    ),
+    *(
+        "upernet/upernet_r50_4xb4-20k_voc12aug-512x512.py",
+        "segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py",
+    ),
+    "deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024.py",
+)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_own_data_in_a_stock_config(name, shapes, tmp_path):
+    stock = Path(mmseg.__file__).parent / ".mim/configs" / name
+    cfg = Config.fromfile(stock)
+    cfg.model.decode_head.loss_decode.class_weight = [1.0, 2.0, 3.0]
+    use_own_data(cfg, shapes)
+    check(cfg, training=True)
+    assert cfg.model.decode_head.loss_decode.type == "WeightedCrossEntropyLoss"
+    init_default_scope("mmseg")
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    assert dataset.metainfo["classes"] == CLASSES
+    assert dataset[0]["inputs"].dtype == torch.uint8
+    # A config that was saved imports what it needs.
+    cfg.dump(tmp_path / "saved.py")
+    assert (
+        "dense.segmentation.dataset"
+        in Config.fromfile(tmp_path / "saved.py").custom_imports.imports
+    )

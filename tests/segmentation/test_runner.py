@@ -189,6 +189,10 @@ def test_the_newest_is_by_number(tmp_path):
     expected = (tmp_path / "iter_100.pth", [tmp_path / "iter_200.pth"])
     assert checkpoints.newest_whole(tmp_path) == expected
     assert checkpoints.newest_whole(tmp_path / "none") == (None, [])
+    # An epoch's number is no iteration's: the files say how many they have.
+    torch.save({"meta": {"iter": 400}}, tmp_path / "iter_400.pth")
+    torch.save({"meta": {"iter": 500}}, tmp_path / "epoch_3.pth")
+    assert checkpoints.newest_whole(tmp_path)[0] == tmp_path / "epoch_3.pth"
 
 
 def test_log_buffers_are_read_and_still_work(tmp_path):
@@ -238,7 +242,9 @@ def test_a_checkpoint_of_another_model_is_refused(nano_cfg, tmp_path):
     other = nano_cfg("swin")
     other.work_dir = str(tmp_path / "other")
     other.load_from = str(Path(cfg.work_dir, "iter_1.pth"))
-    with pytest.raises(CheckpointError, match=r"iter_1\.pth is not a checkpoint of this model"):
+    with pytest.raises(
+        CheckpointError, match="iter_1.pth is of dw_conv_nano, the config of swin_nano"
+    ):
         build_runner(other).test()
 
 

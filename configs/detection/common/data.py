@@ -3,12 +3,13 @@
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.evaluation import COCOEvaluator
+
+from dense.detection.mapper import PhotoMapper
 
 # Your own COCO-style files; if all are None, COCO is used. ``classes`` selects category names.
 data = dict(train_json=None, train_images=None, val_json=None, val_images=None, classes=None)
@@ -24,7 +25,7 @@ _crop = [
 dataloader = dict(
     train=L(build_detection_train_loader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
-        mapper=L(DatasetMapper)(
+        mapper=L(PhotoMapper)(
             is_train=True,
             augmentations=[
                 L(T.RandomFlip)(horizontal=True),
@@ -43,7 +44,7 @@ dataloader = dict(
     ),
     test=L(build_detection_test_loader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
-        mapper=L(DatasetMapper)(
+        mapper=L(PhotoMapper)(
             is_train=False,
             augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
             image_format="${...train.mapper.image_format}",

@@ -1,0 +1,134 @@
+"""Hooks of Detectron2's trainer: metrics before checkpoints, signals, validations cut off."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
+from detectron2.utils import comm
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
+
+from dense import files
+from dense.detection.checkpoint import WholeCheckpointer
+from dense.runs import Stop, Stopped
+
+METRICS = "metrics.json"
+
+
+def run_writers(folder: str, max_iter: int) -> list[EventWriter]:
+    """Detectron2's default writers; ``metrics.json`` may be written twice in an iteration."""
+    return [
+        CommonMetricPrinter(max_iter),
+        _Metrics(str(Path(folder, METRICS))),
+        TensorboardXWriter(folder),
+    ]
+
+
+class _Metrics(JSONWriter):
+    """Detectron2's JSONWriter that writes what is new of an iteration that it has written.
+
+    Detectron2's skips the results of an evaluation after a line of the same iteration.
+    """
+
+    def write(self) -> None:
+        """Append a line for each iteration that has new values."""
+        if not hasattr(self, "_written"):
+            self._written: dict[str, int] = {}
+        lines: dict[int, dict[str, float]] = defaultdict(dict)
+        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
+        for name, (value, iteration) in latest.items():
+            if iteration > self._written.get(name, -1):
+                lines[iteration][name] = value
+                self._written[name] = iteration
+        for iteration in sorted(lines):
+            self._file_handle.write(files.json_line({**lines[iteration], "iteration": iteration}))
+        self._file_handle.flush()
+
+
+class WriteMetrics(HookBase):
+    """Write ``metrics.json`` every ``period`` iterations, before the hooks that follow.
+
+    Args:
+        writers: from :func:`run_writers`.
+        period: iterations.
+    """
+
+    def __init__(self, writers: list[EventWriter], period: int):
+        self._writers = [writer for writer in writers if isinstance(writer, JSONWriter)]
+        self._period = period
+
+    def after_step(self) -> None:
+        """Write if it is time."""
+        if (self.trainer.iter + 1) % self._period == 0:
+            for writer in self._writers:
+                writer.write()
+
+
+class StopOnSignal(HookBase):
+    """On Ctrl-C or SIGTERM, write a checkpoint at the end of the iteration and stop.
+
+    Raises:
+        Stopped: in every process.
+    """
+
+    def __init__(self, checkpointer: WholeCheckpointer):
+        self._checkpointer = checkpointer
+
+    def before_train(self) -> None:
+        """Begin to listen."""
+        self._stop = Stop()
+
+    def after_step(self) -> None:
+        """Stop if a signal has come to any process."""
+        asked = self._stop.asked
+        if comm.get_world_size() > 1:
+            device = next(self._checkpointer.model.parameters()).device
+            number = torch.tensor(asked, device=device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            asked = int(number)
+        if not asked:
+            return
+        done = self.trainer.iter
+        name = f"model_{done:07d}"
+        if comm.is_main_process():
+            self._checkpointer.save(name, iteration=done)
+        raise Stopped(asked, str(Path(self._checkpointer.save_dir, f"{name}.pth")))
+
+
+class ValidateOnResume(HookBase):
+    """Evaluate at the start of a resumed run if a kill cut that evaluation off.
+
+    Args:
+        evaluation: the hook that evaluates.
+        folder: of ``metrics.json``.
+    """
+
+    def __init__(self, evaluation: EvalHook, folder: str):
+        self._evaluation, self._folder = evaluation, folder
+
+    def before_train(self) -> None:
+        """Evaluate if one was due and ``metrics.json`` has no results of it."""
+        first, period = self.trainer.start_iter, self._evaluation._period
+        due = first > 0 and period > 0 and first % period == 0 and not self._is_logged(first - 1)
+        if comm.all_gather(due)[0]:
+            storage = self.trainer.storage
+            storage.iter = first - 1
+            self._evaluation._do_eval()
+            storage.iter = first
+
+    def _is_logged(self, iteration: int) -> bool:
+        path = Path(self._folder, METRICS)
+        lines = files.json_lines(path) if path.is_file() else []
+        # Names of results have a slash: bbox/AP.
+        return any(
+            line.get("iteration") == iteration and any("/" in name for name in line)
+            for line in lines
+        )
