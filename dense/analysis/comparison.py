@@ -1,105 +1,278 @@
-"""Compare networks trained with one recipe: parameters, FLOPs, training time, top-1."""
+"""Compare networks trained with one recipe over several seeds: size, time, accuracy, differences.
+
+A finished run is a small JSON file. It counts as long as its recipe is the same and its network
+computes the same: the file has a fingerprint of the network, numbers that follow from its initial
+weights, outputs and gradients. A change to one network discards the runs of that network alone.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isclose, sqrt
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import timm
+import torch
+import torch.nn.functional as F
 
+from backbones import ops
 from dense import files, metrics
 from dense.analysis import complexity
 
 HEAD = (
-    "| network | parameters | FLOPs | minutes a run | top-1, mean ± spread | seeds |",
-    "| --- | --- | --- | --- | --- | --- |",
+    "| network | parameters | FLOPs | minutes a run | top-1, mean ± spread | difference |"
+    " 95% interval | seeds |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
 )
+# Two-sided 95% quantiles of Student's t distribution for 1, 2, ... degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to train.
+
+    Attributes:
+        name: its name in the table.
+        model: the timm model.
+        options: arguments of the model.
+        baseline: name of the network that differences are taken to; itself for none.
+    """
+
+    name: str
+    model: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    baseline: str = ""
+
+    def build(self, num_classes: int, img_size: int) -> torch.nn.Module:
+        """The timm model for square images."""
+        return timm.create_model(
+            self.model, num_classes=num_classes, img_size=img_size, **self.options
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run.
+
+    Attributes:
+        network: name of the network.
+        seed: seed of the run.
+        recipe: all of the config that decides about the result, as text.
+        fingerprint: see :func:`fingerprint`.
+        parameters: number of parameters, classifier included.
+        flops: multiply-adds for one image of the training size.
+        minutes: wall time, start-up and validation included.
+        top1: accuracy in percent by epoch, the last one last.
+        loss: mean training loss of the last logged iterations.
+    """
+
+    network: str
+    seed: int
+    recipe: str
+    fingerprint: tuple[float, ...]
+    parameters: int
+    flops: int
+    minutes: float
+    top1: tuple[tuple[int, float], ...]
+    loss: float
+
+    def is_of(self, recipe: str, marks: Sequence[float]) -> bool:
+        """Whether a run of this recipe, by a network of this fingerprint, would give this."""
+        return (
+            self.recipe == recipe
+            and len(self.fingerprint) == len(marks)
+            and all(isclose(a, b, rel_tol=1e-6) for a, b in zip(self.fingerprint, marks))  # noqa: B905
+        )
+
+    def write(self, folder: Path) -> Path:
+        """Write ``<network>_seed<seed>.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.network}_seed{self.seed}.json"
+        return files.write(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Read a result.
+
+        Raises:
+            ValueError: the file holds no result.
+        """
+        try:
+            content = json.loads(path.read_text())
+            content["fingerprint"] = tuple(content["fingerprint"])
+            content["top1"] = tuple(map(tuple, content["top1"]))
+            return cls(**content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no result of a comparison: {error}") from error
+
+
+def fingerprint(network: Network, num_classes: int, img_size: int) -> tuple[float, ...]:
+    """Numbers that change with anything that changes what a network learns.
+
+    Initial weights from seed 0; loss and gradients of a batch of noise in training mode; the loss
+    after a step of gradient descent, and that in evaluation mode. All in float64, with the
+    operators' reference.
+    """
+    with torch.random.fork_rng(devices=[]), ops.force("reference"):
+        torch.manual_seed(0)
+        model = network.build(num_classes, img_size).double()
+        x = torch.randn(2, 3, img_size, img_size, dtype=torch.float64)
+        target = torch.arange(2) % num_classes
+        marks = [_size(model.parameters())]
+        loss = F.cross_entropy(model.train()(x), target)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        marks += [loss.item(), _size(gradients)]
+        largest = max(gradient.abs().max() for gradient in gradients)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= 1e-3 / largest * p.grad
+            for training in (True, False):
+                marks.append(F.cross_entropy(model.train(training)(x), target).item())
+    return tuple(float(f"{mark:.12g}") for mark in marks)
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(tensor.detach().abs().sum().item() for tensor in tensors)
+
+
+def read_log(work_dir: Path) -> tuple[tuple[tuple[int, float], ...], float]:
+    """Top-1 by epoch and the last training loss, from the log of a finished run.
+
+    Raises:
+        ValueError: there is no log, or it has no validation.
+    """
+    log = metrics.read_run(work_dir)
+    if "top1" not in log.metrics:
+        raise ValueError(f"{work_dir} has no validation in its log")
+    epoch_of = {step: epoch for epoch, step in log.epochs.items()}
+    top1 = tuple((epoch_of.get(step, step), value) for step, value in log.metrics["top1"])
+    return top1, round(log.loss[-1][1], 4)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The results of one network over several seeds.
+    """The results of one network over several seeds, and their difference to its baseline's.
 
     Attributes:
-        name: model name.
-        parameters: number of parameters, classifier included.
-        flops: multiply-adds for one image of the training size.
-        minutes: wall time of each run, start-up and validation included.
-        top1: accuracy of each run after its last epoch, in percent.
+        results: by seed.
+        baseline: the baseline's of the same seeds; empty without one.
     """
 
-    name: str
-    parameters: int
-    flops: int
-    minutes: tuple[float, ...]
-    top1: tuple[float, ...]
+    results: tuple[Result, ...]
+    baseline: tuple[Result, ...] = ()
+
+    @property
+    def top1(self) -> list[float]:
+        """Accuracy of each run after its last epoch, in percent."""
+        return [result.top1[-1][1] for result in self.results]
+
+    @property
+    def differences(self) -> list[float]:
+        """Accuracy of each run less that of the baseline's run with the same seed."""
+        other = {result.seed: result.top1[-1][1] for result in self.baseline}
+        pairs = zip(self.results, self.top1, strict=True)
+        return [value - other[r.seed] for r, value in pairs if r.seed in other]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of the mean difference, by Student's t; None for less than two pairs."""
+        found = self.differences
+        if len(found) < 2:
+            return None
+        t = _T[min(len(found) - 1, len(_T)) - 1]
+        half = t * stdev(found) / sqrt(len(found))
+        return mean(found) - half, mean(found) + half
 
     def row(self) -> str:
         """A row of the Markdown table; the spread is the standard deviation over seeds."""
         spread = f" ± {stdev(self.top1):.1f}" if len(self.top1) > 1 else ""
+        first, interval = self.results[0], self.interval
         cells = (
-            f"`{self.name}`",
-            f"{self.parameters / 1e6:.2f}M",
-            f"{self.flops / 1e9:.3f}G",
-            f"{mean(self.minutes):.1f}",
+            f"`{first.network}`",
+            f"{first.parameters / 1e6:.2f}M",
+            f"{first.flops / 1e9:.3f}G",
+            f"{mean(result.minutes for result in self.results):.1f}",
             f"{mean(self.top1):.1f}{spread}",
+            f"{mean(self.differences):+.1f}" if self.differences else "-",
+            f"{interval[0]:+.1f} to {interval[1]:+.1f}" if interval else "-",
             " ".join(f"{value:.1f}" for value in self.top1),
         )
         return f"| {' | '.join(cells)} |"
 
 
-def compare(
-    runs: Mapping[str, Sequence[Path]],
-    seconds: Mapping[Path, float],
+def entries(networks: Sequence[Network], results: Sequence[Result]) -> list[Entry]:
+    """An entry for each network that has results, in order; each has its baseline's as well."""
+    by_name = {
+        network.name: tuple(
+            sorted((r for r in results if r.network == network.name), key=lambda r: r.seed)
+        )
+        for network in networks
+    }
+    return [
+        Entry(
+            by_name[n.name],
+            by_name.get(n.baseline, ()) if n.baseline != n.name else (),
+        )
+        for n in networks
+        if by_name[n.name]
+    ]
+
+
+def table(compared: Sequence[Entry]) -> str:
+    """All entries as a Markdown table."""
+    return "\n".join((*HEAD, *(entry.row() for entry in compared)))
+
+
+def plot(compared: Sequence[Entry], path: Path) -> Path:
+    """Draw top-1 of every seed with the mean, and the differences with their intervals, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.2 + 0.28 * len(compared)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, entry in enumerate(compared):
+        left.plot(entry.top1, [y] * len(entry.top1), "o", color="C0", alpha=0.5, markersize=4)
+        left.plot(mean(entry.top1), y, "|", color="C0", markersize=12)
+        if entry.differences:
+            middle = mean(entry.differences)
+            low, high = entry.interval or (middle, middle)
+            right.plot([low, high], [y, y], color="C1")
+            right.plot(middle, y, "o", color="C1", markersize=5)
+    right.axvline(0, color="grey", linewidth=0.8)
+    left.set_yticks(range(len(compared)), [e.results[0].network for e in compared])
+    left.invert_yaxis()
+    left.set_xlabel("top-1, % (each seed, mean)")
+    right.set_xlabel("difference to its family with the same seed (95% interval)")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    return files.write(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
+
+
+def result_of(
+    network: Network,
+    seed: int,
+    recipe: str,
+    marks: tuple[float, ...],
+    work_dir: Path,
+    seconds: float,
     num_classes: int,
     img_size: int,
-    out: Path,
-) -> list[Entry]:
-    """Read training logs and write ``comparison.json``, ``.md`` and ``.png`` (means over seeds).
-
-    Args:
-        runs: model name to the work folders of its seeds.
-        seconds: work folder to the wall time of its run.
-        num_classes: outputs of the classifiers.
-        img_size: side of the images in pixels.
-        out: the folder to write into.
-
-    Raises:
-        ValueError: a work folder has no log, or the log has no validation.
-    """
-    entries, curves = [], []
-    for name, folders in runs.items():
-        logs = [metrics.read_run(folder) for folder in folders]
-        for folder, log in zip(folders, logs, strict=True):
-            if "top1" not in log.metrics:
-                raise ValueError(f"{folder} has no validation in its log")
-        network = timm.create_model(name, num_classes=num_classes, img_size=img_size)
-        entries.append(
-            Entry(
-                name,
-                complexity.parameters(network),
-                complexity.flops(network, (1, 3, img_size, img_size)),
-                tuple(seconds[folder] / 60 for folder in folders),
-                tuple(log.metrics["top1"][-1][1] for log in logs),
-            )
-        )
-        losses, rates = ([getattr(log, key) for log in logs] for key in ("loss", "rate"))
-        top1 = {"top1": _mean([log.metrics["top1"] for log in logs])}
-        curves.append(metrics.Run(name, _mean(losses), _mean(rates), top1))
-    files.write(out / "comparison.json", json.dumps([asdict(e) for e in entries], indent=1))
-    files.write(out / "comparison.md", table(entries) + "\n")
-    metrics.plot(curves, out / "comparison.png")
-    return entries
-
-
-def table(entries: Sequence[Entry]) -> str:
-    """All entries as a Markdown table."""
-    return "\n".join((*HEAD, *(entry.row() for entry in entries)))
-
-
-def _mean(series: Sequence[metrics.Points]) -> metrics.Points:
-    """The mean of several series, at the iterations that all of them have."""
-    by_step = [dict(points) for points in series]
-    common = set.intersection(*(set(points) for points in by_step))
-    return [(step, mean(points[step] for points in by_step)) for step in sorted(common)]
+) -> Result:
+    """The result of a finished run from its log; raises what :func:`read_log` raises."""
+    top1, loss = read_log(work_dir)
+    model = network.build(num_classes, img_size)
+    return Result(
+        network.name,
+        seed,
+        recipe,
+        marks,
+        complexity.parameters(model),
+        complexity.flops(model, (1, 3, img_size, img_size)),
+        round(seconds / 60, 2),
+        top1,
+        loss,
+    )
