@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("backbones", "detection", "mmdetection", "segmentation")
+SECTIONS = ("backbones", "ablations", "detection", "mmdetection", "segmentation")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,7 +75,7 @@ def main() -> None:
         for name in sections:
             section = tables.SECTIONS[name]
             if args.write:
-                tables.read_block(ROOT / section.readme)
+                tables.read_block(ROOT / section.readme, section.tool)
             progress = partial(track, description=name, console=errors, transient=True)
             built = section.build(ROOT, not args.parameters_only, progress)
             if args.parameters_only:
@@ -94,9 +94,9 @@ def main() -> None:
         every = (table.markdown() for section in done.values() for table in section)
         args.markdown.write_text("\n\n".join(every) + "\n")
     for name in sections if args.write else ():
-        readme = ROOT / tables.SECTIONS[name].readme
-        changed = tables.write_block(readme, done[name])
-        errors.print(f"{tables.SECTIONS[name].readme} {'written' if changed else 'was current'}")
+        section = tables.SECTIONS[name]
+        changed = tables.write_block(ROOT / section.readme, done[name], section.tool)
+        errors.print(f"{section.readme}: {name} {'written' if changed else 'was current'}")
 
 
 def _show(table) -> None:

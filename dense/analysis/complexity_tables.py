@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backbones import MODEL_NAMES
+from backbones.ablations import ABLATIONS
 from dense import files
 from dense.analysis import complexity, paper
 from dense.analysis.complexity import Count
@@ -51,12 +52,16 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A README, the package that its models need, our extra for it, and the tables' builder."""
+    """A README, the package that its models need, our extra for it, and the tables' builder.
+
+    ``tool`` stands in the marker lines: see :func:`markers`.
+    """
 
     readme: str
     package: str
     extra: str
     build: Callable[..., list[Table]]
+    tool: str = "complexity"
 
 
 def installed() -> list[str]:
@@ -65,10 +70,15 @@ def installed() -> list[str]:
 
 
 def markers(tool: str) -> tuple[str, str]:
-    """The lines before and after the tables that ``tools/<tool>.py --write`` writes."""
+    """The lines before and after the tables that ``tools/<tool>.py --write`` writes.
+
+    ``tool`` can have an argument after a space, such as ``"complexity ablations"``.
+    """
+    name, *arguments = tool.split()
+    command = " ".join([f"tools/{name}.py", *arguments])
     return (
-        f"<!-- Written by: python tools/{tool}.py --write -->",
-        f"<!-- End of what tools/{tool}.py writes. -->",
+        f"<!-- Written by: python {command} --write -->",
+        f"<!-- End of what {command} writes. -->",
     )
 
 
@@ -142,6 +152,35 @@ def _backbones(root: Path, with_flops: bool, track: Callable) -> list[Table]:
     ]
 
 
+def _ablations(root: Path, with_flops: bool, track: Callable) -> list[Table]:
+    rows = []
+    for name, ablation in track(ABLATIONS.items()):
+        model, arguments = ablation.name(), ablation.arguments()
+        window = 7 if ablation.is_pyramid else None
+        count = complexity.classifier(model, window_size=window, with_flops=with_flops, **arguments)
+        keywords = [f'"{model}"', *(f"{key}={value!r}" for key, value in arguments.items())]
+        rows.append(
+            dict(
+                name=f"`{name}`",
+                table=ablation.table,
+                row=ablation.row,
+                model=f"`create_model({', '.join(keywords)})`",
+                top1=ablation.top1,
+                **_beside(count, ablation),
+            )
+        )
+    columns = (
+        Column("name", "name"),
+        Column("table", "table"),
+        Column("row", "row"),
+        Column("timm", "model"),
+        *_beside_columns("paper's", 2),
+        Column("paper's top-1", "top1", _per_cent),
+    )
+    notes = [f"- `{name}`: {row.note}" for name, row in ABLATIONS.items() if row.note]
+    return [Table("1000 classes, 224x224, tiny:", columns, rows, tuple(notes))]
+
+
 def _detection(root: Path, with_flops: bool, track: Callable) -> list[Table]:
     rows, extra = [], {}
     for path, backbone, from_22k in track(_configs(root / "configs/detection")):
@@ -181,6 +220,9 @@ def _segmentation(root: Path, with_flops: bool, track: Callable) -> list[Table]:
 
 SECTIONS = {
     "backbones": Section("backbones/README.md", "timm", "complexity", _backbones),
+    "ablations": Section(
+        "backbones/README.md", "timm", "complexity", _ablations, "complexity ablations"
+    ),
     "detection": Section("configs/detection/README.md", "detectron2", "detection", _detection),
     "mmdetection": Section("configs/mmdetection/README.md", "mmdet", "mmdetection", _mmdetection),
     "segmentation": Section(
@@ -217,12 +259,16 @@ def _row(path: Path, backbone: str, from_22k: bool, count: Count, task: str) -> 
 
 
 def _beside(count: Count, published: Any) -> dict[str, float | None]:
-    """A count, the paper's, and the differences of parameters (in M) and FLOPs (as a ratio)."""
+    """A count, the paper's, and the differences of parameters (in M) and FLOPs (as a ratio).
+
+    Parameters are rounded as the paper prints them: to an int, or a float of one digit.
+    """
     off = ratio = None
-    if published:
-        off = round(count.parameters / 1e6) - published.parameters
-        if count.flops is not None:
-            ratio = count.flops / 1e9 / published.flops - 1
+    if published and published.parameters is not None:
+        digits = 1 if isinstance(published.parameters, float) else None
+        off = round(round(count.parameters / 1e6, digits) - published.parameters, digits)
+    if published and None not in (count.flops, published.flops):
+        ratio = count.flops / 1e9 / published.flops - 1
     return dict(
         parameters=count.parameters,
         paper_parameters=published.parameters if published else None,
@@ -258,7 +304,7 @@ def _beside_columns(table: str, digits: int, whose: str = "") -> tuple[Column, .
     return (
         Column(f"{whose}parameters", "parameters", _millions),
         Column(table, "paper_parameters", "{}M".format),
-        Column("difference", "parameters_off", "{}M".format),
+        Column("difference", "parameters_off", "{:g}M".format),
         Column(f"{whose}FLOPs", "flops", _billions(digits)),
         Column(table, "paper_flops", "{}G".format),
         Column("difference", "flops_off", "{:+.1%}".format),
