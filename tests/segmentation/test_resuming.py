@@ -16,8 +16,7 @@ from dense.segmentation.config import build_runner
 from tests.support import assert_same, losses
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_and_resumed(nano_cfg, tmp_path, workers):
+def test_stopped_and_resumed(nano_cfg, tmp_path, workers=2):
     def train(name: str, resume: bool = False) -> Path:
         cfg = nano_cfg("i_d_dw_conv", max_iters=5)
         cfg.work_dir = str(tmp_path / name)
