@@ -1,14 +1,18 @@
-"""Helpers of the operators: padding, autocast, sums, Triton imports, autograd, forced backends."""
+"""Helpers of the operators: padding, autocast, sums, constants, autograd, forced backends."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache, wraps
 from importlib import import_module
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class _Here(threading.local):
@@ -78,6 +82,24 @@ def windows(padded: Tensor, shape: torch.Size, size: int) -> list[Tensor]:
         for row in range(size)
         for column in range(size)
     ]
+
+
+def constant(make: Callable[..., T]) -> Callable[..., T]:
+    """Decorate a function of sizes, dtype and device to keep the tensors that it returns.
+
+    Graphs that are captured and modes of fake tensors get their own.
+    """
+    kept = lru_cache(maxsize=64)(make)
+
+    @wraps(make)
+    def made(*given: object) -> T:
+        if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor:
+            return make(*given)
+        # A tensor of inference mode could not be saved for a later backward pass.
+        with torch.inference_mode(False):
+            return kept(*given)
+
+    return made
 
 
 def triton_kernels(name: str) -> ModuleType:

@@ -1,14 +1,12 @@
 """Convolutional attention: sliding attention with convolutions in its logits (appendix C)."""
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backbones.ops import reference
-from backbones.ops.common import autocast_dtype, without_autocast
+from backbones.ops.common import autocast_dtype, constant, without_autocast
 from backbones.ops.dispatch import choose, exporting
 from backbones.ops.halos import hidden_keys, pad_to_blocks, parts_of, take_blocks, window_keys
 from backbones.ops.windows import Size, reverse
@@ -81,7 +79,7 @@ def _attend(
     places = keys.expand(*products.shape[:-1], -1)
     scores = products.gather(-1, places)
     if kernel is not None:
-        shifts = _shifts(*window_size, part)
+        shifts = _shifts(*window_size, part.device, part.dtype)
         scores = scores @ torch.einsum("gt,tnm->gnm", kernel.flatten(1), shifts)
     if theta is not None:
         scores = scores + query @ theta.mT
@@ -134,16 +132,9 @@ class _Attend(torch.autograd.Function):
         return own, *(s if s is None else s.to(grad.dtype) for s in sums), None, None
 
 
-def _shifts(rows: int, columns: int, like: Tensor) -> Tensor:
-    make = _make_shifts if torch.compiler.is_compiling() else _cached_shifts
-    return make(rows, columns, like.device, like.dtype)
-
-
-def _make_shifts(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+@constant
+def _shifts(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``(9, N, N)``: the matrix of each tap of a circular 3x3 convolution, from n to m."""
     places = torch.eye(rows * columns, device=device, dtype=dtype).unflatten(1, (rows, columns))
     taps = [torch.roll(places, (1 - y, 1 - x), (1, 2)) for y in range(3) for x in range(3)]
     return torch.stack(taps).flatten(2)
-
-
-_cached_shifts = lru_cache(maxsize=64)(_make_shifts)

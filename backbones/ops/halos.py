@@ -4,13 +4,13 @@ A block has the size of the window, so queries of 7x7 see the 13x13 positions ar
 block's halo. N are the positions of a block or window, M those of a halo.
 """
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache, wraps
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.ops.common import constant
 from backbones.ops.windows import Size, partition
 
 # Scores that are held at once: on a CPU they fit the cache.
@@ -68,18 +68,7 @@ def hidden_keys(query: Tensor, window_size: Size, size: Size, first: int) -> Ten
     return (y[:, None, :, None] | x[None, :, None, :]).flatten(2)[:, :, None, None]
 
 
-def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep what ``make`` returns, unless a graph is captured, which must make its own tensors."""
-    kept = lru_cache(maxsize=64)(make)
-
-    @wraps(make)
-    def made(rows: int, columns: int, device: torch.device) -> Tensor:
-        return (make if torch.compiler.is_compiling() else kept)(rows, columns, device)
-
-    return made
-
-
-@_cached
+@constant
 def window_offsets(rows: int, columns: int, device: torch.device) -> Tensor:
     """``(N, M)``: the place in a query's window of a key of its halo, rows*columns for none."""
 
@@ -92,7 +81,7 @@ def window_offsets(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.where(inside, y * columns + x, rows * columns).flatten(2).flatten(0, 1)
 
 
-@_cached
+@constant
 def window_keys(rows: int, columns: int, device: torch.device) -> Tensor:
     """``(N, N)``: the key of the halo at each place of a query's window."""
 

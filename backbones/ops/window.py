@@ -4,8 +4,6 @@ The C and Triton kernels gather, mix and scatter one window at a time: they stor
 map nor the windows nor the attention weights, which the backward pass computes again.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
+    constant,
     promoted,
     register_backward,
     triton_kernels,
@@ -103,9 +102,7 @@ def _windows_of(
 
 
 def _masks(bias: Tensor, window_size: Size, shift: Size) -> tuple[Tensor | None, ...]:
-    # A graph being captured must make its own masks.
-    make = _seam_masks if torch.compiler.is_compiling() else _cached_seam_masks
-    return make(tuple(window_size), tuple(shift), bias.device, bias.dtype)
+    return _seam_masks(tuple(window_size), tuple(shift), bias.device, bias.dtype)
 
 
 def local_mlp(
@@ -210,6 +207,7 @@ def _attention_gradients(
     return grad_query, grad_key, grad_value, grad_scores.sum((0, 1, 2))
 
 
+@constant
 def _seam_masks(
     window_size: Size, shift: Size, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
@@ -222,9 +220,6 @@ def _seam_masks(
             mask = torch.zeros_like(same, dtype=dtype).masked_fill(~same, float("-inf"))
         masks.append(mask)
     return tuple(masks)
-
-
-_cached_seam_masks = lru_cache(maxsize=64)(_seam_masks)
 
 
 def _roll(x: Tensor, shift: Size, sign: int) -> Tensor:

@@ -263,6 +263,18 @@ def test_exports_hold_no_operator_of_ours(make, strict):
     torch.testing.assert_close(exported.module()(*inputs), expected)
 
 
+@pytest.mark.parametrize("make", cases.all)
+def test_fake_tensors_leave_nothing_for_others(make):
+    """The torch backend keeps masks and indices."""
+    from torch._subclasses import FakeTensorMode
+
+    name, inputs, options = make((9, 12))
+    with ops.force("torch"):
+        with FakeTensorMode() as mode:
+            getattr(ops, name)(*map(mode.from_tensor, inputs), *options)
+        agrees((name, inputs, options), "torch")
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 4, 5, 2, 3, 4), (1, 4, 4, 2, 3, 3), (1, 4, 5, 4, 3, 3), (1, 4, 5, 2, 9), (1, 4)]
 )

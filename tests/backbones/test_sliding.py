@@ -7,9 +7,10 @@ import timm
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 import backbones
-from backbones import mixers
+from backbones import mixers, ops
 from backbones.layouts import LAYOUTS, family_of, from_ours
 from backbones.mixers.sliding_attention import CONVOLUTIONS, PreConvolution
 from dense.analysis import complexity
@@ -207,6 +208,78 @@ def test_onnx():
     agree(
         lambda x: [torch.from_numpy(out) for out in session.run(None, {name: x.numpy()})], backbone
     )
+
+
+# Transforms of functions, and tensors without values
+
+
+@pytest.mark.parametrize("options", CAPTURED, ids=str)
+def test_per_sample_gradients_and_forward_mode(options):
+    torch.manual_seed(0)
+    mixer = block(**options)
+    parameters = {name: p.detach() for name, p in mixer.named_parameters()}
+    x, direction = torch.randn(2, 3, 9, 8, 12).double()
+
+    def loss(parameters, x):
+        return torch.func.functional_call(mixer, parameters, (x[None],)).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, one in enumerate(x):
+        mixer.zero_grad()
+        loss(dict(mixer.named_parameters()), one).backward()
+        for name, parameter in mixer.named_parameters():
+            torch.testing.assert_close(got[name][i], parameter.grad)
+
+    _, tangent = torch.func.jvp(mixer, (x,), (direction,))
+    (gradient,) = torch.autograd.grad(mixer(x.requires_grad_()).sum(), x)
+    torch.testing.assert_close(tangent.sum(), (gradient * direction).sum())
+
+
+@pytest.mark.parametrize("options", CAPTURED, ids=str)
+def test_gradients_of_gradients_are_refused_in_a_line(options):
+    mixer, x = block(**options), torch.randn(1, 9, 8, 12).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(mixer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice|no autograd formula"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("options", CAPTURED, ids=str)
+def test_what_fake_tensors_and_inference_leave_serves_training(options):
+    """In windows of a size that nothing else has: no constant of it is kept yet."""
+    from torch._subclasses import FakeTensorMode
+
+    options = options | {"window_size": 11}
+    with FakeTensorMode():
+        at(**options)(torch.randn(1, 9, 8, 12)).sum().backward()
+    mixer, x = at(**options), torch.randn(1, 9, 8, 12)
+    with torch.inference_mode():
+        expected = mixer(x)
+    out = mixer(x)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    with FakeTensorMode():
+        at(**options)(torch.randn(1, 9, 8, 12)).sum().backward()
+    with torch.device("meta"):
+        assert at(**options)(torch.randn(1, 9, 8, 12)).shape == (1, 9, 8, 12)
+
+
+def at(**options) -> mixers.Mixer:
+    return mixers.WindowAttention.at(12, 0, 1, (9, 8), num_heads=(3,), **options).eval()
+
+
+def block(**options) -> mixers.Mixer:
+    return at(**options).double()
+
+
+def test_pytorchs_counter_agrees():
+    """Two FLOPs for a multiply-add; the backward pass has five products for two."""
+    qkv, bias = torch.randn(2, 9, 8, 36, requires_grad=True), torch.randn(3, 25)
+    with FlopCounterMode(display=False) as counter:
+        out = ops.sliding_attention(qkv, bias, 3, (5, 5))
+        products = 2 * 2 * 9 * 8 * 12 * 25
+        assert counter.get_total_flops() == 2 * products
+        out.sum().backward()
+    assert counter.get_total_flops() == 7 * products
 
 
 # Checkpoints

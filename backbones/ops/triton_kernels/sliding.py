@@ -2,8 +2,9 @@
 
 Positions are those of all images in a row, so that no tile is partly empty on small maps. A key is
 multiplied elementwise: matrix products would take a halo of keys that most queries do not see. The
-softmax is online. The backward pass stores the logarithm of its sum, ``lse``, and the mean of the
-weights' gradients, ``mean``, both ``(B, H, W, heads)`` in float32.
+softmax is online. The backward pass stores the largest score of a position, ``top``, its share of
+the weights, ``share``, and the mean of their gradients, ``mean``, each ``(B, H, W, heads)`` in
+float32.
 
 Arguments of the kernels: ``qkv`` is ``(B, H, W, 3 * heads * D)``, ``out`` and ``grad``
 ``(B, H, W, heads * D)``, ``bias`` ``(heads, N)``; M is B*H*W, N the positions of a window of
@@ -74,7 +75,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=CHANGING)
 def _query_gradient(
-    grad, qkv, bias, grad_qkv, grad_bias, lse, mean, M, chunks, H, W, heads, D, N, columns,
+    grad, qkv, bias, grad_qkv, grad_bias, top, share, mean, M, chunks, H, W, heads, D, N, columns,
     up, left, scale, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of one of ``chunks`` chunks of positions; gradients of the bias summed over them."""
@@ -100,10 +101,11 @@ def _query_gradient(
             weight = tl.where(inside, tl.exp(score - more), 0.0)
             largest, total = more, total * fewer + weight
             weighted = weighted * fewer + weight * tl.sum(given * value, 1)
-        total = tl.where(p < M, total, 1.0)
-        logarithm, average = largest + tl.log(total), weighted / total
+        part = 1 / tl.where(p < M, total, 1.0)
+        average = weighted * part
         at = p.to(tl.int64) * heads + head
-        tl.store(lse + at, logarithm, p < M)
+        tl.store(top + at, largest, p < M)
+        tl.store(share + at, part, p < M)
         tl.store(mean + at, average, p < M)
         result = tl.full((BLOCK_P, BLOCK_D), 0.0, tl.float32)
         for n in range(N):
@@ -111,7 +113,7 @@ def _query_gradient(
             key = _load(qkv, there, inside, 3 * C, C + head * D, D, BLOCK_D)
             value = _load(qkv, there, inside, 3 * C, 2 * C + head * D, D, BLOCK_D)
             score = tl.sum(query * key, 1) + tl.load(bias + head * N + n).to(tl.float32)
-            weight = tl.where(inside, tl.exp(score - logarithm), 0.0)
+            weight = tl.where(inside, tl.exp(score - largest) * part, 0.0)
             grad_score = weight * (tl.sum(given * value, 1) - average)
             result += grad_score[:, None] * key
             sums += tl.where(offsets == n, tl.sum(grad_score, 0), 0.0)
@@ -121,7 +123,7 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=CHANGING)
 def _key_gradient(
-    grad, qkv, bias, grad_qkv, lse, mean, M, H, W, heads, D, N, columns, up, left, scale,
+    grad, qkv, bias, grad_qkv, top, share, mean, M, H, W, heads, D, N, columns, up, left, scale,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values, from the queries whose windows they are in."""
@@ -137,10 +139,10 @@ def _key_gradient(
         query = _load(qkv, there, inside, 3 * C, head * D, D, BLOCK_D)
         given = _load(grad, there, inside, C, head * D, D, BLOCK_D)
         at = there.to(tl.int64) * heads + head
-        logarithm = tl.load(lse + at, inside, 0.0)
+        largest, part = tl.load(top + at, inside, 0.0), tl.load(share + at, inside, 0.0)
         average = tl.load(mean + at, inside, 0.0)
         score = tl.sum(query * key, 1) + tl.load(bias + head * N + n).to(tl.float32)
-        weight = tl.where(inside, tl.exp(score - logarithm), 0.0)
+        weight = tl.where(inside, tl.exp(score - largest) * part, 0.0)
         grad_value += weight[:, None] * given
         grad_score = weight * (tl.sum(given * value, 1) - average)
         grad_key += grad_score[:, None] * query
@@ -170,10 +172,9 @@ def backward(
     chunks = parts(tiles, bias.numel())
     grad_bias = bias.new_zeros(chunks, *bias.shape, dtype=torch.float32)
     if positions:
-        lse, mean = (
-            qkv.new_empty(*qkv.shape[:3], num_heads, dtype=torch.float32) for _ in range(2)
-        )
-        maps, stored = (grad, qkv, bias, grad_qkv), (lse, mean)
+        shape = *qkv.shape[:3], num_heads
+        stored = [qkv.new_empty(shape, dtype=torch.float32) for _ in range(3)]
+        maps = grad, qkv, bias, grad_qkv
         _query_gradient[(chunks, num_heads)](
             *maps, grad_bias, *stored, positions, chunks, *sizes,
             **blocks, BLOCK_N=power(bias.shape[1]),
