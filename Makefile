@@ -16,7 +16,7 @@ PYTHON := $(shell for p in $(candidates); do \
 endif
 export WHEELHOUSE MMCV
 
-.PHONY: help setup demo demo-chain test test-e2e test-kernels test-floors lint wheel lock clean
+.PHONY: help setup demo demo-chain test test-e2e test-kernels test-floors test-reliability lint wheel lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-e2e   the long tests; DENSE_SAMPLE_DATA=folder names the photos"
 	@echo "make test-kernels  all tiles of the Triton kernels, compiled for four GPUs; the operators' whole check"
 	@echo "make test-floors  tests/backbones with the oldest and newest torch and timm: .venv-floor, .venv-newest"
+	@echo "make test-reliability  bad input for the six tools: tests/reliability/README.md"
 	@echo "make setup      builds .venv; the others do so too (MMCV=compiled: mmcv's own operators)"
 	@echo "make lint       ruff: rules and format"
 	@echo "make wheel      $(DIST)/*.whl for Linux on x86-64, with the C kernels compiled; needs GCC"
@@ -55,6 +56,9 @@ test-kernels: setup
 
 test-floors: setup
 	OMP_NUM_THREADS=1 .venv/bin/python tools/test_versions.py
+
+test-reliability: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability --jobs $(WORKERS) --resume
 
 lint: setup
 	.venv/bin/ruff check .

@@ -24,7 +24,8 @@ class TooManyUnreadable(RuntimeError):
 
     def __str__(self) -> str:
         # From a worker, the message is a traceback that ends with the reason.
-        return super().__str__().strip().splitlines()[-1].rpartition("TooManyUnreadable: ")[2]
+        lines = super().__str__().strip().splitlines()
+        return lines[-1].rpartition("TooManyUnreadable: ")[2] if lines else ""
 
 
 class Skipped:

@@ -6,9 +6,9 @@ from typing import Any
 
 _POSITIVE = (
     *("max_iter", "max_iters", "max_epochs", "val_interval", "batch_size", "total_batch_size"),
-    *("log_period", "lr", "accumulative_counts"),
+    *("log_period", "accumulative_counts"),
 )
-_NOT_NEGATIVE = ("num_workers", "eval_period", "weight_decay")
+_NOT_NEGATIVE = ("lr", "num_workers", "eval_period", "weight_decay")
 
 
 def wrong_value(key: str, old: Any, new: Any) -> str | None:
@@ -22,6 +22,8 @@ def wrong_value(key: str, old: Any, new: Any) -> str | None:
         old: the config's value; None takes anything.
         new: the new value.
     """
+    if isinstance(new, str) and new.startswith("${"):
+        return None
     if isinstance(old, bool):
         if not isinstance(new, bool):
             return f"{key}={new!r}: True or False is needed"

@@ -18,10 +18,10 @@ from torch import Tensor
 import backbones
 from backbones.checkpoints import backbone_of
 from backbones.conversion import write_weights
-from backbones.reading import CheckpointError, class_names, read_content
+from backbones.reading import CheckpointError, class_names, read_content, refuse_not_finite
 from dense import files
 from dense.metrics import read_run
-from dense.recipes import config_beside
+from dense.recipes import config_beside, framework_of
 
 WEIGHTS = ("averaged", "model")
 # Keys of a pretraining config's model that its network, once trained, is not built with.
@@ -62,7 +62,7 @@ def publish(
 
     File names are ``<recipe>-<hash>``, with the first eight digits of the SHA-256, which torch.hub
     and timm check. A classifier's state dict gets timm's names and is loaded into a new model as a
-    check; a detector or segmentor keeps its framework's names.
+    check; a detector or segmentor keeps its framework's names, and its backbone is loaded.
 
     Args:
         checkpoint: written by ``pretrain.py``, ``train_segmentor.py`` or ``train_detector.py``.
@@ -71,7 +71,8 @@ def publish(
         weights: ``"averaged"`` or ``"model"`` (not averaged), for a run that averaged weights.
 
     Raises:
-        CheckpointError: the file cannot be read, or does not fill its model.
+        CheckpointError: the file cannot be read, has NaN or infinite weights, or does not fill its
+            model.
         RecipeError: no config, or several, beside the checkpoint.
         ValueError: ``weights`` is neither of the two.
 
@@ -80,6 +81,7 @@ def publish(
     """
     content = read_content(checkpoint)
     state_dict = _chosen(content, weights, str(checkpoint))
+    refuse_not_finite(state_dict, checkpoint)
     config = Path(config or config_beside(checkpoint))
     # Detectron2 saves every config as config.yaml: the folder's name is the recipe.
     recipe = Path(checkpoint).absolute().parent.name if config.suffix == ".yaml" else config.stem
@@ -96,6 +98,8 @@ def publish(
         "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
     }
     backbone = backbone_of(state_dict)
+    if framework_of(config) == "classification" and "head.fc.weight" not in backbone:
+        raise CheckpointError(f"{checkpoint} is of no classifier, but {config} trains one")
     if "head.fc.weight" in backbone:
         state_dict = backbone
         meta |= _of_the_classifier(config)
@@ -108,9 +112,14 @@ def publish(
             write_weights(file, state_dict, "state_dict", meta=meta)
             if "head.fc.weight" in backbone:
                 _check(file, meta)
-    except Exception:
+            elif meta["model"]:
+                backbones.load_checkpoint(timm.create_model(meta["model"], num_classes=0), file)
+    except Exception as error:
         for file in written:
             file.unlink(missing_ok=True)
+        if isinstance(error, CheckpointError):
+            # The file that was written does not fit because the one that was read does not.
+            raise CheckpointError(str(error).replace(str(file), str(checkpoint))) from error
         raise
     published = tuple(file.replace(_with_hash(file)) for file in written)
     return Published(published, meta, _line(meta, published[0]))

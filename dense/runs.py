@@ -183,7 +183,8 @@ def run_tool(name: str, work: Callable[[], object], *expected: type[BaseExceptio
         sys.stderr.flush()
         os._exit(stopped.status)
     except (RunError, *expected) as error:
-        sys.exit(f"{name}: {error}")
+        # The report of a load has several lines.
+        sys.exit(f"{name}: {' '.join(str(error).split())}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise

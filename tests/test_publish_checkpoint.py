@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 
 import pytest
 import safetensors
@@ -117,7 +118,8 @@ def test_what_does_not_fill_its_network_leaves_no_file(trained, tmp_path, capsys
 
 
 def test_a_detector_without_mmengine(tmp_path):
-    weights = {"backbone.bottom_up.patch_embed.proj.weight": torch.zeros(2, 3, 4, 4)}
+    backbone = timm.create_model("dw_conv_nano", num_classes=0).state_dict()
+    weights = {f"backbone.bottom_up.{name}": value for name, value in backbone.items()}
     content = {"model": weights, "classes": ["a", "b"], "iteration": 9}
     torch.save(content, tmp_path / "model_final.pth")
     (tmp_path / "config.yaml").write_text(
@@ -149,11 +151,9 @@ def test_the_line_in_the_table(trained, tmp_path):
 
 
 def test_a_whole_segmentor_keeps_its_frameworks_names(tmp_path):
-    weights = {
-        "backbone.patch_embed.proj.weight": torch.zeros(2, 3, 4, 4),
-        "backbone.stages.0.blocks.0.mixer.qkv.weight": torch.zeros(2),
-        "decode_head.conv_seg.weight": torch.ones(3),
-    }
+    backbone = timm.create_model("swin_nano", num_classes=0).state_dict()
+    weights = {f"backbone.{name}": value for name, value in backbone.items()}
+    weights["decode_head.conv_seg.weight"] = torch.ones(3)
     meta = {"iter": 9, "dataset_meta": {"classes": ["a", "b"]}}
     torch.save({"state_dict": weights, "meta": meta}, tmp_path / "iter_9.pth")
     (tmp_path / "swin_nano_upernet.py").write_text("model = dict(backbone=dict(type='swin_nano'))")
@@ -162,6 +162,13 @@ def test_a_whole_segmentor_keeps_its_frameworks_names(tmp_path):
     content = torch.load(file, weights_only=True)
     assert content["state_dict"].keys() == weights.keys()
     assert content["meta"]["model"] == "swin_nano" and content["meta"]["classes"] == ["a", "b"]
+
+    # A backbone that its config does not name, or that lacks a weight, is not published.
+    del weights["backbone.stages.0.blocks.0.mixer.qkv.weight"]
+    torch.save({"state_dict": weights, "meta": meta}, tmp_path / "iter_9.pth")
+    shutil.rmtree(tmp_path / "out")
+    assert tool.main([str(tmp_path / "iter_9.pth"), "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 def test_what_cannot_be_published_is_one_line(trained, tmp_path, capsys):

@@ -92,10 +92,12 @@ def train(args: argparse.Namespace) -> None:
     """Check the config and the data, then train, or evaluate with ``--eval-only``."""
     from dense import runs
     from dense.metrics import plot_finished
-    from dense.openmmlab.config import load_config, use_ablation, use_amp
+    from dense.openmmlab.config import load_config, require_task, use_ablation, use_amp
     from dense.pretraining import config
 
     cfg = load_config(args.config, args.cfg_options)
+    loaders = ("train_dataloader", "val_dataloader")
+    require_task(cfg, "classification", "model", "train_cfg", "optim_wrapper", *loaders)
     cfg.launcher = args.launcher
     run = Path(args.config).stem
     if args.ablation:

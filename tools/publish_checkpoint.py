@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         done = publish.publish(args.checkpoint, args.out, config=args.config, weights=args.weights)
     except (CheckpointError, ValueError, OSError) as error:
-        print(f"publish_checkpoint: {error}", file=sys.stderr)
+        print(f"publish_checkpoint: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(publish.as_json(done.meta))
     for file in done.files:

@@ -38,6 +38,7 @@ def main() -> None:
     try:
         require("mmseg", "segmentation")
         from backbones import CheckpointError
+        from dense.openmmlab.config import require_task
         from dense.segmentation import config
         from dense.segmentation.data import ConfigError
     except ImportError as error:
@@ -45,6 +46,7 @@ def main() -> None:
 
     try:
         cfg = config.load_config(args.config, args.cfg_options)
+        require_task(cfg, "segmentation", "model", "test_dataloader", "test_evaluator")
         cfg.launcher = args.launcher
         # Not the training's folder, whose config would be overwritten.
         cfg.work_dir = args.work_dir or str(Path(args.checkpoint).parent / "test")
@@ -60,7 +62,7 @@ def main() -> None:
         config.check(cfg, training=False)
         config.build_runner(cfg).test()
     except (ConfigError, CheckpointError) as error:
-        sys.exit(f"test_segmentor: {error}")
+        sys.exit(f"test_segmentor: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

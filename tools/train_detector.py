@@ -52,8 +52,9 @@ def main() -> None:
     from backbones import CheckpointError
     from dense import runs
     from dense.detection.config import LazyConfigError
+    from dense.images import TooManyUnreadable
 
-    foreseen = (LazyConfigError, CheckpointError, FloatingPointError)
+    foreseen = (LazyConfigError, CheckpointError, FloatingPointError, TooManyUnreadable)
     runs.run_tool("train_detector", lambda: run(args), *foreseen)
 
 

@@ -56,10 +56,11 @@ def main() -> None:
     try:
         require("mmseg", "segmentation")
         from backbones import CheckpointError
+        from dense.images import TooManyUnreadable
         from dense.openmmlab.config import ConfigError
     except ImportError as error:
         sys.exit(f"train_segmentor: {error}")
-    foreseen = (ConfigError, CheckpointError, FloatingPointError)
+    foreseen = (ConfigError, CheckpointError, FloatingPointError, TooManyUnreadable)
     runs.run_tool("train_segmentor", lambda: train(args), *foreseen)
 
 
@@ -67,7 +68,7 @@ def train(args: argparse.Namespace) -> None:
     """Check the config and the data, then train."""
     from dense import runs
     from dense.metrics import plot_finished
-    from dense.openmmlab.config import use_ablation
+    from dense.openmmlab.config import require_task, use_ablation
     from dense.segmentation import config
 
     own_data = {
@@ -78,6 +79,8 @@ def train(args: argparse.Namespace) -> None:
         )
     }
     cfg = config.load_config(args.config, args.cfg_options)
+    loaders = ("train_dataloader", "val_dataloader", "test_dataloader")
+    require_task(cfg, "segmentation", "model", "train_cfg", "optim_wrapper", *loaders)
     cfg.launcher = args.launcher
     run = Path(args.config).stem
     if args.ablation:

@@ -120,7 +120,12 @@ class WholeCheckpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: the file is damaged or belongs to another model.
         """
-        extra = self.load(path)
+        try:
+            extra = self.load(path)
+        except ValueError:
+            # The optimizer's state does not fit; that of the model says why.
+            self._report(path, prefixes=("",))
+            raise
         self._report(path, prefixes=("",))
         return extra
 

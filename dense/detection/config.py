@@ -11,6 +11,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from backbones.ablations import AblationError, ablated
+from dense.options import wrong_value
 
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
@@ -59,6 +60,16 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     for text, override in zip(overrides, parsed, strict=True):
         if not override.is_add():
             _check_key(cfg, override.key_or_group, text)
+        if not override.is_delete():
+            old = OmegaConf.select(
+                cfg,
+                override.key_or_group,
+                throw_on_resolution_failure=False,
+                throw_on_missing=False,
+            )
+            old = dict(old) if isinstance(old, DictConfig) else old
+            if wrong := wrong_value(override.key_or_group, old, override.value()):
+                raise LazyConfigError(f"override {wrong}")
     return LazyConfig.apply_overrides(cfg, list(overrides))
 
 

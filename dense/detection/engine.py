@@ -33,6 +33,7 @@ from dense.detection.config import LazyConfigError
 from dense.detection.hooks import StopOnSignal, ValidateOnResume, WriteMetrics, run_writers
 from dense.detection.resuming import SeedSteps, resumable
 from dense.detection.trainer import build_trainer
+from dense.images import TooManyUnreadable
 from dense.runs import Stopped
 
 _logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def start(cfg: DictConfig, args: Namespace) -> None:
     except ProcessRaisedException as error:
         # The error is the text of the process's traceback.
         name, _, reason = str(error).strip().splitlines()[-1].partition(": ")
-        for kind in (CheckpointError, LazyConfigError, FloatingPointError):
+        for kind in (CheckpointError, LazyConfigError, FloatingPointError, TooManyUnreadable):
             if name.rpartition(".")[2] == kind.__name__:
                 raise kind(reason) from error
         if name.rpartition(".")[2] == _StoppedProcess.__name__:
@@ -106,7 +107,7 @@ def train(cfg: DictConfig, *, resume: bool, on_ready: Callable[[], None] | None 
         LazyConfigError: the checkpoint to resume from has other classes.
         FloatingPointError: a loss is NaN or infinite; raised in every process.
     """
-    model = revert_sync_batchnorm(instantiate(cfg.model)).to(cfg.train.device)
+    model = _built(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     classes = _classes(cfg)
@@ -190,11 +191,25 @@ def _run(pickled: bytes, processes: int) -> None:
                 raise
             raise _StoppedProcess(f"{stopped.number} {stopped.checkpoint}") from None
         return
-    model = revert_sync_batchnorm(instantiate(cfg.model)).to(cfg.train.device)
+    model = _built(cfg)
     checkpointer = WholeCheckpointer(model)
     extra = checkpointer.load_weights(cfg.train.init_checkpoint, complete=True)
     _same_classes(extra, _classes(cfg), cfg.train.init_checkpoint)
     evaluate(cfg, model)
+
+
+def _built(cfg: DictConfig) -> nn.Module:
+    """The model on its device.
+
+    Raises:
+        LazyConfigError: the config describes none.
+    """
+    try:
+        model = instantiate(cfg.model)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise LazyConfigError(f"model: {reason}") from error
+    return revert_sync_batchnorm(model).to(cfg.train.device)
 
 
 class _StoppedProcess(Exception):

@@ -10,6 +10,7 @@ from mmengine import registry as registries
 from mmengine.config import Config
 from mmengine.registry import Registry
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from dense import options
 
@@ -28,6 +29,10 @@ _BUILT_LATE = (
     *(registries.LOOPS, registries.OPTIMIZERS, registries.OPTIM_WRAPPERS, registries.METRICS),
     *(registries.PARAM_SCHEDULERS, registries.VISBACKENDS),
 )
+# Classes that pass keywords on, and the functions that take them.
+_PASSED_ON = {"CheckpointHook": Runner.save_checkpoint}
+_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+_OF_LOADERS = {*inspect.signature(DataLoader.__init__).parameters, "_delete_"} - {"self"}
 # Keys beside "type" that a builder takes out before it calls the class.
 _OF_BUILDERS = {
     *("type", "_scope_", "priority", "constructor", "paramwise_cfg", "convert_to_iter_based"),
@@ -55,8 +60,14 @@ def wrong_overrides(cfg: Config, overrides: Mapping[str, Any]) -> str | None:
             elif part in node:
                 node = node[part]
             else:
-                valid = {*node, *(_arguments(cfg, node) or ()), *(TOP_LEVEL if not depth else ())}
-                if part not in valid and not (depth and _is_open(cfg, node)):
+                valid = {*node, *(TOP_LEVEL if not depth else ())}
+                # An override may name another class too.
+                described = {**node, "type": overrides.get(f"{place}.type", node.get("type"))}
+                known = _arguments(cfg, described, models=True)
+                known = _OF_LOADERS if place in _LOADERS else known
+                is_open = depth and (known is None or place.endswith("_cfg"))
+                valid |= known or set()
+                if part not in valid and not is_open:
                     where = f"{place} has" if place else "the config has"
                     return f"--cfg-options {key}: {where} no {part!r}{options.near(part, valid)}"
                 node = None
@@ -71,7 +82,7 @@ def wrong_keys(cfg: Config) -> str | None:
     for key in cfg:
         # A config may have variables of its own: only a runner's key, misspelt, is refused.
         close = get_close_matches(key, _OF_RUNNER, n=1, cutoff=0.85)
-        if key not in TOP_LEVEL and close and close[0] not in cfg:
+        if key not in TOP_LEVEL and close:
             return f"{key} is no key of a config; did you mean {close[0]!r}?"
     for place, node in _typed(cfg._cfg_dict, ""):
         valid = _arguments(cfg, node)
@@ -81,8 +92,10 @@ def wrong_keys(cfg: Config) -> str | None:
                 return f"{place}: {node['type']} has no argument {key!r}{near}"
             if wrong := options.wrong_range(f"{place}.{key}", value):
                 return wrong
-    for place in ("train_cfg", "train_dataloader", "val_dataloader"):
+    for place in ("train_cfg", *_LOADERS):
         for key, value in (cfg.get(place) or {}).items():
+            if place in _LOADERS and key not in _OF_LOADERS:
+                return f"{place} has no {key!r}{options.near(key, _OF_LOADERS)}"
             named = f"{place}.{key}"
             if wrong := options.wrong_range(named, value):
                 return wrong
@@ -105,30 +118,30 @@ def _typed(node: Any, place: str) -> Iterator[tuple[str, Mapping]]:
             yield from _typed(value, f"{place}.{index}")
 
 
-def _arguments(cfg: Config, node: Mapping) -> set[str] | None:
+def _arguments(cfg: Config, node: Mapping, models: bool = False) -> set[str] | None:
     """Arguments of the class that a dict describes; None if it is unknown or takes any."""
     kind = node.get("type")
-    return _arguments_of(kind, cfg.get("default_scope")) if isinstance(kind, str) else None
-
-
-def _is_open(cfg: Config, node: Mapping) -> bool:
-    """Whether a dict may have keys that cannot be checked."""
-    return "type" not in node or _arguments(cfg, node) is None
+    if not isinstance(kind, str):
+        return None
+    registers = (*_BUILT_LATE, registries.MODELS) if models else _BUILT_LATE
+    return _arguments_of(kind, cfg.get("default_scope"), registers)
 
 
 @cache
-def _arguments_of(kind: str, scope: str | None) -> set[str] | None:
-    found = {id(c): c for c in (_lookup(r, kind, scope) for r in _BUILT_LATE) if c is not None}
+def _arguments_of(kind: str, scope: str | None, registers: tuple[Registry, ...]) -> set[str] | None:
+    found = {id(c): c for c in (_lookup(r, kind, scope) for r in registers) if c is not None}
     if len(found) != 1:
         return None
     [target] = found.values()
+    more = inspect.signature(_PASSED_ON[kind]).parameters if kind in _PASSED_ON else ()
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    if any(p.kind is p.VAR_KEYWORD for p in parameters) and not more:
         return None
-    return {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {p.name for p in parameters if p.kind not in kinds} | set(more)
 
 
 def _lookup(registry: Registry, kind: str, scope: str | None) -> Any:

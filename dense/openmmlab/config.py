@@ -47,6 +47,30 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     return cfg
 
 
+def require_task(cfg: Config, task: str, *keys: str) -> None:
+    """Refuse a config of another task, or one that lacks what its tool reads.
+
+    >>> require_task(cfg, "segmentation", "model", "test_dataloader")
+
+    Args:
+        cfg: the config.
+        task: ``"segmentation"`` or ``"classification"``.
+        keys: the keys of the config that are read.
+
+    Raises:
+        ConfigError: a key is missing, or the model is of another task.
+    """
+    if missing := [key for key in keys if key not in cfg]:
+        raise ConfigError(f"{cfg.filename} has no {', '.join(missing)}: it is no config of {task}")
+    is_classifier = cfg.model.get("type") == "ImageClassifier"
+    if is_classifier != (task == "classification") or (
+        task == "segmentation" and cfg.get("default_scope") == "mmdet"
+    ):
+        raise ConfigError(
+            f"{cfg.filename}: model.type={cfg.model.get('type')!r} is of no config of {task}"
+        )
+
+
 def use_amp(cfg: Config, dtype: str | None = None) -> None:
     """Enable mixed precision; the loss is scaled dynamically unless the type is bfloat16.
 

@@ -26,9 +26,20 @@ _RATIOS = (0.75, 1.5)
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
-    """Set the ``data_root`` of all three data loaders."""
+    """Set the ``data_root`` of all three data loaders.
+
+    Raises:
+        ConfigError: the config names folders by absolute paths, as that of a training on own data.
+    """
     for loader in _LOADERS:
-        cfg[loader].dataset.data_root = data_root
+        dataset = cfg[loader].dataset
+        for folder in (dataset.get("data_prefix") or {}).values():
+            if Path(folder).is_absolute():
+                raise ConfigError(
+                    f"--data-root {data_root}: {loader} has the absolute path {folder}, which no "
+                    f"data root moves; --cfg-options {loader}.dataset.data_prefix.img_path=... does"
+                )
+        dataset.data_root = data_root
 
 
 def set_short_side(cfg: Config, pixels: int) -> None:
@@ -100,7 +111,7 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
             metainfo=dict(classes=classes),
             ignore_index=data.get("ignore_index", 255),
             reduce_zero_label=bool(data.get("reduce_zero_label", False)),
-            pipeline=[_of_own_data(step) for step in cfg[loader].dataset.pipeline],
+            pipeline=[_of_own_data(step) for step in _pipeline(cfg[loader].dataset)],
         )
         cfg[loader].dataset = dataset
     for head in _heads(cfg):
@@ -113,6 +124,13 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
     cfg.setdefault("custom_imports", dict(imports=[]))
     cfg.custom_imports.imports = [*cfg.custom_imports.imports, *_MODULES]
     import_modules_from_strings(_MODULES)
+
+
+def _pipeline(dataset: dict) -> list[dict]:
+    """The pipeline of a data set, or of the first one that it concatenates or repeats."""
+    while "pipeline" not in dataset:
+        dataset = dataset["datasets"][0] if "datasets" in dataset else dataset["dataset"]
+    return dataset["pipeline"]
 
 
 def _of_own_data(step: dict) -> dict:

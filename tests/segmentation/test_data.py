@@ -359,7 +359,7 @@ def test_class_weights_and_ignored_pixels():
 STOCK = (
     *(
         "fcn/fcn_r50-d8_4xb4-20k_voc12aug-512x512.py",
-        "pspnet/pspnet_r50-d8_4xb2-80k_ade20k-512x512.py",
+        "pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py",
     ),
     *(
         "upernet/upernet_r50_4xb4-20k_voc12aug-512x512.py",
