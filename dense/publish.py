@@ -115,8 +115,8 @@ def publish(
             elif meta["model"]:
                 backbones.load_checkpoint(timm.create_model(meta["model"], num_classes=0), file)
     except Exception as error:
-        for file in written:
-            file.unlink(missing_ok=True)
+        for other in written:
+            other.unlink(missing_ok=True)
         if isinstance(error, CheckpointError):
             # The file that was written does not fit because the one that was read does not.
             raise CheckpointError(str(error).replace(str(file), str(checkpoint))) from error

@@ -150,7 +150,7 @@ def test_the_line_in_the_table(trained, tmp_path):
     assert text.count("| `d_dw_conv_nano` | `d_dw_conv_nano` | 64x64 | 3 | 41.5 | 100.0 |") == 1
 
 
-def test_a_whole_segmentor_keeps_its_frameworks_names(tmp_path):
+def test_a_whole_segmentor_keeps_its_frameworks_names(tmp_path, capsys):
     backbone = timm.create_model("swin_nano", num_classes=0).state_dict()
     weights = {f"backbone.{name}": value for name, value in backbone.items()}
     weights["decode_head.conv_seg.weight"] = torch.ones(3)
@@ -168,6 +168,7 @@ def test_a_whole_segmentor_keeps_its_frameworks_names(tmp_path):
     torch.save({"state_dict": weights, "meta": meta}, tmp_path / "iter_9.pth")
     shutil.rmtree(tmp_path / "out")
     assert tool.main([str(tmp_path / "iter_9.pth"), "--out", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path / 'iter_9.pth'} does not fit" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
