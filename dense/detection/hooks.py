@@ -127,8 +127,7 @@ class ValidateOnResume(HookBase):
     def _is_logged(self, iteration: int) -> bool:
         path = Path(self._folder, METRICS)
         lines = files.json_lines(path) if path.is_file() else []
-        # Names of results have a slash: bbox/AP.
         return any(
-            line.get("iteration") == iteration and any("/" in name for name in line)
+            line.get("iteration") == iteration and any(name.endswith("/AP") for name in line)
             for line in lines
         )

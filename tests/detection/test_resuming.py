@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ from detectron2.engine import SimpleTrainer
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch.utils.data import DataLoader
 
-from dense.detection import PyramidBackbone
+from backbones import CheckpointError
+from dense import files
+from dense.detection import PyramidBackbone, engine
+from dense.detection.config import LazyConfigError
 from dense.detection.resuming import resumable
-from tests.support import assert_same
+from dense.runs import RunError, Stopped
+from tests.support import assert_same, load_tool
 
 from .test_train import NANO, SMALL, main
 
@@ -169,3 +175,90 @@ def test_what_is_not_finite_stops_in_a_line(
     assert [path.name for path in out.glob("*.pth")] == ["model_0000001.pth"]
     good = torch.load(out / "model_0000001.pth", weights_only=True)
     assert all(value.isfinite().all() for value in good["model"].values())
+
+
+@pytest.fixture
+def keep_handlers():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_signals_and_evaluations_cut_off(coco_files, tmp_path, monkeypatch, keep_handlers):
+    tool = load_tool("train_detector")
+    step = SimpleTrainer.run_step
+
+    def run(name: str, *more: str) -> None:
+        words = ["--config-file", NANO, "--output-dir", str(tmp_path / name), "--num-gpus", "0"]
+        options = ["train.max_iter=4", "train.checkpointer.period=2", "train.eval_period=2"]
+        options += ["train.seed=3", "dataloader.train.total_batch_size=2"]
+        tool.run(tool.parse_args([*words, *coco_files.arguments(), *SMALL, *options, *more]))
+
+    def logged(name: str) -> tuple[list[int], list[int]]:
+        lines = files.json_lines(tmp_path / name / "metrics.json")
+        trained = {line["iteration"] for line in lines if "total_loss" in line}
+        evaluated = {line["iteration"] for line in lines if "bbox/AP" in line}
+        return sorted(trained), sorted(evaluated)
+
+    def interrupted(trainer):
+        step(trainer)
+        if trainer.iter == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run("whole")
+    assert logged("whole") == ([0, 1, 2, 3], [1, 4])
+    with monkeypatch.context() as patch:
+        patch.setattr(SimpleTrainer, "run_step", interrupted)
+        with pytest.raises(Stopped) as stopped:
+            run("stopped")
+    assert stopped.value.status == 130
+    assert stopped.value.checkpoint == str(tmp_path / "stopped/model_0000002.pth")
+    assert not (tmp_path / "stopped/model_0000003.pth").exists()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "inference_on_dataset", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run("killed")
+    # The checkpoint of iteration 1 is there and so are its metrics, but not its evaluation.
+    assert logged("killed") == ([0, 1], [])
+    for name in ("stopped", "killed"):
+        run(name, "--resume")
+        assert logged(name) == logged("whole")
+        assert_same(content(tmp_path / "whole"), content(tmp_path / name))
+
+
+def test_what_cannot_be_resumed_is_named_and_left_as_it_is(coco_files, tmp_path):
+    tool = load_tool("train_detector")
+    out = tmp_path / "out"
+
+    def run(*more: str) -> None:
+        words = ["--config-file", NANO, "--output-dir", str(out), "--num-gpus", "0"]
+        options = ["train.max_iter=1", "dataloader.train.total_batch_size=2"]
+        tool.run(tool.parse_args([*words, *coco_files.arguments()[:2], *SMALL, *options, *more]))
+
+    run()
+    kept = {
+        path.name: path.read_bytes() for path in out.glob("*") if path.suffix in (".pth", ".yaml")
+    }
+    assert {"config.yaml", "model_final.pth"} <= kept.keys()
+
+    def refused(error: type, reason: str, *more: str) -> None:
+        with pytest.raises(error, match=reason):
+            run(*more)
+        assert {name: (out / name).read_bytes() for name in kept} == kept
+
+    refused(RunError, "holds a training .*--overwrite")
+    swin = "model.backbone.bottom_up.name=swin_nano"
+    refused(CheckpointError, "model_final.pth does not fit: 35 tensors", "--resume", swin)
+    refused(LazyConfigError, "has the classes block,bar", "--resume", "--classes", "bar,block")
+    data = torch.load(out / "model_final.pth", weights_only=True)
+    data["model"]["backbone.bottom_up.patch_embed.proj.bias"][0] = float("inf")
+    torch.save(data, out / "model_final.pth")
+    kept["model_final.pth"] = (out / "model_final.pth").read_bytes()
+    refused(CheckpointError, "proj.bias has NaN or infinite values", "--resume")
+    kept["model_final.pth"] = b"cut off"
+    for path in out.glob("*.pth"):
+        path.write_bytes(b"cut off")
+    kept = {name: (out / name).read_bytes() for name in kept}
+    refused(CheckpointError, "and .*out has no other to resume", "--resume")
