@@ -63,7 +63,12 @@ def test_blocks_of_what_kernels_are_predicted_from(depth):
 
 @interpreted
 @pytest.mark.parametrize(
-    "make", [cases.depthwise, cases.dynamic, cases.inhomogeneous, cases.sliding]
+    "make",
+    [
+        *(cases.depthwise, cases.dynamic, cases.inhomogeneous),
+        # A minute in the interpreter.
+        pytest.param(cases.sliding, marks=pytest.mark.kernels),
+    ],
 )
 def test_sums_over_positions_in_several_parts(make, monkeypatch):
     """Gradients agree, and repeat bit for bit, whose parts end inside an image or span images."""
