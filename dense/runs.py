@@ -84,7 +84,7 @@ def claimed(
     if not (is_first(launcher) if first is None else first):
         yield lambda: None
         return
-    with locked(folder):
+    with locked(folder, patience=0, inherited=False):
         found = earlier(folder)
         if found and not resume and not overwrite:
             raise RunError(
@@ -103,15 +103,14 @@ def earlier(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, patience: float = 15) -> Iterator[int]:
+def locked(folder: Path, patience: float = 15, inherited: bool = True) -> Iterator[int]:
     """Lock a folder for one program; yields the lock's file descriptor.
-
-    Programs that inherit the descriptor hold the lock too.
 
     Args:
         folder: created if missing.
-        patience: seconds to wait for the lock: data loader workers hold it until they notice that
-            their trainer was killed.
+        patience: seconds to wait for the lock.
+        inherited: programs that inherit the descriptor hold the lock too. False: this process
+            alone, since the workers of a data loader may outlive a trainer that was killed.
 
     Raises:
         RunError: ``folder`` is a file or cannot be written, or another program holds the lock.
@@ -125,7 +124,7 @@ def locked(folder: Path, patience: float = 15) -> Iterator[int]:
         raise RunError(f"{folder} cannot be written: {error.strerror}") from error
     with lock:
         end = time.monotonic() + patience
-        while not _lock(lock.fileno()):
+        while not _lock(lock.fileno(), inherited):
             if time.monotonic() > end:
                 raise RunError(
                     f"another run, or a step that outlived one, works in {folder}: "
@@ -191,13 +190,15 @@ def run_tool(name: str, work: Callable[[], object], *expected: type[BaseExceptio
         sys.exit(f"{name}: {error.filename or 'a file'}: {error.strerror}")
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, inherited: bool) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (fcntl.flock if inherited else fcntl.lockf)(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     # Some network file systems have no locks.
     except OSError as error:
+        if error.errno == errno.EACCES:
+            return False
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
             raise
     return True

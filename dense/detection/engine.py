@@ -227,6 +227,7 @@ def _set_up(cfg: DictConfig, args: Namespace) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name in ("fvcore", "detectron2", "dense", "backbones"):
         logger = setup_logger(folder, distributed_rank=rank, name=name)
+    logger.info(f"Rank of current process: {rank}. World size: {comm.get_world_size()}")
     logger.info(f"environment:\n{collect_env_info()}")
     logger.info(f"command line: {args}")
     seed = cfg.train.get("seed", -1)
