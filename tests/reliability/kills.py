@@ -62,6 +62,8 @@ TRAININGS = {
         "pretrain",
         (
             *("--ema=0.9", "train_cfg.max_epochs=3", "randomness.seed=1"),
+            # Gradients that were accumulated for a step are not in a checkpoint.
+            "total_batch_size=4",
             *("default_hooks.logger.interval=1", "model.drop_path_rate=0.3"),
         ),
         "epoch_3.pth",
