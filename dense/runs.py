@@ -1,7 +1,8 @@
 """Folders of trainings: what an earlier training left, one training at a time, stopping, space.
 
-with runs.claimed("work_dirs/mine", resume=False, overwrite=False):
-    train()
+>>> with runs.claimed("work_dirs/mine", resume=False, overwrite=False) as start:
+...     start()
+...     train()
 """
 
 import contextlib

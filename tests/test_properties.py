@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from backbones import mixers
 from dense.analysis import paper, properties
 from dense.analysis.properties import CHANNELS, KERNEL, SIZE, Measured
 from tests.support import ROOT, load_tool
@@ -159,6 +160,18 @@ def test_a_module_with_two_operators_is_refused():
     layer = properties.modules()["DW-Conv."]
     with pytest.raises(ValueError, match="calls 2 operators: depthwise_conv, depthwise_conv"):
         properties.operator(nn.Sequential(layer, layer), torch.zeros(SIZE, SIZE, CHANNELS))
+
+
+@pytest.mark.parametrize("conv", ["static", "post"])
+def test_attention_with_convolutions_is_an_operator_of_its_values(conv):
+    mixer = mixers.WindowAttention.at(
+        CHANNELS, 0, 0, (SIZE, SIZE), num_heads=(2,), window_size=KERNEL, conv=conv
+    )
+    weights = Measured(mixer).weights[6, 6]
+    # Softmax: the weights of a position's window are positive and sum to 1, channel by channel.
+    own = weights.diagonal(dim1=0, dim2=3)
+    assert (own.sum((0, 1)) - 1).abs().max() < 1e-9 and (own >= 0).all()
+    assert (own > 0).sum((0, 1)).unique().tolist() == [KERNEL**2]
 
 
 def test_a_gate_of_the_image_is_dynamic_by_the_whole_map_and_full():

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dense import runs, steps
+from dense import files, runs, steps
 from dense.steps import State, Step, StepError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> None:
             if results := finished(planned, folder):
                 compared = comparison.entries(unique, results)
                 text = comparison.table(compared)
-                (out / "comparison.md").write_text(text + "\n")
+                files.write(out / "comparison.md", text + "\n")
                 comparison.plot(compared, out / "comparison.png")
     print(text)
     print(f"{args.jobs} runs in parallel; plot: {out}/comparison.png; each run: {folder}")

@@ -6,7 +6,8 @@
 For a few positions of the photo and a few channels, the picture shows the weight of every position
 around: the kernels that D-DW-Conv and I-D-DW-Conv predict, the attention of Swin, and the learned
 weights of the others. Red is positive, blue negative; each panel has its own scale. The weights are
-derivatives of the operator's output by its input, so any family and ablation can be drawn.
+derivatives of the operator's output by its input, so every mixer of one operator can be drawn; one
+with a convolution before attention (conv="pre", "pre_depthwise") is refused.
 CHECKPOINT is any file that backbones.load_checkpoint reads, a detector's or segmentor's too.
 """
 

@@ -64,13 +64,7 @@ def window_attention(
 
 def sliding_attention(qkv: Tensor, bias: Tensor, num_heads: int, window_size: Size) -> Tensor:
     """:func:`backbones.ops.sliding_attention` with the keys and values of all windows in memory."""
-    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
-    key, value = (_centred_windows(x, window_size) for x in (key, value))
-    query = query * query.shape[-1] ** -0.5
-    scores = torch.einsum("bhwgd,bhwgdn->bhwgn", query, key) + bias.to(query.dtype)
-    inside = _centred_windows(qkv.new_ones(1, *qkv.shape[1:3], 1, 1), window_size)[..., 0, :]
-    weights = scores.masked_fill(inside == 0, float("-inf")).softmax(-1)
-    return torch.einsum("bhwgn,bhwgdn->bhwgd", weights, value).flatten(-2)
+    return convolutional_attention(qkv, bias.to(qkv.dtype), num_heads, window_size)
 
 
 def convolutional_attention(

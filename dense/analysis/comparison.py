@@ -84,7 +84,9 @@ class Result:
         return (
             self.recipe == recipe
             and len(self.fingerprint) == len(marks)
-            and all(isclose(a, b, rel_tol=1e-6) for a, b in zip(self.fingerprint, marks))  # noqa: B905
+            and all(
+                isclose(a, b, rel_tol=1e-6) for a, b in zip(self.fingerprint, marks, strict=True)
+            )
         )
 
     def write(self, folder: Path) -> Path:

@@ -25,15 +25,9 @@ SIZE, CHANNELS, HEADS, KERNEL = 12, 4, 2, 3
 TOLERANCE = 1e-9
 _MIDDLE = (SIZE // 2, SIZE // 2)
 # Operators whose first argument holds query, key and value, of which the value is mixed.
-_ATTENTION = ("window_attention", "sliding_attention")
-_CAUGHT = (
-    *_ATTENTION,
-    "depthwise_conv",
-    "dynamic_depthwise_conv",
-    "inhomogeneous_aggregation",
-    "inhomogeneous_dynamic_depthwise_conv",
-    "local_mlp",
-)
+_ATTENTION = ("window_attention", "sliding_attention", "convolutional_attention")
+# Those that mix positions.
+_CAUGHT = tuple(name for name in ops.__all__ if name not in ("linear", "mlp"))
 
 
 class Operator(NamedTuple):

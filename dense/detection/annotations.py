@@ -6,10 +6,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from dense.images import UnreadableImage, displayed_size
 
@@ -34,11 +36,7 @@ class Fault(NamedTuple):
     reason: str
 
 
-def faults(
-    content: Mapping[str, Any],
-    folder: str | Path,
-    progress: Callable[[Sequence], Sequence] = lambda images: images,
-) -> list[Fault]:
+def faults(content: Mapping[str, Any], folder: str | Path) -> list[Fault]:
     """Every image and annotation of a COCO-style JSON that cannot be used.
 
     An image needs a unique id, a file that can be opened, and the width and height of that photo as
@@ -51,7 +49,6 @@ def faults(
     Args:
         content: the parsed JSON with the lists ``images``, ``annotations`` and ``categories``.
         folder: the images' folder.
-        progress: wraps the images that are opened, such as ``tqdm``.
 
     Returns:
         The first fault of each entry, images first.
@@ -64,7 +61,8 @@ def faults(
         return _of_entry(entry, ids, mixed) or _of_image(entry, Path(folder))
 
     with ThreadPoolExecutor() as pool:
-        reasons = list(progress(pool.map(of_image, images)))
+        opened = pool.map(of_image, images)
+        reasons = list(tqdm(opened, "checking images", len(images), delay=2, leave=False))
     found = [
         Fault("image", index, f"image {_shown(_id(image))}", reason)
         for index, (image, reason) in enumerate(zip(images, reasons, strict=True))

@@ -38,10 +38,12 @@ class _Metrics(JSONWriter):
     Detectron2's skips the results of an evaluation after a line of the same iteration.
     """
 
+    def __init__(self, json_file: str):
+        super().__init__(json_file)
+        self._written: dict[str, int] = {}
+
     def write(self) -> None:
         """Append a line for each iteration that has new values."""
-        if not hasattr(self, "_written"):
-            self._written: dict[str, int] = {}
         lines: dict[int, dict[str, float]] = defaultdict(dict)
         latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
         for name, (value, iteration) in latest.items():

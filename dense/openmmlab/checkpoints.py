@@ -130,9 +130,17 @@ def newest_whole(work_dir: str | Path) -> tuple[Path | None, list[Path]]:
         for path in Path(work_dir).glob("*.pth")
         if (match := re.fullmatch(_NUMBERED, path.name))
     }
-    whole = {path: (iteration(path), n) for path, n in numbers.items() if _is_whole(path)}
-    damaged = sorted(set(numbers) - set(whole), key=numbers.get, reverse=True)
-    return max(whole, key=whole.get, default=None), damaged
+    ages = {path: (iteration(path), number) for path, number in numbers.items()}
+    newest, damaged = None, []
+    for path in sorted(ages, key=ages.get, reverse=True):
+        # All of a file is read: of those older than the newest, only the ones that say nothing.
+        if newest and ages[path][0] >= 0:
+            continue
+        if _is_whole(path):
+            newest = newest or path
+        else:
+            damaged.append(path)
+    return newest, damaged
 
 
 def iteration(path: str | Path) -> int:

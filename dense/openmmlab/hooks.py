@@ -10,7 +10,6 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from dense.finite import stop_if_not_finite
 from dense.metrics import read_run
-from dense.openmmlab import checkpoints
 from dense.runs import Stop, Stopped
 
 _ADVICE = "a lower learning rate, or AMP in bfloat16 (optim_wrapper.dtype=bfloat16), may help"
@@ -61,7 +60,11 @@ class StopOnSignal(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Begin to listen."""
-        self._stop = Stop()
+        self._stop, self._saved = Stop(), -1
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Remember which iteration has a checkpoint."""
+        self._saved = checkpoint["meta"]["iter"]
 
     def after_train_iter(
         self,
@@ -91,12 +94,10 @@ class StopOnSignal(Hook):
         outputs: list | None = None,
     ) -> None:
         """Stop if the state before the validation is in a checkpoint."""
+        # Before training, and in a test, nobody listens.
         stop = getattr(self, "_stop", None)
-        if stop is None or not stop.asked or runner.distributed:
-            return
-        newest, _ = checkpoints.newest_whole(runner.work_dir)
-        if newest is not None and checkpoints.iteration(newest) == runner.iter:
-            raise Stopped(stop.asked, str(newest))
+        if stop and stop.asked and not runner.distributed and self._saved == runner.iter:
+            raise Stopped(stop.asked, f"the checkpoint of iteration {runner.iter}")
 
 
 @HOOKS.register_module()

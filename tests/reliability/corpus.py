@@ -339,8 +339,6 @@ def _options() -> Iterator[Case]:
         "default_hooks.checkpoint.intervall=3": "interval", "param_scheduler.9.end=3": "0 to",
         "param_scheduler.end=3": "param_scheduler", "train_dataloader.batch_size.x=3": "below",
     }  # fmt: skip
-    for option, said in mmengine.items():
-        yield Case("train_segmentor", f"option {option}", _cfg("train_segmentor", option), said)
     epochs = {
         "train_cfg.max_epochs=many": "many", "train_cfg.max_epochs=-3": "-3",
         "train_cfg.max_epoch=3": "max_epochs", "optim_wrapper.optimizer.lr=fast": "fast",
@@ -349,8 +347,6 @@ def _options() -> Iterator[Case]:
         "nonsense=1": "nonsense", "train_dataloader.num_workers=-1": "num_workers",
         "model.img_size=big": "big", "total_batch_size=0": "total_batch_size",
     }  # fmt: skip
-    for option, said in epochs.items():
-        yield Case("pretrain", f"option {option}", _cfg("pretrain", option), said)
     lazy = {
         "train.max_iter=many": "many", "train.max_iter=-3": "-3", "train.maxiter=3": "max_iter",
         "optimizer.lr=fast": "fast", "optimizer.lr=-1": "-1", "trian.max_iter=3": "train",
@@ -360,8 +356,11 @@ def _options() -> Iterator[Case]:
         "model.backbone.bottom_up.name=swin_nanno": "swin_nanno",
         "train.log_period=0": "log_period",
     }  # fmt: skip
-    for option, said in lazy.items():
-        yield Case("train_detector", f"option {option}", _cfg("train_detector", option), said)
+    for tool, table in (
+        ("train_segmentor", mmengine), ("pretrain", epochs), ("train_detector", lazy),
+    ):  # fmt: skip
+        for option, said in table.items():
+            yield Case(tool, f"option {option}", _cfg(tool, option), said)
     flags = {
         ("train_detector", "--num-gpus", "-1"): "--num-gpus -1",
         ("train_detector", "--num-gpus", "99"): "--num-gpus 99",
