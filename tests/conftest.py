@@ -1,6 +1,8 @@
 """What all tests share: a thread for each xdist worker, the photos, and how Triton runs."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,22 @@ def pytest_configure(config):
     # xdist's processes would each take all cores, and be several times slower for it.
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_found() -> Iterator[None]:
+    """Detectron2's `setup_logger`, which a training in this process calls, adds handlers for good.
+
+    They would write into a later test's output, or into a stream that pytest has closed.
+    """
+    loggers = [logging.getLogger(name) for name in ("backbones", "dense", "detectron2", "fvcore")]
+    found = [(set(log.handlers), log.propagate) for log in loggers]
+    yield
+    for log, (handlers, propagate) in zip(loggers, found, strict=True):
+        for handler in set(log.handlers) - handlers:
+            if type(handler) is logging.StreamHandler:
+                log.removeHandler(handler)
+        log.propagate = propagate
 
 
 @pytest.fixture

@@ -4,15 +4,21 @@ It imports no framework, so that every test file can use it.
 """
 
 import json
+import logging
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 from unittest.mock import patch
 
 import pytest
@@ -62,8 +68,59 @@ def run_python(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_tool(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run ``tools/<name>.py``."""
-    return run_python(ROOT / f"tools/{name}.py", *words)
+    """Run ``tools/<name>.py`` with these arguments, as a program of its own."""
+    return run_forked(partial(run_script, ROOT / f"tools/{name}.py", *words))[0]
+
+
+def run_script(path: Path, *words: str | Path) -> None:
+    """What Python does with a script and its arguments; for a fork, whose ``sys`` it changes."""
+    sys.argv = [str(path), *map(str, words)]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def run_forked(*functions: Callable[[], None]) -> list[subprocess.CompletedProcess[str]]:
+    """Run functions at the same time, each in a fork of this process at the checkout's root.
+
+    A fork has PyTorch and the frameworks imported already, which takes a program of its own longer
+    than most tests need.
+    """
+    fork = multiprocessing.get_context("fork")
+    with ExitStack() as stack:
+        started = []
+        for function in functions:
+            printed = [stack.enter_context(TemporaryFile("w+")) for _ in ("stdout", "stderr")]
+            process = fork.Process(target=_as_a_program, args=(function, *printed))
+            process.start()
+            started.append((process, printed))
+        done = []
+        for process, printed in started:
+            process.join()
+            for stream in printed:
+                stream.seek(0)
+            texts = (stream.read() for stream in printed)
+            done.append(subprocess.CompletedProcess([], process.exitcode, *texts))
+    return done
+
+
+def _as_a_program(function: Callable[[], None], stdout: TextIO, stderr: TextIO) -> None:
+    for number, stream in enumerate((stdout, stderr), 1):
+        os.dup2(stream.fileno(), number)
+    # pytest's are of the parent; a logger must not find them closed.
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
+    logging.root.handlers.clear()
+    # More threads than one would wait for those that the parent had.
+    torch.set_num_threads(1)
+    os.environ.update(environment())
+    os.chdir(ROOT)
+    function()
+
+
+def free_port() -> int:
+    """A port of this machine for processes to meet at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def run_without(packages: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:

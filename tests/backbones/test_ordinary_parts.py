@@ -1,10 +1,7 @@
 """Tools that look into a network find PyTorch's own modules, each of them called."""
 
 import copy
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import timm
@@ -15,7 +12,6 @@ from torch.nn.utils import parametrize, prune
 import backbones
 from backbones.mixers import Mixer
 
-ROOT = Path(__file__).parents[2]
 FAMILY = pytest.mark.parametrize("family", backbones.FAMILIES)
 SIZE = (1, 3, 40, 52)
 ORDINARY = {nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GELU, nn.Identity}
@@ -337,21 +333,3 @@ def test_torchinfo_counts_every_layer(family):
     counted = {info.module for info in found if info.num_params and info.macs}
     layers = {m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     assert layers <= counted
-
-
-# Several processes
-
-
-# Windows, and a predictor beside depth-wise kernels: all kinds of linears there are.
-@pytest.mark.e2e
-@pytest.mark.parametrize("family", ["swin", "i_d_dw_conv"])
-def test_sharded_weights_have_the_same_gradients(family, tmp_path):
-    script = Path(__file__).with_name("sharded.py")
-    command = [sys.executable, "-W", "ignore", str(script), family, str(tmp_path / "meet")]
-    both = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        for rank in range(2)
-    ]
-    for process in both:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-3000:]

@@ -19,7 +19,7 @@ from backbones.ops import cases, dispatch, native, reference, verdicts  # noqa: 
 from backbones.ops.common import forced_here  # noqa: E402
 from backbones.ops.dispatch import explain  # noqa: E402
 from backbones.ops.triton_kernels import local_mlp as kernels  # noqa: E402
-from tests.support import environment  # noqa: E402
+from tests.support import environment, run_forked  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="the stand-in needs TRITON_INTERPRET=1"
@@ -301,21 +301,12 @@ def test_threads_compare_once(gpu, monkeypatch):
     assert compared == ["local_mlp"] and runs == ["triton"] * 4
 
 
-PROCESS = """
-import torch
-from backbones.ops import cases, dispatch
-dispatch.GPUS = ("cpu",)
-torch.cuda.is_current_stream_capturing = lambda: False
-dispatch.first_case = lambda name: cases.mixing((1, 2), 1, 3, (2, 2), (1, 1), 1)
-print(dispatch.choose("local_mlp", torch.ones(1)))
-"""
+def decide() -> None:
+    print(dispatch.choose("local_mlp", torch.ones(1)))
 
 
 def test_processes_decide_each_by_itself_and_share_the_files(gpu):
-    run = [sys.executable, "-c", PROCESS]
-    env = environment(TRITON_INTERPRET="1")
-    started = [subprocess.Popen(run, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate()[0] for process in started] == ["triton\n"] * 2
+    assert [done.stdout for done in run_forked(decide, decide)] == ["triton\n"] * 2
     (path,) = gpu.glob("*/*")
     assert json.loads(path.read_text())["use"] is True
 

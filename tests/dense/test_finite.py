@@ -1,14 +1,14 @@
 """One process's loss of NaN stops all of them, at the same iteration, in a line."""
 
-import subprocess
-import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dense.finite import stop_if_not_finite
-from tests.support import environment
+from tests.support import run_forked
 
 
 def optimizer(lr=0.02):
@@ -28,28 +28,16 @@ def test_the_line(value):
     assert str(stopped.value) == f"{text}learning rate 0.02); do that"
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, meeting: Path) -> None:
     """One of two processes; the second one's third loss is NaN."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     for iteration in range(1, 6):
         value = float("nan") if (rank, iteration) == (1, 3) else 1.0
         stop_if_not_finite({"loss": torch.tensor(value)}, iteration, optimizer(), "")
 
 
 def test_all_processes_stop_together(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    first, second = (process.communicate()[1] for process in processes)
+    ranks = (partial(work, rank, tmp_path / "meet") for rank in range(2))
+    first, second = (done.stderr for done in run_forked(*ranks))
     assert "iteration 3: a loss of another process is not finite (loss=1;" in first
     assert "iteration 3: loss=nan is not finite" in second
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])

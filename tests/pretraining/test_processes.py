@@ -1,6 +1,7 @@
 """Two processes, or accumulated gradients, train as one process with the larger batch."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from dense.recipes import RECIPES
 from tests.pretraining import two_processes
-from tests.support import ROOT, run_python
+from tests.support import free_port, run_forked
 
 FAMILIES = ("swin", "i_d_dw_conv")
 WAYS = {
@@ -23,20 +24,18 @@ def trained(photos, tmp_path_factory) -> Path:
     """A folder with ``<family>_<way>``, the work folder of every training."""
     out = tmp_path_factory.mktemp("trained")
 
-    def rows(*ways):
-        words = []
+    def trainings(*ways):
         for family in FAMILIES:
             for way in ways:
                 name = f"{family}_{way}"
-                words += ["--", str(RECIPES / f"pretraining/{family}_nano.py")]
-                words += ["--data-root", str(photos), "--num-classes", "3"]
-                words += ["--work-dir", str(out / name), *WAYS[way], *two_processes.options(name)]
-        return words[1:]
+                words = [RECIPES / f"pretraining/{family}_nano.py", "--data-root", photos]
+                words += ["--num-classes", "3", "--work-dir", out / name, *WAYS[way]]
+                yield [*words, *two_processes.options(name)]
 
-    tool = ROOT / "tools/pretrain.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for launcher, ways in (([], ("one", "accumulated")), (torchrun, ("two",))):
-        done = run_python(*launcher, two_processes.__file__, tool, *rows(*ways))
+    one = list(trainings("one", "accumulated"))
+    two, port = list(trainings("two")), free_port()
+    ranks = [partial(two_processes.train, two, rank, port) for rank in range(2)]
+    for done in (*run_forked(partial(two_processes.train, one)), *run_forked(*ranks)):
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return out
 

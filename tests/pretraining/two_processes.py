@@ -1,20 +1,18 @@
 """Trainings with what differs from one number of processes to another taken out.
 
-    python two_processes.py pretrain.py ARGUMENTS... -- ARGUMENTS...
-
-runs the tool once for each row of arguments; under torchrun in each of its processes. A hook writes
-every iteration's loss of every process into ``losses_<rank>.json`` in the work folder.
+A hook writes every iteration's loss of every process into ``losses_<rank>.json`` there.
 """
 
 import json
-import runpy
-import sys
+import os
 from pathlib import Path
 
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from tests.support import ROOT, run_script
 
 
 @HOOKS.register_module(force=True)
@@ -54,10 +52,11 @@ def options(names: str) -> list[str]:
     ]
 
 
-if __name__ == "__main__":
-    tool, *words = sys.argv[1:]
-    while words:
-        end = words.index("--") if "--" in words else len(words)
-        sys.argv = [tool, *words[:end]]
-        runpy.run_path(tool, run_name="__main__")
-        words = words[end + 1 :]
+def train(trainings: list[list[str]], rank: int = 0, port: int = 0) -> None:
+    """Run the tool once for each list of arguments, as one of torchrun's two processes if a port
+    to meet at is given."""
+    if port:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for words in trainings:
+        run_script(ROOT / "tools/pretrain.py", *words)
