@@ -11,6 +11,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -67,9 +68,12 @@ def run_python(*words: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_tool(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run ``tools/<name>.py`` with these arguments, as a program of its own."""
-    return run_forked(partial(run_script, ROOT / f"tools/{name}.py", *words))[0]
+def run_tool(
+    name: str, *words: str | Path, cwd: Path = ROOT, limit: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``tools/<name>.py`` with these arguments in a fork; see :func:`run_forked`."""
+    script = partial(run_script, ROOT / f"tools/{name}.py", *words)
+    return run_forked(script, cwd=cwd, limit=limit)[0]
 
 
 def run_script(path: Path, *words: str | Path) -> None:
@@ -79,31 +83,42 @@ def run_script(path: Path, *words: str | Path) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-def run_forked(*functions: Callable[[], None]) -> list[subprocess.CompletedProcess[str]]:
-    """Run functions at the same time, each in a fork of this process at the checkout's root.
+def run_forked(
+    *functions: Callable[[], None], cwd: Path = ROOT, limit: float | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run functions at the same time, each in a fork of this process.
 
     A fork has PyTorch and the frameworks imported already, which takes a program of its own longer
     than most tests need.
+
+    Args:
+        functions: without arguments; what they raise ends the fork as it ends a program.
+        cwd: where they run.
+        limit: seconds after which the forks are killed; their ``returncode`` is None then.
     """
     fork = multiprocessing.get_context("fork")
+    end = None if limit is None else time.monotonic() + limit
     with ExitStack() as stack:
         started = []
         for function in functions:
             printed = [stack.enter_context(TemporaryFile("w+")) for _ in ("stdout", "stderr")]
-            process = fork.Process(target=_as_a_program, args=(function, *printed))
+            process = fork.Process(target=_as_a_program, args=(function, cwd, *printed))
             process.start()
             started.append((process, printed))
         done = []
         for process, printed in started:
+            process.join(end and max(0, end - time.monotonic()))
+            status = process.exitcode
+            process.kill()
             process.join()
             for stream in printed:
                 stream.seek(0)
             texts = (stream.read() for stream in printed)
-            done.append(subprocess.CompletedProcess([], process.exitcode, *texts))
+            done.append(subprocess.CompletedProcess([], status, *texts))
     return done
 
 
-def _as_a_program(function: Callable[[], None], stdout: TextIO, stderr: TextIO) -> None:
+def _as_a_program(function: Callable[[], None], cwd: Path, stdout: TextIO, stderr: TextIO) -> None:
     for number, stream in enumerate((stdout, stderr), 1):
         os.dup2(stream.fileno(), number)
     # pytest's are of the parent; a logger must not find them closed.
@@ -112,7 +127,7 @@ def _as_a_program(function: Callable[[], None], stdout: TextIO, stderr: TextIO) 
     # More threads than one would wait for those that the parent had.
     torch.set_num_threads(1)
     os.environ.update(environment())
-    os.chdir(ROOT)
+    os.chdir(cwd)
     function()
 
 

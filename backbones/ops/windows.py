@@ -83,7 +83,9 @@ def resize_window_grid(weight: Tensor, grid: Size) -> Tensor:
     if surely(weight.shape[0] == grid[0]) and surely(weight.shape[1] == grid[1]):
         return weight
     planes = weight.flatten(2).movedim(-1, 0)[None]
-    resized = F.interpolate(planes.float(), grid, mode="bilinear", align_corners=False)
+    # In float32 at least: half precision would round the coordinates between windows too.
+    planes = planes.to(torch.promote_types(planes.dtype, torch.float32))
+    resized = F.interpolate(planes, grid, mode="bilinear", align_corners=False)
     return resized[0].to(weight.dtype).movedim(0, -1).unflatten(-1, weight.shape[2:])
 
 

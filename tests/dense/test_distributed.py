@@ -4,12 +4,15 @@ import copy
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from backbones import FAMILIES
 from dense.backbone import DenseBackbone
-from tests.support import run_forked
+from tests.support import build, run_forked
 
 
 def train(name: str, **kwargs) -> tuple[dict, dict, list]:
@@ -57,4 +60,37 @@ def two_steps(rank: int, meeting: Path) -> None:
 def test_two_processes(tmp_path):
     """No unused parameters, none marked ready twice; what is frozen keeps its bits, buffers too."""
     for done in run_forked(*(partial(two_steps, rank, tmp_path / "meet") for rank in range(2))):
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def compare_with_the_whole_batch(count: int, rank: int, meeting: Path) -> None:
+    """One of some processes, each of which has its part of four images."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 52, 64, dtype=torch.float64)
+    classes = torch.tensor([0, 3, 1, 4])
+    for family in FAMILIES:
+        gradients = []
+        for part in (slice(None), slice(rank * 4 // count, (rank + 1) * 4 // count)):
+            network = build(f"{family}_nano").double().train()
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+            parallel = network if part == slice(None) else DistributedDataParallel(network)
+            nn.functional.cross_entropy(parallel(images[part]), classes[part]).backward()
+            gradients.append({name: p.grad for name, p in network.named_parameters()})
+        whole, averaged = gradients
+        for name, gradient in whole.items():
+            off = (averaged[name] - gradient).abs().max()
+            assert off <= 1e-9 * gradient.abs().max(), f"{family}: {name}"
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.e2e)])
+def test_processes_have_the_gradients_of_the_whole_batch(count, tmp_path):
+    ranks = (
+        partial(compare_with_the_whole_batch, count, rank, tmp_path / "meet")
+        for rank in range(count)
+    )
+    for done in run_forked(*ranks):
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1,14 +1,8 @@
 """What the reliability runs work on: small data, and a finished run of each training."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
-import sys
-import time
-import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from dense.recipes import RECIPES
-from tests.support import load_tool
+from tests import support
+from tests.support import ROOT
 
 CLASSES = ("ground", "box", "bar")
 NANO = {
@@ -163,38 +158,17 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def run_tool(tool: str, words: list[str], cwd: Path | None = None, limit: float = 300):
+def run_tool(
+    tool: str, words: list[str], cwd: Path = ROOT, limit: float = 300
+) -> tuple[int | None, str]:
     """Run a tool in a fork of this process, which has imported its packages.
 
     Returns:
         Exit status, negative for a signal and None after ``limit`` seconds, and what it printed.
     """
     import_all()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reader)
-        _be_a_tool(tool, words, writer, cwd)
-    os.close(writer)
-    end = time.monotonic() + limit
-    printed = io.BytesIO()
-    os.set_blocking(reader, False)
-    status = None
-    while status is None and time.monotonic() < end:
-        with contextlib.suppress(BlockingIOError):
-            printed.write(os.read(reader, 2**20))
-        done, code = os.waitpid(child, os.WNOHANG)
-        if done:
-            status = os.waitstatus_to_exitcode(code)
-        time.sleep(0.05)
-    if status is None:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    with contextlib.suppress(BlockingIOError):
-        while chunk := os.read(reader, 2**20):
-            printed.write(chunk)
-    os.close(reader)
-    return status, printed.getvalue().decode(errors="replace")
+    done = support.run_tool(tool, *words, cwd=cwd, limit=limit)
+    return done.returncode, done.stdout + done.stderr
 
 
 def import_all() -> None:
@@ -206,36 +180,3 @@ def import_all() -> None:
     import dense.pretraining.config
     import dense.publish
     import dense.segmentation.predictor  # noqa: F401
-
-
-def _be_a_tool(tool: str, words: list[str], writer: int, cwd: Path | None) -> None:
-    """Never returns."""
-    status = 1
-    try:
-        os.setsid()
-        os.chdir(cwd or os.getcwd())
-        os.dup2(writer, 1)
-        os.dup2(writer, 2)
-        sys.argv = [f"tools/{tool}.py", *words]
-        with _as_exit_status() as left:
-            left.append(load_tool(tool).main())
-        status = left[-1] or 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-@contextlib.contextmanager
-def _as_exit_status() -> Iterator[list]:
-    """What Python does with a program's exceptions: the last item is the exit status."""
-    left: list = []
-    try:
-        yield left
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        left.append(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except BaseException:
-        traceback.print_exc()
-        left.append(1)
