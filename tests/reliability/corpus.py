@@ -52,12 +52,6 @@ class Outcome:
     hung: bool
     said: str
 
-    @property
-    def faults(self) -> list[str]:
-        """The names of what went wrong."""
-        names = ("silent", "traceback", "unsaid", "changed", "executed", "hung")
-        return [name for name in names if getattr(self, name)]
-
 
 def run(case: Case, world: World) -> Outcome:
     """Run a case on a copy of the world."""
