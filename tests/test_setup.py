@@ -257,11 +257,20 @@ def test_the_build_tells_its_progress_and_its_failure(setup, tmp_path, capsys):
 
 def test_the_lock_pins_what_every_extra_asks_for(setup):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = setup.locked()
-    asked = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    for requirement in map(Requirement, asked):
-        assert requirement.name in pins, f"{requirement} is not in the lock: make lock"
-        assert requirement.specifier.contains(pins[requirement.name]), requirement
+    pins, extras = setup.locked(), project["optional-dependencies"]
+    others = read_pins(ROOT / "requirements/ecosystem.txt")
+    for held, asked in (
+        (others, project["dependencies"] + extras.pop("ecosystem")),
+        (pins, project["dependencies"] + sum(extras.values(), [])),
+    ):
+        for requirement in map(Requirement, asked):
+            assert requirement.name in held, f"{requirement} is not in the lock: make lock"
+            assert requirement.specifier.contains(held[requirement.name]), requirement
+    assert all(others[name] == pins[name] for name in others.keys() & pins.keys())
+
+
+def read_pins(path):
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", path.read_text(), re.M))
 
 
 def test_the_lock_holds_what_its_packages_ask_for(setup):

@@ -1,9 +1,11 @@
-"""Run tests/backbones with the oldest and the newest supported torch and timm.
+"""Run tests in environments of their own: other versions of torch and timm, other libraries.
 
-    python tools/test_versions.py           # both
-    python tools/test_versions.py floor     # the minimum versions of pyproject.toml: .venv-floor
-    python tools/test_versions.py newest    # the newest versions on PyPI: .venv-newest
+    python tools/test_versions.py            # floor and newest
+    python tools/test_versions.py floor      # the minimum versions of pyproject.toml: .venv-floor
+    python tools/test_versions.py newest     # the newest versions on PyPI: .venv-newest
+    python tools/test_versions.py ecosystem  # the libraries of dense/README.md: .venv-ecosystem
 
+The first two run tests/backbones, the third the blocks of that page and tests/huggingface.
 Builds the environments with uv, about 6 GB of disk each, prints their versions, and exits with 1 if
 a test fails.
 """
@@ -15,6 +17,11 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = {
+    "floor": ["tests/backbones"],
+    "newest": ["tests/backbones"],
+    "ecosystem": ["tests/ecosystem", "tests/huggingface"],
+}
 # Imported by tests/backbones and not a dependency of torch or timm.
 TOOLS = ["pytest", "numpy", "onnx", "onnxruntime", "onnxscript", "yacs"]
 
@@ -26,23 +33,29 @@ def floors() -> dict[str, str]:
     return dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in listed)
 
 
+def requirements(kind: str) -> list[str]:
+    """What is installed beside the tools, as pip's arguments."""
+    if kind == "ecosystem":
+        return ["-r", "requirements/ecosystem.txt"]
+    return [f"{name}=={v}" if kind == "floor" else name for name, v in floors().items()]
+
+
 def check(kind: str) -> bool:
-    """Build ``.venv-floor`` or ``.venv-newest`` and return whether the tests pass in it."""
-    pins = [f"{name}=={v}" if kind == "floor" else name for name, v in floors().items()]
+    """Build ``.venv-<kind>`` and return whether the tests pass in it."""
     folder = ROOT / f".venv-{kind}"
     python = str(folder / "bin/python")
     uv = str(Path(sys.executable).with_name("uv"))
     subprocess.run([uv, "venv", "-q", "--clear", "-p", sys.executable, str(folder)], check=True)
     install = [uv, "pip", "install", "-q", "--no-config", "--python", python]
-    subprocess.run([*install, *pins, *TOOLS], check=True)
+    subprocess.run([*install, *requirements(kind), *TOOLS], check=True, cwd=ROOT)
     versions = "import torch, timm; print('torch', torch.__version__, 'timm', timm.__version__)"
     subprocess.run([python, "-c", versions], check=True)
-    tests = [python, "-m", "pytest", "-q", "-m", "not e2e and not kernels", "tests/backbones"]
-    return subprocess.run(tests, cwd=ROOT).returncode == 0
+    tests = [python, "-m", "pytest", "-q", "-m", "not e2e and not kernels and not peers"]
+    return subprocess.run([*tests, *TESTS[kind]], cwd=ROOT).returncode == 0
 
 
 if __name__ == "__main__":
     kinds = sys.argv[1:] or ["floor", "newest"]
-    if not set(kinds) <= {"floor", "newest"}:
+    if not set(kinds) <= set(TESTS):
         sys.exit(__doc__)
     sys.exit(not all([check(kind) for kind in kinds]))
