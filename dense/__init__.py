@@ -6,6 +6,7 @@ mmengine (its configs also MMSegmentation), :mod:`dense.pretraining` mmengine an
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 _EXTRA = "run pip install 'dense-backbones[{extra}]'"
 _INSTALL = {
@@ -32,3 +33,20 @@ def require(package: str, extra: str) -> None:
         if find_spec(name) is None:
             way = _INSTALL.get(name, _EXTRA).format(extra=extra)
             raise ImportError(f"{name} is not installed: {way}")
+
+
+def _check_backbones() -> None:
+    """Another package of the name is on PyPI, and pip puts it into the same folder."""
+    found = find_spec("backbones")
+    origin = found and found.origin
+    if origin and Path(origin).with_name("families.py").exists():
+        return
+    where = f"the one in {origin} is of another project" if origin else "there is none"
+    raise ImportError(
+        f"dense needs the package backbones of dense-backbones; {where}: "
+        "run pip uninstall backbones, then install dense-backbones again",
+        name="backbones",
+    )
+
+
+_check_backbones()

@@ -28,6 +28,7 @@ def test_packages_of_the_wheel():
         "backbones.ops",
         "dense",
         "dense.detection",
+        "dense.huggingface",
         "dense.openmmlab",
         "dense.pretraining",
         "dense.segmentation",
@@ -42,6 +43,17 @@ def test_nothing_in_the_wheel_needs_what_is_left_out():
         if path.relative_to(ROOT / "dense").parts[0] not in ("analysis", "demo"):
             text = path.read_text()
             assert "dense.analysis" not in text and "dense.demo" not in text, path
+
+
+def test_another_package_of_the_name_is_told_from_ours(tmp_path):
+    (tmp_path / "backbones").mkdir()
+    (tmp_path / "backbones/__init__.py").write_text("")
+    shutil.copytree(ROOT / "dense", tmp_path / "dense", ignore=shutil.ignore_patterns("*pyc"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import dense"], cwd=tmp_path, capture_output=True, text=True
+    )
+    said = done.stderr.splitlines()[-1]
+    assert f"the one in {tmp_path}/backbones/__init__.py is of another project: run pip" in said
 
 
 def test_an_installed_wheel_finds_its_recipes(tmp_path):
