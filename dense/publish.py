@@ -171,6 +171,7 @@ def _of_the_classifier(config: Path) -> dict[str, Any]:
     return {
         "model": cfg.model.name,
         "image_size": transform.input_size,
+        "crop_pct": transform.crop_pct,
         "mean": list(transform.get("mean", IMAGENET_DEFAULT_MEAN)),
         "std": list(transform.get("std", IMAGENET_DEFAULT_STD)),
         "options": options,

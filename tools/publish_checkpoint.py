@@ -6,7 +6,8 @@
 Writes OUT/<recipe>-<hash>.pth and .safetensors: the weights and their metadata (model, classes,
 image size, mean, std, recipe, metrics, versions). A run that averaged its weights publishes the
 averaged ones, or with --weights model the others. A classifier is loaded into a new model as a
-check. --readme adds the model to the table of a Markdown file.
+check. --readme adds the model to the table of a Markdown file, --huggingface writes a classifier
+as the folder of a Hugging Face repository: config, weights, preprocessing and model card.
 """
 
 import argparse
@@ -26,14 +27,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config", help="the training's config; default: the one beside the checkpoint")
     add("--weights", choices=publish.WEIGHTS, default="averaged", help="if the run averaged them")
     add("--readme", metavar="FILE", help="add the model to the table of this Markdown file")
+    add("--huggingface", metavar="FOLDER", help="write transformers' folder and a model card too")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
+        if args.huggingface:
+            from dense.huggingface.folder import write_folder
         done = publish.publish(args.checkpoint, args.out, config=args.config, weights=args.weights)
-    except (CheckpointError, ValueError, OSError) as error:
+        if args.huggingface:
+            print(f"{write_folder(done, args.huggingface)}/README.md: the model card")
+    except (CheckpointError, ImportError, ValueError, OSError) as error:
         print(f"publish_checkpoint: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(publish.as_json(done.meta))

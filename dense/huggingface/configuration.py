@@ -16,7 +16,7 @@ STAGES = ("stage1", "stage2", "stage3", "stage4")
 class DenseBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
     """The config of :class:`.DenseBackboneModel` and :class:`.DenseBackboneForImageClassification`.
 
-    >>> config = DenseBackboneConfig("i_d_dw_conv_tiny", out_indices=(1, 2, 3), drop_path_rate=0.2)
+    >>> config = DenseBackboneConfig(backbone="i_d_dw_conv_tiny", out_indices=(1, 2, 3))
 
     Args:
         backbone: one of ``backbones.MODEL_NAMES``.

@@ -34,7 +34,7 @@ class _Model(PreTrainedModel):
 class DenseBackboneModel(BackboneMixin, _Model):
     """A pyramid that returns the normalised feature maps of some stages.
 
-    >>> maps = DenseBackboneModel(DenseBackboneConfig("dw_conv_nano"))(images).feature_maps
+    >>> maps = DenseBackboneModel(DenseBackboneConfig(backbone="dw_conv_nano"))(images).feature_maps
     """
 
     has_attentions = False
