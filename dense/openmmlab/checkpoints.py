@@ -1,6 +1,7 @@
 """MMEngine's checkpoints: safe reading, full-match loading, the newest intact one."""
 
 import contextlib
+import os
 import pickle
 import re
 import zipfile
@@ -29,10 +30,23 @@ def safe_reading() -> Iterator[None]:
     """Let ``torch.load(weights_only=True)`` read the log buffers in MMEngine's checkpoints.
 
     Log buffers pickle references to their methods as ``getattr`` calls. A restricted ``getattr``
-    resolves these only: the builtin would let a file reach any function.
+    resolves these only: the builtin would let a file reach any function. Whoever reads a refused
+    file again without ``weights_only``, as onedl-mmengine does, is refused again.
     """
-    with torch.serialization.safe_globals(_allowed()):
+    with torch.serialization.safe_globals(_allowed()), _only_weights():
         yield
+
+
+@contextmanager
+def _only_weights() -> Iterator[None]:
+    forced, opposite = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (forced, opposite)}
+    os.environ[forced] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[forced]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -156,3 +156,7 @@ class _Advanced(_InfiniteDataloaderIterator):
             self._skipped -= 1
             return None
         return super().__next__()
+
+    def skip_iter(self, num_iters: int) -> None:
+        """What onedl-mmengine's loop calls instead of asking for those batches."""
+        self._skipped = max(0, self._skipped - num_iters)

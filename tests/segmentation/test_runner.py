@@ -220,6 +220,16 @@ class Calling:
         return os.system, ("true",)
 
 
+def test_a_refused_file_is_refused_again_without_weights_only(tmp_path, monkeypatch):
+    """As onedl-mmengine's reader asks for it a second time."""
+    torch.save(Calling(), tmp_path / "a.pth")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with checkpoints.safe_reading(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "a.pth", weights_only=False)
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
 @pytest.mark.parametrize(
     "content",
     [
