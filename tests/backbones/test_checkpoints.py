@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 
 import backbones
 from backbones.layouts import LAYOUTS, from_ours
+from tests.support import run_forked
 
 X = torch.randn(1, 3, 64, 64)
 
@@ -310,25 +310,19 @@ def test_mmengine_checkpoints_are_read_where_it_is_not_installed(tmp_path):
     weights = {f"backbone.{k}": v for k, v in build("dw_conv_nano").state_dict().items()}
     content = {"state_dict": weights, "message_hub": {"log_scalars": {"loss": log}}}
     torch.save(content, tmp_path / "iter_1.pth")
-    code = f"""if True:
-        import sys
-        sys.modules["mmengine"] = None
-        import backbones, timm
-        file = {str(tmp_path / "iter_1.pth")!r}
-        timm.create_model(
-            "dw_conv_nano", pretrained=True, pretrained_cfg_overlay=dict(file=file), num_classes=5
-        )
-        timm.create_model(
-            "dw_conv_nano",
-            pretrained=True,
-            pretrained_cfg_overlay=dict(file=file),
-            features_only=True,
-            out_indices=(1, 2),
-        )
+    file = str(tmp_path / "iter_1.pth")
+
+    def load():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mmengine"]:
+            sys.modules[name] = None
+        overlay = dict(file=file)
+        options = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+        timm.create_model("dw_conv_nano", num_classes=5, **options)
+        timm.create_model("dw_conv_nano", features_only=True, out_indices=(1, 2), **options)
         model = timm.create_model("dw_conv_nano", num_classes=5)
         print(len(backbones.load_checkpoint(model, file).matched))
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    (done,) = run_forked(load)
     assert done.stdout.strip() == str(len(weights)), done.stderr
 
 

@@ -1,8 +1,6 @@
 """Every backend of every operator: outputs and gradients, precisions, registration, capture."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from backbones import ops
+from backbones.ops import __main__ as command
 from backbones.ops import halos, native, reference
 from backbones.ops.dispatch import OPERATORS, explain
 from tests.support import OperatorCases, agrees, outputs_and_gradients, randn
@@ -321,9 +320,7 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch, tmp_path, recwarn):
         native._build.cache_clear()
 
 
-def test_command_names_backend_and_reason():
-    ran = subprocess.run(
-        [sys.executable, "-m", "backbones.ops"], capture_output=True, text=True, check=True
-    )
-    lines = ran.stdout.splitlines()
+def test_command_names_backend_and_reason(capsys):
+    assert command.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("cpu")] == list(OPERATORS)
