@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.ops.common import without_autocast
+from backbones.ops.common import leaf, without_autocast
 
 Size = tuple[int, int]
 
@@ -59,7 +59,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""
-        with without_autocast(x):
+        with without_autocast(self.fc1.weight):
             mean = x.mean((1, 2), dtype=self.fc1.weight.dtype)
             gate = self.fc2(F.relu(self.fc1(mean))).sigmoid()
         return x * gate[:, None, None].to(x.dtype)
@@ -85,6 +85,7 @@ def ceil_div(length: int, step: int) -> int:
     return (length - 1) // step + 1
 
 
+@leaf
 def crop(x: Tensor, height: int, width: int) -> Tensor:
     """Crop ``(B, H, W, C)`` to the first ``height`` rows and ``width`` columns."""
     if not torch.compiler.is_compiling():

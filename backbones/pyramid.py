@@ -19,6 +19,7 @@ from backbones.checkpoints import load_checkpoint
 from backbones.layers import Mlp, Size, SqueezeExcite, ceil_div, is_plain
 from backbones.mixers.base import Mixer, init_linears
 from backbones.mixers.norm import NORM_LAYERS, normalise, paused_statistics
+from backbones.ops.common import leaf
 
 
 class Pyramid(nn.Module):
@@ -50,6 +51,9 @@ class Pyramid(nn.Module):
     Raises:
         ValueError: an unknown ``norm_layer``, or a ratio or kernel out of range.
     """
+
+    # Of forward_features, for timm.
+    output_fmt = "NHWC"
 
     def __init__(
         self,
@@ -274,12 +278,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, ceil(H/4), ceil(W/4), C)``."""
-        height, width = x.shape[-2:]
-        rows, columns = ceil_div(height, 4), ceil_div(width, 4)
-        x = F.pad(x, (0, 4 * columns - width, 0, 4 * rows - height))
-        # Channels-last memory by permuting, because vmap has no rule for memory_format.
-        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(_whole_patches(x)).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
@@ -292,12 +291,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``."""
-        height, width = x.shape[1:3]
-        rows, columns = ceil_div(height, 2), ceil_div(width, 2)
-        x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
-        x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
-        # The channels are ordered (column, row, C), as in Swin's released weights.
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+        return self.reduction(self.norm(_in_fours(x)))
 
 
 class Stage(nn.Module):
@@ -397,6 +391,29 @@ class LocalConv(nn.Module):
         if is_plain(self.conv, nn.Conv2d):
             return ops.depthwise_conv(x, self.conv.weight)
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@torch.fx.wrap
+@leaf
+def _whole_patches(x: Tensor) -> Tensor:
+    """Pad an image ``(B, 3, H, W)`` with zeros, right and below, to whole 4x4 patches."""
+    height, width = x.shape[-2:]
+    rows, columns = ceil_div(height, 4), ceil_div(width, 4)
+    x = F.pad(x, (0, 4 * columns - width, 0, 4 * rows - height))
+    # Channels-last memory by permuting, because vmap has no rule for memory_format.
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@torch.fx.wrap
+@leaf
+def _in_fours(x: Tensor) -> Tensor:
+    """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 4*C)``, zeros where a position is missing."""
+    height, width = x.shape[1:3]
+    rows, columns = ceil_div(height, 2), ceil_div(width, 2)
+    x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
+    x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
+    # The channels are ordered (column, row, C), as in Swin's released weights.
+    return x.permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 
 def _checkpoint_contexts(block: nn.Module):

@@ -142,6 +142,7 @@ class DenseBackbone(nn.Module):
             or self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
             or any(module.training for module in self.stages.modules())
         ):
             return self.stages

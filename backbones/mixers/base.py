@@ -5,12 +5,13 @@ pyramid, ``backbones.fuse``, checkpoint loading and the framework adapters use o
 """
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Self
+from typing import ClassVar, NoReturn, Self
 
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from backbones.layers import Size
+from backbones.ops.common import refuse_scripting
 
 # Pairs of (our, another code base's) prefixes within a block, such as (".mixer.", ".attn.").
 Names = tuple[tuple[str, str], ...]
@@ -110,6 +111,10 @@ class Mixer(nn.Module):
         """
         if window_size is not None:
             raise ValueError(f"{type(self).__name__} has no window_size")
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # TorchScript's hook, called for every module before any is compiled.
+        refuse_scripting()
 
 
 def init_linears(modules: Iterable[nn.Module]) -> None:

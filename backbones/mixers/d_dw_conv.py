@@ -46,7 +46,7 @@ class DynamicDepthwiseConv(ConvMixer):
         """Predict the kernels of each image, ``(B, H, W, C)`` to ``(B, C, K, K)``."""
         # Without autocast: pooled values differ little between images, so the batch norm would
         # amplify the rounding of low precision.
-        with without_autocast(x):
+        with without_autocast(self.bias):
             pooled = x.mean((1, 2), dtype=self.bias.dtype)
             hidden = F.relu(pooled_batch_norm(self.reduce_norm, self.reduce(pooled)))
             kernels = self.expand(hidden)

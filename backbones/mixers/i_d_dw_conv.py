@@ -8,7 +8,7 @@ from backbones import ops
 from backbones.layers import Size, is_plain
 from backbones.mixers.conv import AROUND, ConvMixer
 from backbones.mixers.norm import normalise
-from backbones.ops.common import autocast_dtype, without_autocast
+from backbones.ops.common import widened, without_float16
 
 
 class InhomogeneousDynamicDepthwiseConv(ConvMixer):
@@ -59,20 +59,26 @@ class InhomogeneousDynamicDepthwiseConv(ConvMixer):
 
     def mix(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``; in float32 under float16 autocast."""
-        if autocast_dtype(x) == torch.float16 != self.reduce.weight.dtype:
-            # The features that predict the kernels may exceed 65504, float16's largest number.
-            with without_autocast(x):
-                return self.mix(x.to(self.reduce.weight.dtype))
-        hidden = F.relu(normalise(self.reduce_norm, self.reduce(x)))
-        if is_plain(self.expand, nn.Linear):
-            # Fused, so that the kernels, num_groups*K*K numbers per position, are never stored.
-            return ops.inhomogeneous_dynamic_depthwise_conv(
-                x, hidden, self.expand.weight, self.expand.bias, self.kernel_size
-            )
-        kernels = self.expand(hidden).unflatten(-1, (-1, self.kernel_size, self.kernel_size))
-        return ops.inhomogeneous_aggregation(x, kernels)
+        # The features that predict the kernels may exceed 65504, float16's largest number.
+        weight = getattr(self.reduce, "weight", None)
+        if not isinstance(weight, Tensor | torch.fx.Proxy):
+            # Of a layer that somebody replaced; a quantised one has a method of the name.
+            weight = x
+        x = widened(x, weight)
+        with without_float16(weight):
+            hidden = F.relu(normalise(self.reduce_norm, self.reduce(x)))
+            if is_plain(self.expand, nn.Linear):
+                # Fused, so that the kernels, num_groups*K*K numbers per position, are never stored.
+                return ops.inhomogeneous_dynamic_depthwise_conv(
+                    x, hidden, self.expand.weight, self.expand.bias, self.kernel_size
+                )
+            kernels = self.expand(hidden).unflatten(-1, (-1, self.kernel_size, self.kernel_size))
+            return ops.inhomogeneous_aggregation(x, kernels)
 
     def fold(self) -> None:
         """Fold all norms but ``mid_norm``: channels that share a kernel have different scales."""
         super().fold()
         self.fold_linear("reduce", "reduce_norm")
+
+
+torch.fx.wrap("widened")

@@ -8,6 +8,7 @@ from backbones import ops
 from backbones.folding import parameter
 from backbones.layers import Size, ceil_div
 from backbones.mixers.windowed import WindowedMixer
+from backbones.ops.common import leaf
 from backbones.ops.windows import resize_window_grid
 
 
@@ -24,7 +25,7 @@ class LocalMLP(WindowedMixer):
         window_size: side, or rows and columns, of a window.
         shifted: whether the windows are shifted by half their size.
         feat_size: rows and columns of the map at the training image size.
-        shared: use Table 4's form.
+        shared: use Table 4's form, in which all windows use the same matrices.
     """
 
     marks = ("value.weight",)
@@ -46,6 +47,7 @@ class LocalMLP(WindowedMixer):
             shape = (num_heads, positions, positions)
         else:
             shape = (*self._grid(*feat_size), num_heads, positions, *self.window_size)
+        self.shared = shared
         self.weight = nn.Parameter(torch.empty(shape))
         # nn.Linear's default bound for N inputs.
         nn.init.uniform_(self.weight, -(positions**-0.5), positions**-0.5)
@@ -77,16 +79,11 @@ class LocalMLP(WindowedMixer):
         shifted = block % 2 == 1
         return cls(dim, num_heads[stage], window_size, shifted, feat_size, shared)
 
-    @property
-    def shared(self) -> bool:
-        """Whether all windows use the same matrices."""
-        return self.weight.ndim == 3
-
     def mix(self, x: Tensor, shift: Size) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, H and W multiples of the window."""
         weight = self.weight
         if not self.shared:
-            weight = resize_window_grid(weight, self._grid(*x.shape[1:3])).flatten(-2)
+            weight = _of_windows(weight, x, self.window_size)
         x = ops.local_mlp(self.value(x), weight, self.bias(), self.window_size, shift)
         return self.proj(x)
 
@@ -119,5 +116,17 @@ class LocalMLP(WindowedMixer):
             self.weight = parameter(weight, self.weight)
 
     def _grid(self, height: int, width: int) -> Size:
-        rows, columns = self.window_size
-        return ceil_div(height, rows), ceil_div(width, columns)
+        return _grid(height, width, self.window_size)
+
+
+@torch.fx.wrap
+@leaf
+def _of_windows(weight: Tensor, x: Tensor, window_size: Size) -> Tensor:
+    """``(nH, nW, heads, N, N)`` for the windows of a map ``(B, H, W, C)``."""
+    return resize_window_grid(weight, _grid(*x.shape[1:3], window_size)).flatten(-2)
+
+
+def _grid(height: int, width: int, window_size: Size) -> Size:
+    """Rows and columns of windows."""
+    rows, columns = window_size
+    return ceil_div(height, rows), ceil_div(width, columns)

@@ -9,6 +9,8 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from backbones.ops.windows import surely
+
 
 class CenteredBatchNorm2d(nn.Module):
     """Centering-calibrated batch norm (Gao et al., CVPR 2021), the CC. BN of Table 12.
@@ -83,7 +85,7 @@ def pooled_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     normalised by the running statistics, which are not updated.
     """
     x = x[:, :, None, None]
-    if norm.training and x.shape[0] == 1 and _alone(norm):
+    if norm.training and surely(x.shape[0] == 1) and _alone(norm):
         norm.training = False
         try:
             out = norm(x)

@@ -9,6 +9,7 @@ from backbones import ops
 from backbones.folding import parameter
 from backbones.layers import Size
 from backbones.mixers.conv import ConvMixer, resized
+from backbones.ops.common import leaf
 from backbones.ops.windows import resize_window_grid
 
 
@@ -50,24 +51,19 @@ class SharedDepthwiseConv(ConvMixer):
         size = self.kernel_size
         # No rank of 4 or 5: model.to(memory_format=...) would take the kernels for images.
         shape = (num_heads, size, size) if shared else (*feat_size, num_heads, 1, size, size)
+        self.shared, self.num_heads = shared, num_heads
         self.kernels = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(dim))
         # PyTorch's bound for a depth-wise convolution, of K*K inputs to an output.
         nn.init.uniform_(self.kernels, -1 / size, 1 / size)
         nn.init.uniform_(self.bias, -1 / size, 1 / size)
 
-    @property
-    def shared(self) -> bool:
-        """Whether all positions share the kernels."""
-        return self.kernels.ndim == 3
-
     def mix(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""
         if self.shared:
-            heads = self.kernels.shape[0]
-            kernels = self.kernels.repeat_interleave(x.shape[-1] // heads, 0)
+            kernels = self.kernels.repeat_interleave(x.shape[-1] // self.num_heads, 0)
             return ops.depthwise_conv(x, kernels[:, None], self.bias)
-        kernels = resize_window_grid(self.kernels, (x.shape[1], x.shape[2]))
+        kernels = _of_positions(self.kernels, x)
         kernels = kernels[:, :, :, 0].expand(x.shape[0], -1, -1, -1, -1, -1)
         out = ops.inhomogeneous_aggregation(x, kernels)
         return out + self.bias.to(out.dtype)
@@ -85,7 +81,7 @@ class SharedDepthwiseConv(ConvMixer):
         """
         if name != "kernels" or value.ndim not in (3, 4, 6):
             return value
-        heads = self.kernels.shape[-3] if self.shared else self.kernels.shape[2]
+        heads = self.num_heads
         if value.ndim == 4:
             if value.shape[0] % heads:
                 return value
@@ -111,6 +107,13 @@ class SharedDepthwiseConv(ConvMixer):
         if not self.shared and feat_size is not None:
             kernels = resize_window_grid(self.kernels.detach(), feat_size)
             self.kernels = parameter(kernels, self.kernels)
+
+
+@torch.fx.wrap
+@leaf
+def _of_positions(kernels: Tensor, x: Tensor) -> Tensor:
+    """Kernels of each position of a map ``(B, H, W, C)``, in a grid of its H and W."""
+    return resize_window_grid(kernels, (x.shape[1], x.shape[2]))
 
 
 def _of_size(kernels: Tensor, size: int) -> Tensor:

@@ -202,7 +202,7 @@ class PreConvolution(nn.Module):
     def convolve(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""
         conv, channels = self.conv, x.shape[-1]
-        if conv.weight.shape[1] == 1 and is_plain(conv, nn.Conv2d):
+        if conv.in_channels == conv.groups and is_plain(conv, nn.Conv2d):
             # One kernel for all channels is a kernel for each: as fast, and no copy of the map.
             return ops.depthwise_conv(x, conv.weight.expand(channels, -1, -1, -1), conv.bias)
         x = x.permute(0, 3, 1, 2)

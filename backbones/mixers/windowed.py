@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from backbones.folding import parameter
 from backbones.layers import Size, ceil_div, crop
 from backbones.mixers.base import Mixer
+from backbones.ops.common import leaf
 from backbones.ops.windows import (
     is_of_square_window,
     relative_position_bias,
@@ -57,13 +58,9 @@ class WindowedMixer(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
-        height, width = x.shape[1:3]
-        rows, columns = self.window_size
-        right = columns * ceil_div(width, columns) - width
-        bottom = rows * ceil_div(height, rows) - height
-        x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        x = self.mix(x, self._shift(*x.shape[1:3]))
-        return crop(x, height, width)
+        padded = _pad_to_windows(x, self.window_size)
+        shift = _half_windows(padded, self.window_size) if self.shifted else (0, 0)
+        return crop(self.mix(padded, shift), x.shape[1], x.shape[2])
 
     def mix(self, x: Tensor, shift: Size) -> Tensor:
         """Mix a map of whole windows, ``(B, H, W, C)`` to ``(B, H, W, C)``.
@@ -125,8 +122,27 @@ class WindowedMixer(Mixer):
         self.window_size = window_size
         self.init_non_persistent_buffers()
 
-    def _shift(self, height: int, width: int) -> Size:
-        if not self.shifted:
-            return 0, 0
-        rows, columns = self.window_size
-        return rows // 2 if height > rows else 0, columns // 2 if width > columns else 0
+
+@torch.fx.wrap
+@leaf
+def _pad_to_windows(x: Tensor, window_size: Size) -> Tensor:
+    """Pad ``(B, H, W, C)`` with zeros, right and below, to whole windows."""
+    height, width = x.shape[1:3]
+    rows, columns = window_size
+    right = columns * ceil_div(width, columns) - width
+    bottom = rows * ceil_div(height, rows) - height
+    return F.pad(x, (0, 0, 0, right, 0, bottom))
+
+
+@torch.fx.wrap
+@leaf
+def _half_windows(x: Tensor, window_size: Size) -> Size:
+    """The shift of ``(B, H, W, C)``: half a window, 0 for an axis that one window covers."""
+    (height, width), (rows, columns) = x.shape[1:3], window_size
+    if torch.jit.is_tracing():
+        # Sizes are tensors there, and a branch would be the traced image's for all.
+        return (height > rows) * (rows // 2), (width > columns) * (columns // 2)
+    return rows // 2 if height > rows else 0, columns // 2 if width > columns else 0
+
+
+torch.fx.wrap("crop")

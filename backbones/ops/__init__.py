@@ -5,8 +5,11 @@ axis of any tensor. Each call picks a backend (:mod:`backbones.ops.dispatch`); t
 this file lists them. :mod:`backbones.ops.reference` defines the results in plain PyTorch.
 """
 
+import torch
+
 from backbones.ops import flops as flops  # registers the FLOP formulas
 from backbones.ops.aggregation import inhomogeneous_aggregation
+from backbones.ops.common import leaf
 from backbones.ops.convolutional import convolutional_attention
 from backbones.ops.depthwise import depthwise_conv, dynamic_depthwise_conv
 from backbones.ops.dispatch import force as force
@@ -27,3 +30,8 @@ __all__ = [
     "sliding_attention",
     "window_attention",
 ]
+
+# torch.fx keeps them as calls: what they do depends on sizes, devices and dtypes.
+for _name in __all__:
+    leaf(globals()[_name])
+    torch.fx.wrap(_name)

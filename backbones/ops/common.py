@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, wraps
 from importlib import import_module
 from types import ModuleType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 T = TypeVar("T")
 
@@ -48,8 +49,74 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """A context in which autocast is off on the device of ``x``."""
+    """A context in which autocast is off on the device of ``x``.
+
+    Where torch.fx may trace the caller, pass a parameter instead of a map: the nodes that enter and
+    leave the context stay in every extracted graph, and so do the nodes that compute ``x``.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        return _InGraph(x, False)
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def without_float16(weight: Tensor) -> AbstractContextManager:
+    """A context in which autocast is off where it would be to float16, of wider weights."""
+    if isinstance(weight, torch.fx.Proxy):
+        return _InGraph(weight, True)
+    return without_autocast(weight) if _narrows(weight) else nullcontext()
+
+
+def widened(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` in the dtype of ``weight`` where :func:`without_float16` turns autocast off."""
+    return x.to(weight.dtype) if _narrows(weight) else x
+
+
+def _narrows(weight: Tensor) -> bool:
+    return autocast_dtype(weight) == torch.float16 != weight.dtype
+
+
+class _InGraph(AbstractContextManager):
+    """A context in a graph that torch.fx traces: a node that enters and one that leaves it."""
+
+    def __init__(self, x: torch.fx.Proxy, float16_only: bool):
+        self.given = x, float16_only
+
+    def __enter__(self) -> None:
+        self.entered = _enter(*self.given)
+
+    def __exit__(self, *_) -> None:
+        _leave(self.entered)
+
+
+@has_side_effect
+@torch.fx.wrap
+def _enter(x: Tensor, float16_only: bool) -> AbstractContextManager:
+    context = without_float16(x) if float16_only else without_autocast(x)
+    context.__enter__()
+    return context
+
+
+@has_side_effect
+@torch.fx.wrap
+def _leave(context: AbstractContextManager) -> None:
+    context.__exit__(None, None, None)
+
+
+def refuse_scripting() -> NoReturn:
+    """What TorchScript's hook ``__prepare_scriptable__`` does of our mixers and operators."""
+    raise RuntimeError(
+        "torch.jit.script does not compile these networks: use torch.export, or torch.jit.trace, "
+        "which is right at every image size (backbones/README.md, Compiling and exporting)"
+    )
+
+
+def leaf(function: Callable[..., T]) -> Callable[..., T]:
+    """Decorate a function that stays a call in graphs; its file passes it to ``torch.fx.wrap`` too.
+
+    ``torch.jit.script`` of such a graph raises :func:`refuse_scripting`'s error.
+    """
+    function.__prepare_scriptable__ = refuse_scripting
+    return function
 
 
 def promoted(first: Tensor, *others: Tensor) -> Tensor | list[Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.ops.common import same_padding
-from backbones.ops.windows import Size, partition, region_mask, reverse
+from backbones.ops.windows import Size, partition, region_mask, reverse, roll
 
 
 def aggregate(x: Tensor, kernels: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def window_attention(
     """:func:`backbones.ops.window_attention` with all scores and masks in memory."""
     height, width = qkv.shape[1:3]
     channels = qkv.shape[-1] // 3
-    qkv = torch.roll(qkv, (-shift[0], -shift[1]), (1, 2))
+    qkv = roll(qkv, (-shift[0], -shift[1]))
     windows = partition(qkv, window_size, 3 * num_heads).unflatten(3, (3, num_heads))
     query, key, value = windows.unbind(3)
     query = query * (channels // num_heads) ** -0.5
@@ -59,7 +59,7 @@ def window_attention(
     same = region_mask(height, width, window_size, shift, qkv.device)
     scores = scores.masked_fill(~same[:, :, None], float("-inf"))
     out = reverse(scores.softmax(dim=-1) @ value, window_size)
-    return torch.roll(out, shift, (1, 2))
+    return roll(out, shift)
 
 
 def sliding_attention(qkv: Tensor, bias: Tensor, num_heads: int, window_size: Size) -> Tensor:
@@ -108,6 +108,6 @@ def local_mlp(
     height, width = value.shape[1:3]
     same = region_mask(height, width, window_size, shift, value.device)
     mixing = (weight + bias) * same[:, :, None]
-    value = torch.roll(value, (-shift[0], -shift[1]), (1, 2))
+    value = roll(value, (-shift[0], -shift[1]))
     windows = partition(value, window_size, mixing.shape[-3])
-    return torch.roll(reverse(mixing @ windows, window_size), shift, (1, 2))
+    return roll(reverse(mixing @ windows, window_size), shift)

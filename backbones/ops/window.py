@@ -19,7 +19,7 @@ from backbones.ops.common import (
     without_autocast,
 )
 from backbones.ops.dispatch import attempt, choose, exporting
-from backbones.ops.windows import Size, partition, region_mask, reverse, surely
+from backbones.ops.windows import Size, partition, region_mask, reverse, roll, surely
 
 # Partial sums over windows times heads in the C kernels: enough tasks for many threads.
 _PARTS = 128
@@ -225,7 +225,7 @@ def _seam_masks(
 def _roll(x: Tensor, shift: Size, sign: int) -> Tensor:
     if not _shifts(shift):
         return x
-    return torch.roll(x, (sign * shift[0], sign * shift[1]), (1, 2))
+    return roll(x, (sign * shift[0], sign * shift[1]))
 
 
 def _shifts(shift: Size) -> bool:

@@ -25,6 +25,17 @@ def reverse(windows: Tensor, window_size: Size) -> Tensor:
     return x.reshape(batch, down * rows, across * columns, heads * dim)
 
 
+def roll(x: Tensor, shift: Size) -> Tensor:
+    """``torch.roll`` of the rows and columns of ``(B, H, W, C)``."""
+    if isinstance(shift[0], Tensor) or isinstance(shift[1], Tensor):
+        # From torch.jit.trace, where sizes are tensors: ONNX rolls by constants only.
+        for axis, by in enumerate(shift, 1):
+            length = x.shape[axis]
+            x = x.index_select(axis, (torch.arange(length, device=x.device) - by) % length)
+        return x
+    return torch.roll(x, shift, (1, 2))
+
+
 def region_mask(
     height: int, width: int, window_size: Size, shift: Size, device: torch.device
 ) -> Tensor:
@@ -48,9 +59,10 @@ def _region(length: int, window: int, shift: int, device: torch.device) -> Tenso
 
 
 def surely(condition: bool) -> bool:
-    """``condition``, or False if symbolic sizes leave it open, without a guard on them."""
+    """``condition``, or False if symbolic or traced sizes leave it open, without a guard."""
     if not torch.compiler.is_compiling():
-        return bool(condition)
+        # torch.jit.trace has tensors as sizes, torch.fx proxies.
+        return False if isinstance(condition, Tensor | torch.fx.Proxy) else bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
