@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backbones import ops
 from backbones.checkpoints import load_checkpoint
-from backbones.layers import Mlp, Size, SqueezeExcite, ceil_div, is_plain
+from backbones.layers import Mlp, Size, SqueezeExcite, ceil_div, crop, is_plain
 from backbones.mixers.base import Mixer, init_linears
 from backbones.mixers.norm import NORM_LAYERS, normalise, paused_statistics
 from backbones.ops.common import leaf
@@ -47,9 +47,12 @@ class Pyramid(nn.Module):
             Table 15's is 1/16, 0 has none.
         local_kernel: side of the kernel of a depth-wise convolution between mixer and MLP, as in
             Shuffle Transformer; Table 6's is 7, 0 has none.
+        output_stride: 32, 16 or 8, the largest stride of a map. The stages beyond it keep their
+            weights and compute each position from the pixels that it would see at stride 32.
 
     Raises:
-        ValueError: an unknown ``norm_layer``, or a ratio or kernel out of range.
+        ValueError: an unknown ``norm_layer`` or ``output_stride``, or a ratio or kernel out of
+            range.
     """
 
     # Of forward_features, for timm.
@@ -70,8 +73,11 @@ class Pyramid(nn.Module):
         norm_layer: str | None = None,
         se_ratio: float = 0.0,
         local_kernel: int = 0,
+        output_stride: int = 32,
     ):
         super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride={output_stride!r}: 8, 16 and 32 are valid")
         if norm_layer is not None and norm_layer not in NORM_LAYERS:
             raise ValueError(f"norm_layer={norm_layer!r}: {', '.join(NORM_LAYERS)} are valid")
         self.num_classes = num_classes
@@ -84,7 +90,7 @@ class Pyramid(nn.Module):
         self.stages = nn.ModuleList()
         self.feature_info = []
         for i, depth in enumerate(depths):
-            dim = embed_dim * 2**i
+            dim, stride = embed_dim * 2**i, 4 * 2**i
             feat_size = _feat_size(img_size, i)
             blocks = [
                 Block(
@@ -96,8 +102,10 @@ class Pyramid(nn.Module):
                 )
                 for j in range(depth)
             ]
-            self.stages.append(Stage(PatchMerging(dim // 2) if i else nn.Identity(), blocks))
-            info = dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}")
+            reduction = min(stride, output_stride)
+            merging = PatchMerging(dim // 2) if i else nn.Identity()
+            self.stages.append(Stage(merging, blocks, stride // reduction))
+            info = dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
             self.feature_info.append(info)
 
         self.num_features = self.head_hidden_size = dim
@@ -214,9 +222,9 @@ class Pyramid(nn.Module):
             intermediates_only: return the list without the final features.
 
         Returns:
-            ``(features, maps)`` or ``maps``: features are ``(B, H/32, W/32, C)``, maps a list of
-            ``(B, C, ceil(H/stride), ceil(W/stride))``. With ``stop_early``, features are the last
-            map that was computed.
+            ``(features, maps)`` or ``maps``: features are those of :meth:`forward_features`, maps a
+            list of ``(B, C, ceil(H/stride), ceil(W/stride))``. With ``stop_early``, features are
+            the last map that was computed.
 
         Raises:
             ValueError: another ``output_fmt``.
@@ -253,7 +261,10 @@ class Pyramid(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, ceil(H/32), ceil(W/32), C)``, after the final norm."""
+        """``(B, 3, H, W)`` to ``(B, ceil(H/32), ceil(W/32), C)``, after the final norm.
+
+        An ``output_stride`` of 16 or 8 takes 32's place.
+        """
         x = self.patch_embed(x)
         for stage in self.stages:
             x = stage(x)
@@ -295,16 +306,34 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging (an identity in the first stage), then the blocks of one resolution."""
+    """Patch merging (an identity in the first stage), then the blocks of one resolution.
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
+    Args:
+        downsample: halves rows and columns.
+        blocks: of the resolution.
+        dilation: more than 1 takes the stride away, whatever the mixer: the stage runs on
+            ``dilation**2`` shifted copies of its input as a larger batch, and the outputs are
+            interleaved. Rows and columns ``0, dilation, ...`` of the result are the result with
+            the stride.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], dilation: int = 1):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
+        self.dilation = dilation
         self.grad_checkpointing = False
+        for block in blocks:
+            block.mixer.copies = dilation**2
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``; stage 0 keeps the shape."""
+        """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``; stage 0 keeps the shape.
+
+        With a dilation, ``(B, H, W, 2*C)``.
+        """
+        height, width = x.shape[1], x.shape[2]
+        if self.dilation > 1:
+            x = _shifted_copies(x, self.dilation)
         x = self.downsample(x)
         for block in self.blocks:
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
@@ -312,7 +341,7 @@ class Stage(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
             else:
                 x = block(x)
-        return x
+        return x if self.dilation == 1 else _interleaved(x, height, width, self.dilation)
 
 
 class Block(nn.Module):
@@ -414,6 +443,32 @@ def _in_fours(x: Tensor) -> Tensor:
     x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
     # The channels are ordered (column, row, C), as in Swin's released weights.
     return x.permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
+@torch.fx.wrap
+@leaf
+def _shifted_copies(x: Tensor, dilation: int) -> Tensor:
+    """``(B, H, W, C)`` to ``(B*dilation**2, 2*ceil(H/dilation), 2*ceil(W/dilation), C)``.
+
+    The input is ``dilation / 2`` times as fine as patch merging expects. Copy ``(a, b)`` has the
+    rows ``a``, ``a + dilation / 2``, ..., and the columns from ``b``; zeros are beyond the map.
+    """
+    step, (height, width) = dilation // 2, x.shape[1:3]
+    rows, columns = 2 * ceil_div(height, dilation), 2 * ceil_div(width, dilation)
+    x = F.pad(x, (0, 0, 0, step * (columns + 1) - width, 0, step * (rows + 1) - height))
+    # Copy a has the rows step*(k + a//step) + a%step: first all of a//step, then of a%step.
+    ends = (0, -step), (-step, 0)
+    copies = torch.stack([F.pad(x, (0, 0, *across, *down)) for down in ends for across in ends])
+    copies = copies.unflatten(3, (columns, step)).unflatten(2, (rows, step)).unflatten(0, (2, 2))
+    return copies.permute(2, 0, 4, 1, 6, 3, 5, 7).flatten(0, 4)
+
+
+@torch.fx.wrap
+@leaf
+def _interleaved(x: Tensor, height: int, width: int, dilation: int) -> Tensor:
+    """``(B, H, W, C)`` of what a stage made of :func:`_shifted_copies` of a map of H and W."""
+    x = x.unflatten(0, (-1, dilation, dilation)).permute(0, 3, 1, 4, 2, 5)
+    return crop(x.flatten(3, 4).flatten(1, 2), height, width)
 
 
 def _checkpoint_contexts(block: nn.Module):

@@ -44,7 +44,8 @@ class DenseBackbone(nn.Module):
         fuse: in evaluation without gradients, run a copy made by :func:`backbones.fuse`; the state
             dict does not change. The first forward after ``eval()``, ``load_state_dict()`` or
             ``to()`` makes the copy; it misses in-place changes of weights made after that.
-        **model_kwargs: other arguments of the model, such as Swin-Local-MLP's ``shared=True``.
+        **model_kwargs: other arguments of the model, such as Swin-Local-MLP's ``shared=True``, or
+            ``output_stride=8`` or ``16``, which the strides follow.
 
     Raises:
         ValueError: unknown name, norm, index or stage; the message lists the valid ones.

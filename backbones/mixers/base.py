@@ -25,6 +25,8 @@ class Mixer(nn.Module):
             ``nn.BatchNorm2d``, which the dense outputs have too; an instance's own value, set by
             :meth:`set_norm_layer`, concerns its block alone.
         pre_norm: whether the block applies ``norm1`` before the mixer.
+        copies: the shifted copies of each image in a batch: 1, or more in a stage whose stride was
+            taken away (:class:`backbones.pyramid.Stage`).
         marks: entries of the mixer's state dict, such as ``"qkv.weight"``, that identify the family
             of a checkpoint; see :func:`backbones.layouts.family_of`.
         forms: other classes that :meth:`at` builds for some of its options. Their checkpoints are
@@ -37,6 +39,7 @@ class Mixer(nn.Module):
 
     norm_layer: type[nn.Module] = nn.LayerNorm
     pre_norm: bool = True
+    copies: int = 1
     marks: ClassVar[tuple[str, ...]] = ()
     forms: ClassVar[tuple[type["Mixer"], ...]] = ()
     read_by_operator: ClassVar[tuple[str, ...]] = ()

@@ -48,7 +48,8 @@ class DynamicDepthwiseConv(ConvMixer):
         # amplify the rounding of low precision.
         with without_autocast(self.bias):
             pooled = x.mean((1, 2), dtype=self.bias.dtype)
-            hidden = F.relu(pooled_batch_norm(self.reduce_norm, self.reduce(pooled)))
+            pooled = pooled_batch_norm(self.reduce_norm, self.reduce(pooled), self.copies)
+            hidden = F.relu(pooled)
             kernels = self.expand(hidden)
         return kernels.unflatten(-1, (-1, self.kernel_size, self.kernel_size))
 

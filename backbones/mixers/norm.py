@@ -78,14 +78,15 @@ def freeze_batch_norms(module: nn.Module) -> None:
             child.center.requires_grad_(False)
 
 
-def pooled_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def pooled_batch_norm(norm: nn.Module, x: Tensor, copies: int = 1) -> Tensor:
     """Apply a batch norm to globally pooled maps, ``(B, C)``.
 
     PyTorch raises on a single value per channel in training, so one image on one device is
-    normalised by the running statistics, which are not updated.
+    normalised by the running statistics, which are not updated. So are the ``copies`` of one
+    image, whose pooled values hardly differ.
     """
     x = x[:, :, None, None]
-    if norm.training and surely(x.shape[0] == 1) and _alone(norm):
+    if norm.training and surely(x.shape[0] == copies) and _alone(norm):
         norm.training = False
         try:
             out = norm(x)
