@@ -1,9 +1,11 @@
 """timm entry points: every family of :data:`backbones.families.TABLE` in each of its sizes."""
 
 import inspect
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
@@ -19,15 +21,24 @@ from backbones.reading import CheckpointError, fetch
 from backbones.released import RELEASED, Released, names_with_weights
 
 
-def build(family: Family, **kwargs) -> Pyramid:
+def build(
+    family: Family,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs,
+) -> Pyramid:
     """Build a pyramid with the mixer of a family.
 
     Args:
         family: a value of :data:`backbones.families.TABLE`.
+        device: where parameters and buffers are made; None for PyTorch's default.
+        dtype: of parameters and statistics; None for PyTorch's default.
         **kwargs: keyword-only arguments of the mixer's ``at``, and :class:`backbones.Pyramid`'s.
     """
     options = {name: kwargs.pop(name) for name in _options(family) if name in kwargs}
-    return Pyramid(partial(family.mixer.at, **options), **kwargs)
+    with nullcontext() if device is None else torch.device(device):
+        model = Pyramid(partial(family.mixer.at, **options), **kwargs)
+    return model if dtype is None else model.to(dtype)
 
 
 def _options(family: Family) -> dict[str, Any]:

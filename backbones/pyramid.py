@@ -108,9 +108,10 @@ class Pyramid(nn.Module):
             info = dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
             self.feature_info.append(info)
 
-        self.num_features = self.head_hidden_size = dim
+        self.num_features = dim
         self.norm = nn.LayerNorm(dim)
         self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate, input_fmt="NHWC")
+        self.head_hidden_size = self.head.num_features
         self.init_weights()
         # Last, so that all else has the random draws of the family without them.
         for info, stage in zip(self.feature_info, self.stages, strict=True):
@@ -170,7 +171,10 @@ class Pyramid(nn.Module):
         ``global_pool=None`` keeps the pooling.
         """
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
+        like = next(self.parameters())
+        made = dict(device=like.device, dtype=like.dtype)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **made)
+        self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
 
@@ -256,7 +260,7 @@ class Pyramid(nn.Module):
         if prune_norm or shortened:
             self.norm = nn.Identity()
         if prune_head or shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.feature_info[last]["num_chs"]
             self.reset_classifier(0, "")
         return take
 
