@@ -16,7 +16,7 @@ PYTHON := $(shell for p in $(candidates); do \
 endif
 export WHEELHOUSE MMCV
 
-.PHONY: help setup demo demo-chain test test-e2e test-kernels test-peers test-floors test-ecosystem test-reliability lint wheel lock clean
+.PHONY: help setup demo demo-chain test test-e2e test-kernels test-peers test-floors test-ecosystem test-forks test-reliability lint wheel lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test-peers  timm's own tests of models, from its sdist on PyPI, with our names"
 	@echo "make test-floors  tests/backbones with the oldest and newest torch and timm: .venv-floor, .venv-newest"
 	@echo "make test-ecosystem  the page of other libraries, dense/README.md, with them: .venv-ecosystem"
+	@echo "make test-forks the tests of OpenMMLab's frameworks with their maintained forks: .venv-forks"
 	@echo "make test-reliability  bad input for the six tools: tests/reliability/README.md"
 	@echo "make setup      builds .venv; the others do so too (MMCV=compiled: mmcv's own operators)"
 	@echo "make lint       ruff: rules and format"
@@ -68,6 +69,9 @@ test-ecosystem: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m ecosystem tests/ecosystem
 	OMP_NUM_THREADS=1 .venv/bin/python tools/test_versions.py ecosystem
 
+test-forks: setup
+	OMP_NUM_THREADS=1 .venv/bin/python tools/test_versions.py forks
+
 test-reliability: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability --jobs $(WORKERS) --resume
 
@@ -104,5 +108,5 @@ lock: .venv/bin/uv
 	$(MAKE) setup
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest .venv-ecosystem .whl build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-floor .venv-newest .venv-ecosystem .venv-forks .whl build *.egg-info .pytest_cache .ruff_cache
 	find backbones dense configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

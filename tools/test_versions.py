@@ -4,8 +4,10 @@
     python tools/test_versions.py floor      # the minimum versions of pyproject.toml: .venv-floor
     python tools/test_versions.py newest     # the newest versions on PyPI: .venv-newest
     python tools/test_versions.py ecosystem  # the libraries of dense/README.md: .venv-ecosystem
+    python tools/test_versions.py forks      # the maintained forks of OpenMMLab: .venv-forks
 
-The first two run tests/backbones, the third the blocks of that page and tests/huggingface.
+The first two run tests/backbones, the third the blocks of that page and tests/huggingface, the last
+the tests of segmentation, MMDetection and pretraining, with the newest torch and numpy.
 Builds the environments with uv, about 6 GB of disk each, prints their versions, and exits with 1 if
 a test fails.
 """
@@ -21,7 +23,12 @@ TESTS = {
     "floor": ["tests/backbones"],
     "newest": ["tests/backbones"],
     "ecosystem": ["tests/ecosystem", "tests/huggingface"],
+    "forks": ["tests/segmentation", "tests/test_mmdetection.py", "tests/pretraining"],
 }
+# mmcv's fork is built where torch is not: without the operators that take minutes to compile.
+FORKS = ["onedl-mmengine", "onedl-mmcv", "onedl-mmsegmentation", "onedl-mmdetection", "numpy>=2"]
+# Of our extras for those packages.
+BESIDE_FORKS = ["torchvision", "pycocotools", "tensorboard", "matplotlib", "tqdm", "webdataset"]
 # Imported by tests/backbones and not a dependency of torch or timm.
 TOOLS = ["pytest", "numpy", "onnx", "onnxruntime", "onnxscript", "yacs"]
 
@@ -37,6 +44,8 @@ def requirements(kind: str) -> list[str]:
     """What is installed beside the tools, as pip's arguments."""
     if kind == "ecosystem":
         return ["-r", "requirements/ecosystem.txt"]
+    if kind == "forks":
+        return [*floors(), *FORKS, *BESIDE_FORKS, "setuptools<81"]
     return [f"{name}=={v}" if kind == "floor" else name for name, v in floors().items()]
 
 
