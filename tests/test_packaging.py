@@ -14,7 +14,7 @@ import pytest
 from setuptools import find_namespace_packages, find_packages
 
 from backbones.ops import library
-from tests.support import ROOT, environment
+from tests.support import ROOT, environment, run_python
 
 
 def test_packages_of_the_wheel():
@@ -54,6 +54,16 @@ def test_another_package_of_the_name_is_told_from_ours(tmp_path):
     )
     said = done.stderr.splitlines()[-1]
     assert f"the one in {tmp_path}/backbones/__init__.py is of another project: run pip" in said
+
+
+@pytest.mark.e2e
+def test_importing_the_networks_costs_what_timm_costs():
+    code = (
+        "import sys, timm; before = set(sys.modules); import backbones\n"
+        "print(*(m for m in set(sys.modules) - before if not m.startswith('backbones')))"
+    )
+    more = set(run_python("-c", code).stdout.split()) - sys.stdlib_module_names
+    assert more <= {"torch.utils.flop_counter", "torch.utils.module_tracker"}
 
 
 def test_an_installed_wheel_finds_its_recipes(tmp_path):
