@@ -16,7 +16,7 @@ PYTHON := $(shell for p in $(candidates); do \
 endif
 export WHEELHOUSE MMCV
 
-.PHONY: help setup demo demo-chain test test-e2e test-kernels test-peers test-floors test-ecosystem test-forks test-reliability lint wheel lock clean
+.PHONY: help setup demo demo-chain test test-e2e test-chain test-kernels test-peers test-floors test-ecosystem test-forks test-reliability lint wheel lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make demo-chain photos to classifier to detector and segmentor: $(CHAIN_DIR)/chain.png (DENSE_SAMPLE_DATA=folder)"
 	@echo "make test       the test suite, $(WORKERS) processes (WORKERS=n)"
 	@echo "make test-e2e   the long tests; DENSE_SAMPLE_DATA=folder names the photos"
+	@echo "make test-chain  make demo-chain through its own checks, 20 minutes; DENSE_SAMPLE_DATA=folder"
 	@echo "make test-kernels  all tiles of the Triton kernels, compiled for four GPUs; the operators' whole check"
 	@echo "make test-peers  timm's own tests of models, from its sdist on PyPI, with our names"
 	@echo "make test-floors  tests/backbones with the oldest and newest torch and timm: .venv-floor, .venv-newest"
@@ -49,10 +50,13 @@ demo-chain: setup
 
 # The tests run small networks: parallel processes are faster than threads.
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not (e2e or kernels or peers or ecosystem)" -n $(WORKERS) --durations=15
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not (e2e or chain or kernels or peers or ecosystem)" -n $(WORKERS) --durations=15
 
 test-e2e: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "e2e and not peers" -n $(WORKERS) --dist loadfile -v -rP --durations=0
+
+test-chain: setup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m chain -v -rP
 
 test-kernels: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m kernels -n $(WORKERS) -v -rP --durations=0

@@ -82,7 +82,7 @@ def test_missing_data_is_one_line(tool, tmp_path, capsys):
     assert said.count("\n") == 1
 
 
-@pytest.mark.e2e
+@pytest.mark.chain
 def test_the_whole_chain(tool, sample_data, tmp_path):
     if not (sample_data / "tiny_imagenet_10").is_dir():
         pytest.skip("DENSE_SAMPLE_DATA has no tiny_imagenet_10/: no photos to pretrain on")
