@@ -4,7 +4,6 @@ It imports no framework, so that every test file can use it.
 """
 
 import json
-import logging
 import multiprocessing
 import os
 import runpy
@@ -17,9 +16,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -71,13 +70,13 @@ def run_python(*words: str | Path) -> subprocess.CompletedProcess[str]:
 def run_tool(
     name: str, *words: str | Path, cwd: Path = ROOT, limit: float | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``tools/<name>.py`` with these arguments in a fork; see :func:`run_forked`."""
+    """Run ``tools/<name>.py`` with these arguments in a process; see :func:`run_forked`."""
     script = partial(run_script, ROOT / f"tools/{name}.py", *words)
     return run_forked(script, cwd=cwd, limit=limit)[0]
 
 
 def run_script(path: Path, *words: str | Path) -> None:
-    """What Python does with a script and its arguments; for a fork, whose ``sys`` it changes."""
+    """What Python does with a script and its arguments, for :func:`run_forked`."""
     sys.argv = [str(path), *map(str, words)]
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
@@ -86,47 +85,51 @@ def run_script(path: Path, *words: str | Path) -> None:
 def run_forked(
     *functions: Callable[[], None], cwd: Path = ROOT, limit: float | None = None
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run functions at the same time, each in a fork of this process.
+    """Run functions at the same time, each in a process of its own.
 
-    A fork has PyTorch and the frameworks imported already, which takes a program of its own longer
-    than most tests need.
+    The processes are forks of a server that has PyTorch and the frameworks imported, which takes a
+    program of its own longer than most tests need. A test's own process is no such server: after a
+    backward pass on a GPU, PyTorch has threads that a fork would lack.
 
     Args:
-        functions: without arguments; what they raise ends the fork as it ends a program.
+        functions: without arguments, picklable; what they raise ends the process as a program.
         cwd: where they run.
-        limit: seconds after which the forks are killed; their ``returncode`` is None then.
+        limit: seconds after which the processes are killed; their ``returncode`` is None then.
     """
-    fork = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
     end = None if limit is None else time.monotonic() + limit
-    with ExitStack() as stack:
-        started = []
-        for function in functions:
-            printed = [stack.enter_context(TemporaryFile("w+")) for _ in ("stdout", "stderr")]
-            process = fork.Process(target=_as_a_program, args=(function, cwd, *printed))
-            process.start()
-            started.append((process, printed))
+    started = []
+    with TemporaryDirectory() as folder:
+        for number, function in enumerate(functions):
+            printed = [Path(folder, f"{number}.{name}") for name in ("stdout", "stderr")]
+            arguments = (function, cwd, environment(), *printed)
+            started.append((context.Process(target=_as_a_program, args=arguments), printed))
+            started[-1][0].start()
         done = []
         for process, printed in started:
             process.join(end and max(0, end - time.monotonic()))
             status = process.exitcode
             process.kill()
             process.join()
-            for stream in printed:
-                stream.seek(0)
-            texts = (stream.read() for stream in printed)
+            texts = (path.read_text() if path.exists() else "" for path in printed)
             done.append(subprocess.CompletedProcess([], status, *texts))
     return done
 
 
-def _as_a_program(function: Callable[[], None], cwd: Path, stdout: TextIO, stderr: TextIO) -> None:
-    for number, stream in enumerate((stdout, stderr), 1):
-        os.dup2(stream.fileno(), number)
-    # pytest's are of the parent; a logger must not find them closed.
+_PRELOADED = ("tests.support", "detectron2.engine", "mmseg.apis", "mmdet.apis", "mmengine.runner")
+
+
+def _as_a_program(
+    function: Callable[[], None], cwd: Path, environ: dict[str, str], stdout: Path, stderr: Path
+) -> None:
+    for number, path in enumerate((stdout, stderr), 1):
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
-    logging.root.handlers.clear()
-    # More threads than one would wait for those that the parent had.
     torch.set_num_threads(1)
-    os.environ.update(environment())
+    os.environ.clear()
+    os.environ.update(environ)
     os.chdir(cwd)
     function()
 

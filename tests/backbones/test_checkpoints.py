@@ -3,6 +3,7 @@
 import hashlib
 import re
 import sys
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -303,6 +304,16 @@ def test_mmpretrain_keeps_its_classifier_beside_the_backbone(tmp_path):
         assert target(X).equal(source(X))
 
 
+def load_without_mmengine(file: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mmengine"]:
+        sys.modules[name] = None
+    options = dict(pretrained=True, pretrained_cfg_overlay=dict(file=file))
+    timm.create_model("dw_conv_nano", num_classes=5, **options)
+    timm.create_model("dw_conv_nano", features_only=True, out_indices=(1, 2), **options)
+    model = timm.create_model("dw_conv_nano", num_classes=5)
+    print(len(backbones.load_checkpoint(model, file).matched))
+
+
 def test_mmengine_checkpoints_are_read_where_it_is_not_installed(tmp_path):
     history_buffer = pytest.importorskip("mmengine.logging").HistoryBuffer
     log = history_buffer()
@@ -311,18 +322,7 @@ def test_mmengine_checkpoints_are_read_where_it_is_not_installed(tmp_path):
     content = {"state_dict": weights, "message_hub": {"log_scalars": {"loss": log}}}
     torch.save(content, tmp_path / "iter_1.pth")
     file = str(tmp_path / "iter_1.pth")
-
-    def load():
-        for name in [name for name in sys.modules if name.partition(".")[0] == "mmengine"]:
-            sys.modules[name] = None
-        overlay = dict(file=file)
-        options = dict(pretrained=True, pretrained_cfg_overlay=overlay)
-        timm.create_model("dw_conv_nano", num_classes=5, **options)
-        timm.create_model("dw_conv_nano", features_only=True, out_indices=(1, 2), **options)
-        model = timm.create_model("dw_conv_nano", num_classes=5)
-        print(len(backbones.load_checkpoint(model, file).matched))
-
-    (done,) = run_forked(load)
+    (done,) = run_forked(partial(load_without_mmengine, file))
     assert done.stdout.strip() == str(len(weights)), done.stderr
 
 

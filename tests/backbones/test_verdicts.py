@@ -302,6 +302,9 @@ def test_threads_compare_once(gpu, monkeypatch):
 
 
 def decide() -> None:
+    """What the fixture ``gpu`` does, in another process."""
+    dispatch.GPUS, dispatch.first_case = ("cpu",), tiny
+    torch.cuda.is_current_stream_capturing = lambda: False
     print(dispatch.choose("local_mlp", torch.ones(1)))
 
 

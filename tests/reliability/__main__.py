@@ -12,9 +12,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -86,16 +85,16 @@ def run_corpus(args: argparse.Namespace, built: world.World, log: Log) -> int:
     """Run the cases that have no good outcome yet; returns how many went wrong."""
     done = {(entry["tool"], entry["name"]): entry for entry in log.entries}
     done = {case: entry for case, entry in done.items() if not _faults(entry)}
-    # Functions do not travel to other processes: a case is known by its place.
-    chosen = {
-        place: case
-        for place, case in enumerate(corpus.cases())
+    chosen = [
+        case
+        for case in corpus.cases()
         if (not args.only or case.tool == args.only)
         and (not args.case or args.case in case.name)
         and (case.tool, case.name) not in done
-    }
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
-        running = {pool.submit(corpus_run, place, built.root): chosen[place] for place in chosen}
+    ]
+    # Threads: a case waits for the process of its tool.
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(corpus.run, case, built): case for case in chosen}
         for finished in tqdm(as_completed(running), "cases", len(running)):
             case, outcome = running[finished], finished.result()
             entry = log.add(outcome, tool=case.tool, name=case.name)
@@ -114,11 +113,6 @@ def run_corpus(args: argparse.Namespace, built: world.World, log: Log) -> int:
             )
         write_table("corpus", ("tool", "cases", *WRONG_INPUT), rows)
     return wrong
-
-
-def corpus_run(place: int, built: Path) -> corpus.Outcome:
-    """Run a case by its place in the corpus."""
-    return corpus.run(corpus.cases()[place], world.World(built))
 
 
 def _faults(entry: dict) -> list[str]:

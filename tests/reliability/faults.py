@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dense import files
 from tests.reliability import trainings
-from tests.reliability.world import World, import_all
+from tests.reliability.world import World
 from tests.support import ROOT, run_forked, run_script
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -60,10 +60,9 @@ def run(kind: str, error: str, number: int, world: World, out: Path) -> Outcome 
     shutil.rmtree(folder, ignore_errors=True)
     reached = folder.with_suffix(".reached")
     reached.unlink(missing_ok=True)
-    import_all()
     tool = ROOT / f"tools/{training.tool}.py"
     words = training.command(world, folder)
-    (done,) = run_forked(partial(_failing, ERRORS[error], number, reached, tool, *words))
+    (done,) = run_forked(partial(_failing, error, number, reached, tool, *words))
     if not reached.exists():
         shutil.rmtree(folder)
         return None
@@ -84,10 +83,8 @@ def run(kind: str, error: str, number: int, world: World, out: Path) -> Outcome 
     return outcome
 
 
-def _failing(
-    error: Callable[[], Exception], number: int, reached: Path, tool: Path, *words: str
-) -> None:
-    """Run a tool, in a fork, whose ``number``-th write fails."""
+def _failing(error: str, number: int, reached: Path, tool: Path, *words: str) -> None:
+    """Run a tool, whose ``number``-th write fails."""
     sync, written = os.fsync, 0
 
     def fsync(file: int) -> None:
@@ -96,7 +93,7 @@ def _failing(
         if written == number:
             reached.parent.mkdir(parents=True, exist_ok=True)
             reached.touch()
-            raise error()
+            raise ERRORS[error]()
         sync(file)
 
     os.fsync = fsync

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dense import files
 from tests.reliability import trainings
-from tests.reliability.world import World, import_all
+from tests.reliability.world import World
 from tests.support import ROOT, run_forked, run_script
 
 # Steps of an optimizer between two readings, and those before the first one that counts.
@@ -50,7 +50,6 @@ def run(kind: str, world: World, out: Path, iterations: int) -> Outcome:
     shutil.rmtree(folder, ignore_errors=True)
     log = folder.with_suffix(".jsonl")
     log.unlink(missing_ok=True)
-    import_all()
     log.parent.mkdir(parents=True, exist_ok=True)
     tool = ROOT / f"tools/{training.tool}.py"
     words = training.command(world, folder, training.longer(iterations))
@@ -72,7 +71,7 @@ def run(kind: str, world: World, out: Path, iterations: int) -> Outcome:
 
 
 def _measured(log: Path, tool: Path, *words: str) -> None:
-    """Run a tool, in a fork, that writes down its memory and open files as it trains."""
+    """Run a tool, that writes down its memory and open files as it trains."""
     steps, page = 0, os.sysconf("SC_PAGE_SIZE")
 
     def measure(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dense import files
-from tests.reliability.world import World, import_all, run_tool
+from tests.reliability.world import World, run_tool
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,6 @@ def reference(kind: str, world: World, out: Path) -> Path:
     """The folder of an undisturbed run, made if missing; its file ``seconds`` has its time."""
     training, folder = TRAININGS[kind], out / "reference" / kind
     if not (folder / training.last).exists():
-        import_all()
         began = time.monotonic()
         finish(training, world, folder)
         (folder / "seconds").write_text(f"{time.monotonic() - began:.2f}")

@@ -161,22 +161,10 @@ def contents(folder: Path) -> dict[str, str]:
 def run_tool(
     tool: str, words: list[str], cwd: Path = ROOT, limit: float = 300
 ) -> tuple[int | None, str]:
-    """Run a tool in a fork of this process, which has imported its packages.
+    """Run a tool in a process of its own.
 
     Returns:
         Exit status, negative for a signal and None after ``limit`` seconds, and what it printed.
     """
-    import_all()
     done = support.run_tool(tool, *words, cwd=cwd, limit=limit)
     return done.returncode, done.stdout + done.stderr
-
-
-def import_all() -> None:
-    """Import what the tools import, once."""
-    import detectron2.engine  # noqa: F401
-    import mmseg.apis  # noqa: F401
-
-    import dense.detection.engine
-    import dense.pretraining.config
-    import dense.publish
-    import dense.segmentation.predictor  # noqa: F401
