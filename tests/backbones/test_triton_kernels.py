@@ -27,11 +27,16 @@ def agrees(case, dtype=torch.float32, tolerance=1e-5):
     support.agrees(case, "triton", dtype, tolerance, DEVICE)
 
 
+def at_length(*values):
+    """Values that `make test-kernels` adds: the interpreter takes seconds for each."""
+    return [pytest.param(value, marks=pytest.mark.kernels) for value in values]
+
+
 # Sizes that blocks do not fit
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [*range(1, 16), 48, 96])
+@pytest.mark.parametrize("dim", [1, 3, 5, 8, 15, 48, *at_length(2, 4, 6, 7, *range(9, 15), 96)])
 @pytest.mark.parametrize("make", [cases.attention, cases.local_mlp, cases.sliding])
 def test_channels_of_a_head(make, dim):
     torch.manual_seed(dim)
@@ -39,7 +44,7 @@ def test_channels_of_a_head(make, dim):
 
 
 @interpreted
-@pytest.mark.parametrize("shared", [3, 4, 5, 7, 12, 24, 33, 40])
+@pytest.mark.parametrize("shared", [3, 7, 24, 33, *at_length(4, 5, 12, 40)])
 @pytest.mark.parametrize("make", [cases.inhomogeneous, cases.aggregation])
 def test_channels_of_a_group(make, shared):
     torch.manual_seed(shared)
