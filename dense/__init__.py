@@ -1,8 +1,8 @@
-"""Adapters of the backbones for Detectron2, MMSegmentation, MMDetection and mmengine.
+"""Adapters of the backbones for Detectron2, MMSegmentation, MMDetection, mmengine, transformers.
 
 This module imports no framework. :mod:`dense.detection` needs Detectron2, :mod:`dense.segmentation`
-mmengine (its configs also MMSegmentation), :mod:`dense.pretraining` mmengine and
-:mod:`dense.mmdetection` MMDetection.
+mmengine (its configs also MMSegmentation), :mod:`dense.pretraining` mmengine,
+:mod:`dense.mmdetection` MMDetection and :mod:`dense.huggingface` transformers.
 """
 
 from importlib.util import find_spec

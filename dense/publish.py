@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 import backbones
@@ -171,7 +171,7 @@ def _of_the_classifier(config: Path) -> dict[str, Any]:
     return {
         "model": cfg.model.name,
         "image_size": transform.input_size,
-        "crop_pct": transform.crop_pct,
+        "crop_pct": transform.get("crop_pct", DEFAULT_CROP_PCT),
         "mean": list(transform.get("mean", IMAGENET_DEFAULT_MEAN)),
         "std": list(transform.get("std", IMAGENET_DEFAULT_STD)),
         "options": options,

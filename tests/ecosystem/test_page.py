@@ -51,7 +51,7 @@ def test_a_block_runs(heading, code, tmp_path):
 
 
 def _builds(heading: str, code: str, folder) -> None:
-    """A config of the framework's own, with the page's lines below it, builds and trains a step."""
+    """A config of the framework's own, with the page's lines below it, builds our backbone."""
     config = pytest.importorskip("mmengine.config")
     registry = pytest.importorskip("mmengine.registry")
     package, base = {
