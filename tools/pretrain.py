@@ -21,7 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,10 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     runs.run_tool("pretrain", lambda: train(args), *foreseen)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Check the config and the data, then train, or evaluate with ``--eval-only``."""
-    from dense import runs
-    from dense.metrics import plot_finished
+def configured(args: argparse.Namespace) -> Config:
+    """The config of a command line, with its data sets; batches are planned in :func:`train`."""
     from dense.openmmlab.config import load_config, require_task, use_ablation, use_amp
     from dense.pretraining import config
 
@@ -118,6 +116,16 @@ def train(args: argparse.Namespace) -> None:
         config.use_ema(cfg, args.ema)
     if args.anneal_after_warmup:
         config.anneal_after_warmup(cfg)
+    return cfg
+
+
+def train(args: argparse.Namespace) -> None:
+    """Check the config and the data, then train, or evaluate with ``--eval-only``."""
+    from dense import runs
+    from dense.metrics import plot_finished
+    from dense.pretraining import config
+
+    cfg = configured(args)
     world = config.world_size(args.launcher)
     batches = config.plan_batches(cfg, world, args.batch_size, args.accumulate)
     if args.eval_only:

@@ -14,6 +14,10 @@ On COCO in $DETECTRON2_DATASETS/coco, with 8 GPUs:
 
 import argparse
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,13 +62,9 @@ def main() -> None:
     runs.run_tool("train_detector", lambda: run(args), *foreseen)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Check the config and the data, then train, or evaluate with ``--eval-only``."""
-    from dense import runs
-    from dense.detection import engine
+def configured(args: argparse.Namespace) -> "DictConfig":
+    """The config of a command line; ``resolve_data`` puts its data sets into the loaders."""
     from dense.detection.config import LazyConfigError, load_config, use_ablation
-    from dense.detection.data import resolve_data
-    from dense.metrics import plot_finished
 
     cfg = load_config(args.config_file, args.overrides)
     if args.ablation:
@@ -83,6 +83,17 @@ def run(args: argparse.Namespace) -> None:
         "allow_invalid": args.allow_invalid,
     }
     cfg.data = {**(cfg.get("data") or {}), **{k: v for k, v in given.items() if v}}
+    return cfg
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the config and the data, then train, or evaluate with ``--eval-only``."""
+    from dense import runs
+    from dense.detection import engine
+    from dense.detection.data import resolve_data
+    from dense.metrics import plot_finished
+
+    cfg = configured(args)
     if args.eval_only:
         resolve_data(cfg, training=False)
         engine.start(cfg, args)

@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,10 +64,8 @@ def main() -> None:
     runs.run_tool("train_segmentor", lambda: train(args), *foreseen)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Check the config and the data, then train."""
-    from dense import runs
-    from dense.metrics import plot_finished
+def configured(args: argparse.Namespace) -> Config:
+    """The config of a command line, with its data sets; nothing is checked on disk yet."""
     from dense.openmmlab.config import require_task, use_ablation
     from dense.segmentation import config
 
@@ -95,6 +93,16 @@ def train(args: argparse.Namespace) -> None:
     if args.amp:
         config.use_amp(cfg)
     config.use_own_data(cfg, own_data)
+    return cfg
+
+
+def train(args: argparse.Namespace) -> None:
+    """Check the config and the data, then train."""
+    from dense import runs
+    from dense.metrics import plot_finished
+    from dense.segmentation import config
+
+    cfg = configured(args)
     config.check(cfg, training=True)
     with runs.claimed(
         cfg.work_dir, resume=cfg.resume, overwrite=args.overwrite, launcher=args.launcher
