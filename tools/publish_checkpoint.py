@@ -12,9 +12,11 @@ as the folder of a Hugging Face repository: config, weights, preprocessing and m
 
 import argparse
 import sys
+from pathlib import Path
 
 from backbones import CheckpointError
 from dense import publish
+from dense.recipes import config_beside, framework_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,6 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.huggingface:
             from dense.huggingface.folder import write_folder
+
+            config = Path(args.config or config_beside(args.checkpoint))
+            if framework_of(config) != "classification":
+                raise ValueError(
+                    f"--huggingface: {config} trains no classifier, which the folder must hold"
+                )
         done = publish.publish(args.checkpoint, args.out, config=args.config, weights=args.weights)
         if args.huggingface:
             print(f"{write_folder(done, args.huggingface)}/README.md: the model card")

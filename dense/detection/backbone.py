@@ -33,7 +33,7 @@ class PyramidBackbone(DenseBackbone, Backbone):
             forward pass in training mode, unless a state dict with all parameters was loaded
             before: resuming, evaluation and prediction do not need the file.
         **kwargs: other arguments of ``DenseBackbone``: ``drop_path_rate``, ``frozen_stages``,
-            ``norm``, ``grad_checkpointing``, ``window_size``, ``fuse``.
+            ``norm``, ``grad_checkpointing``, ``window_size``, ``fuse``, and the model's own.
 
     Raises:
         ValueError: an unknown name, feature or option; the message lists the valid ones.
@@ -69,6 +69,9 @@ class PyramidBackbone(DenseBackbone, Backbone):
 def add_dense_config(cfg: CfgNode) -> None:
     """Add ``MODEL.DENSE`` and set RGB input with ImageNet's mean and standard deviation (0 to 255).
 
+    A YAML file may put any other argument of the model under ``MODEL.DENSE.OPTIONS``, by the name
+    it has in Python: ``output_stride: 16``.
+
     >>> cfg = get_cfg()
     >>> add_dense_config(cfg)  # before cfg.merge_from_file(), which may change the values
     >>> cfg.MODEL.BACKBONE.NAME = "i_d_dw_conv_tiny_fpn"
@@ -85,6 +88,8 @@ def add_dense_config(cfg: CfgNode) -> None:
             "FUSE": False,
         }
     )
+    # Within the dictionary above it would be made anew, without new_allowed.
+    cfg.MODEL.DENSE.OPTIONS = CfgNode(new_allowed=True)
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PIXEL_MEAN = list(PIXEL_MEAN)
     cfg.MODEL.PIXEL_STD = list(PIXEL_STD)
@@ -119,10 +124,10 @@ def _from_yacs(name: str, cfg: CfgNode, used: Sequence[str] = FEATURES) -> Pyram
         name=__name__,
         key="message",
     )
-    options = {key.lower(): value for key, value in dense.items()}
+    options = {key.lower(): value for key, value in dense.items() if key != "OPTIONS"}
     options["out_features"] = [f for f in dense.OUT_FEATURES if f in used]
     options["init"] = dense.INIT or None
-    return PyramidBackbone(name, **options)
+    return PyramidBackbone(name, **options, **dense.OPTIONS)
 
 
 def _fpn_from_yacs(name: str, cfg: CfgNode) -> FPN:

@@ -145,6 +145,17 @@ def test_yacs_keys_reach_the_backbone():
     assert max(rates) > 0
 
 
+def test_yacs_options_are_the_models_own(tmp_path):
+    yaml = tmp_path / "dilated.yaml"
+    yaml.write_text("MODEL: {DENSE: {OPTIONS: {output_stride: 16, shared: true}}}")
+    cfg = stock(MASK_RCNN, "swin_local_mlp_nano")
+    cfg.merge_from_file(str(yaml))
+    backbone = build_backbone(cfg)
+    assert [shape.stride for shape in backbone.output_shape().values()] == [4, 8, 16, 16]
+    # One set of weights for all windows: (heads, window^2, window^2).
+    assert backbone.state_dict()["stages.0.blocks.0.mixer.weight"].shape == (2, 49, 49)
+
+
 def test_frozen_stages_neither_learn_nor_count():
     torch.manual_seed(0)
     model = build_model(stock(MASK_RCNN, "dw_conv_nano_fpn", FROZEN_STAGES=2))

@@ -78,5 +78,6 @@ def test_a_detector_is_refused(tmp_path, capsys):
     model = {"backbone": {"bottom_up": {"name": "dw_conv_nano"}}}
     (tmp_path / "config.yaml").write_text(json.dumps({"model": model}))
     assert publish(tmp_path, tmp_path / "folder") == 2
-    assert "is no classifier: transformers' folders are of classifiers" in capsys.readouterr().err
-    assert not (tmp_path / "folder").exists()
+    error = capsys.readouterr().err
+    assert "config.yaml trains no classifier" in error and error.count("\n") == 1
+    assert not (tmp_path / "folder").exists() and not (tmp_path / "out").exists()
