@@ -4,19 +4,12 @@ It imports no framework, so that every test file can use it.
 """
 
 import json
-import multiprocessing
-import os
-import runpy
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -31,8 +24,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import backbones
 from backbones import ops
 from backbones.ops import reference
+from tests.processes import ROOT
+from tests.processes import environment as environment
+from tests.processes import run_bare as run_bare
+from tests.processes import run_code as run_code
+from tests.processes import run_forked as run_forked
+from tests.processes import run_python as run_python
+from tests.processes import run_script as run_script
+from tests.processes import run_tool as run_tool
+from tests.processes import run_without as run_without
 
-ROOT = Path(__file__).parents[1]
 NANO = tuple(name for name in backbones.MODEL_NAMES if name.endswith("nano"))
 
 # Programs
@@ -48,103 +49,11 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Variables for a program of the checkout; one thread, for tests share the cores."""
-    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    shared = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads}
-    return {**os.environ, **shared, **more}
-
-
-def run_python(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run Python at the root of the checkout and keep what it prints."""
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-
-
-def run_tool(
-    name: str, *words: str | Path, cwd: Path = ROOT, limit: float | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run ``tools/<name>.py`` with these arguments in a process; see :func:`run_forked`."""
-    script = partial(run_script, ROOT / f"tools/{name}.py", *words)
-    return run_forked(script, cwd=cwd, limit=limit)[0]
-
-
-def run_script(path: Path, *words: str | Path) -> None:
-    """What Python does with a script and its arguments, for :func:`run_forked`."""
-    sys.argv = [str(path), *map(str, words)]
-    sys.path.insert(0, str(path.parent))
-    runpy.run_path(str(path), run_name="__main__")
-
-
-def run_forked(
-    *functions: Callable[[], None], cwd: Path = ROOT, limit: float | None = None
-) -> list[subprocess.CompletedProcess[str]]:
-    """Run functions at the same time, each in a process of its own.
-
-    The processes are forks of a server that has PyTorch and the frameworks imported, which takes a
-    program of its own longer than most tests need. A test's own process is no such server: after a
-    backward pass on a GPU, PyTorch has threads that a fork would lack.
-
-    Args:
-        functions: without arguments, picklable; what they raise ends the process as a program.
-        cwd: where they run.
-        limit: seconds after which the processes are killed; their ``returncode`` is None then.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
-    end = None if limit is None else time.monotonic() + limit
-    started = []
-    with TemporaryDirectory() as folder:
-        for number, function in enumerate(functions):
-            printed = [Path(folder, f"{number}.{name}") for name in ("stdout", "stderr")]
-            arguments = (function, cwd, environment(), *printed)
-            started.append((context.Process(target=_as_a_program, args=arguments), printed))
-            started[-1][0].start()
-        done = []
-        for process, printed in started:
-            process.join(end and max(0, end - time.monotonic()))
-            status = process.exitcode
-            process.kill()
-            process.join()
-            texts = (path.read_text() if path.exists() else "" for path in printed)
-            done.append(subprocess.CompletedProcess([], status, *texts))
-    return done
-
-
-_PRELOADED = ("tests.support", "detectron2.engine", "mmseg.apis", "mmdet.apis", "mmengine.runner")
-
-
-def _as_a_program(
-    function: Callable[[], None], cwd: Path, environ: dict[str, str], stdout: Path, stderr: Path
-) -> None:
-    for number, path in enumerate((stdout, stderr), 1):
-        with open(path, "w") as file:
-            os.dup2(file.fileno(), number)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
-    torch.set_num_threads(1)
-    os.environ.clear()
-    os.environ.update(environ)
-    os.chdir(cwd)
-    function()
-
-
 def free_port() -> int:
     """A port of this machine for processes to meet at."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-def run_without(packages: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
-    """Run code for which some packages are not installed."""
-    blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in packages)
-    return run_python("-W", "ignore", "-c", f"import sys\n{blocked}{code}")
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ import importlib.util
 import itertools
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
+from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch.autograd import gradcheck
 
 import dense.segmentation  # noqa: F401
 from dense.openmmlab import mmcv_ext, mmcv_lite
-from tests.support import ROOT
+from tests.support import run_bare, run_code
 
 USING = [sys.modules[f"mmcv.ops.{m}"] for m in ("nms", "roi_align", "focal_loss")]
 USING.append(sys.modules["mmcv.ops.multi_scale_deform_attn"])
@@ -218,37 +218,32 @@ def bare_mmcv(tmp_path):
     return package
 
 
-def python(package, *arguments):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
-        env={**os.environ, "PYTHONPATH": str(package.parent)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+def python(package, code):
+    return run_bare(partial(run_code, code, first=package.parent))
 
 
+INSTALL = "import runpy; runpy.run_module('dense.openmmlab.mmcv_lite', run_name='__main__')"
 WHERE = "import mmcv._ext; print(mmcv._ext.__file__)"
 
 
 def test_our_import_offers_it_where_there_is_none(bare_mmcv):
-    assert "No module named 'mmcv._ext'" in python(bare_mmcv, "-c", WHERE).stderr
-    done = python(bare_mmcv, "-c", f"import dense.segmentation\n{WHERE}")
+    assert "No module named 'mmcv._ext'" in python(bare_mmcv, WHERE).stderr
+    done = python(bare_mmcv, f"import dense.segmentation\n{WHERE}")
     assert done.stdout.strip() == str(mmcv_lite.STAND_IN), done.stderr
 
 
 @pytest.mark.e2e
 def test_our_import_leaves_a_compiled_one_alone(bare_mmcv):
     (bare_mmcv / "_ext.py").touch()
-    done = python(bare_mmcv, "-c", f"import dense.segmentation\n{WHERE}")
+    done = python(bare_mmcv, f"import dense.segmentation\n{WHERE}")
     assert done.stdout.strip() == str(bare_mmcv / "_ext.py"), done.stderr
 
 
 def test_installing_it_serves_programs_that_do_not_import_us(bare_mmcv, tmp_path):
     for _ in range(2):
-        done = python(bare_mmcv, "-m", "dense.openmmlab.mmcv_lite")
+        done = python(bare_mmcv, INSTALL)
         assert done.returncode == 0 and "stands in for" in done.stdout, done.stderr
-    done = python(bare_mmcv, "-c", f"{WHERE}\nmmcv._ext.nms")
+    done = python(bare_mmcv, f"{WHERE}\nmmcv._ext.nms")
     assert done.stdout.strip() == str(bare_mmcv / "_ext.py"), done.stderr
     record = (bare_mmcv.parent / "mmcv_lite-2.1.0.dist-info/RECORD").read_text().splitlines()
     assert record.count("mmcv/_ext.py,,") == 1 and len(record) == 3
@@ -259,7 +254,7 @@ def test_installing_it_serves_programs_that_do_not_import_us(bare_mmcv, tmp_path
 def test_installing_it_leaves_a_compiled_one_alone(bare_mmcv):
     compiled = bare_mmcv / f"_ext{EXTENSION_SUFFIXES[0]}"
     compiled.touch()
-    done = python(bare_mmcv, "-m", "dense.openmmlab.mmcv_lite")
+    done = python(bare_mmcv, INSTALL)
     assert done.returncode == 0 and f"mmcv is compiled ({compiled})" in done.stdout
     assert not (bare_mmcv / "_ext.py").exists()
 
@@ -273,7 +268,7 @@ def test_installing_it_leaves_a_compiled_one_alone(bare_mmcv):
     ],
 )
 def test_a_missing_mmcv_is_named_with_what_installs_it(bare_mmcv, code):
-    done = python(bare_mmcv, "-c", f"import sys; sys.modules['mmcv'] = None\n{code}")
+    done = python(bare_mmcv, f"import sys; sys.modules['mmcv'] = None\n{code}")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
         "ImportError: mmcv is not installed: run pip install mmcv-lite==2.1.0"

@@ -1,16 +1,14 @@
 """A new family is one file and one line of the table, and then does all that the others do."""
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT, run_bare, run_code
 
 FILE = '''
 """A depth-wise 3x3 convolution between two linears, normalised by the block."""
@@ -127,10 +125,5 @@ def test_one_file_and_one_line(tmp_path):
     start = text.index("TABLE = {")
     end = text.index("\n}", start)
     table.write_text(f"{text[:end]}\n{LINE}{text[end:]}")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", USE, str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = run_bare(partial(run_code, USE, tmp_path, first=tmp_path), cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr[-3000:]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from setuptools import find_namespace_packages, find_packages
 
 from backbones.ops import library
-from tests.support import ROOT, environment, run_python
+from tests.support import ROOT, environment, run_bare, run_code, run_python
 
 
 def test_packages_of_the_wheel():
@@ -68,13 +69,14 @@ def test_importing_the_networks_costs_what_timm_costs():
 
 def test_an_installed_wheel_finds_its_recipes(tmp_path):
     build = ["egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path / "lib"]
-    python(tmp_path, ROOT / "setup.py", "-q", *build, cwd=ROOT)
+    done = run_python(ROOT / "setup.py", "-q", *build)
+    assert done.returncode == 0, done.stderr
     installed = tmp_path / "lib/dense/configs"
     recipes = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.py")}
     assert {path.relative_to(installed) for path in installed.rglob("*.*")} == recipes
     assert (tmp_path / "lib/dense/report.html").is_file()
     code = "from dense.recipes import RECIPES; print(RECIPES)"
-    assert python(tmp_path, "-c", code, cwd=tmp_path) == str(installed)
+    assert python(tmp_path, code, cwd=tmp_path) == str(installed)
 
     # A recipe is read with all that it inherits: the nano ones do from every folder.
     leaves = [path for path in recipes if "nano" in path.stem and len(path.parts) == 2]
@@ -85,7 +87,7 @@ def test_an_installed_wheel_finds_its_recipes(tmp_path):
         )
         theirs = [path for path in leaves if path.parts[0] != "detection"]
         assert {path.parts[0] for path in theirs} == {"mmdetection", "pretraining", "segmentation"}
-        python(tmp_path, "-c", code, *theirs, cwd=tmp_path)
+        python(tmp_path, code, *theirs, cwd=tmp_path)
     if find_spec("detectron2"):
         code = (
             "import sys; from dense.detection.config import load_config\n"
@@ -94,18 +96,12 @@ def test_an_installed_wheel_finds_its_recipes(tmp_path):
         )
         theirs = [path for path in leaves if path.parts[0] == "detection"]
         assert theirs
-        python(tmp_path, "-c", code, *theirs, cwd=tmp_path)
+        python(tmp_path, code, *theirs, cwd=tmp_path)
 
 
-def python(root: Path, *arguments: str | Path, cwd: Path) -> str:
+def python(root: Path, code: str, *arguments: str | Path, cwd: Path) -> str:
     """What a program prints for which the packages are those in ``root/lib``."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(root / "lib")},
-        capture_output=True,
-        text=True,
-    )
+    done = run_bare(partial(run_code, code, *arguments, first=root / "lib"), cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -128,7 +128,7 @@ def test_a_detector_without_mmengine(tmp_path):
     )
     paths = str(tmp_path / "model_final.pth"), "--out", str(tmp_path / "out")
     code = (
-        f"import runpy; sys.argv = {['publish', *paths]}; "
+        f"import runpy, sys; sys.argv = {['publish', *paths]}; "
         "runpy.run_path('tools/publish_checkpoint.py', run_name='__main__')"
     )
     done = run_without(("mmengine",), code)

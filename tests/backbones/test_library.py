@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from backbones.ops import library, native
-from tests.support import run_python
+from tests.support import run_bare, run_code
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
@@ -270,7 +271,7 @@ def test_one_openmp_is_loaded():
         "with ops.force('native'): ops.depthwise_conv(x, taps)\n"
         "for line in open('/proc/self/maps'): print(line.split()[-1])"
     )
-    ran = run_python("-c", code)
+    ran = run_bare(partial(run_code, code))
     assert ran.returncode == 0, ran.stderr
     mapped = {path for path in ran.stdout.split() if re.search(r"/lib[a-z]*omp[^/]*$", path)}
     assert mapped == set(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))
