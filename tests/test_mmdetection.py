@@ -11,7 +11,7 @@ import torchvision
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
@@ -359,6 +359,74 @@ def test_nano_trains_and_predicts_at_any_size(family):
     assert instances.bboxes[:, 2].max() <= 101 and instances.bboxes[:, 3].max() <= 75
 
 
+def augmented(cfg, model, image, *transforms):
+    """The merged detections of an image after the pipeline of the config with other transforms."""
+    augment = cfg.tta_pipeline[1]["transforms"]
+    pipeline = [TRANSFORMS.build(dict(type="TestTimeAug", transforms=[*transforms, augment[3]]))]
+    results = dict(img=image, img_path="", img_id=0, img_shape=image.shape[:2])
+    results["ori_shape"] = image.shape[:2]
+    for step in pipeline:
+        results = step(results)
+    tta = MODELS.build(dict(cfg.tta_model, module=model))
+    data = {key: [[value] for value in values] for key, values in results.items()}
+    with torch.no_grad():
+        (found,) = tta.test_step(data)
+    return found.pred_instances
+
+
+def test_augmented_boxes_of_a_detector_with_masks():
+    """Of one size, the plain ones; of a photo and its mirror image, the mirrored ones of these."""
+    cfg = config(NANO, type="dw_conv_nano")
+    model = revert_sync_batchnorm(build(cfg)).eval()
+    model.test_cfg.rcnn.score_thr = model.roi_head.test_cfg.score_thr = 0.0
+    for head in model.roi_head.bbox_head:
+        nn.init.normal_(head.fc_cls.weight, std=0.3)
+    image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    resize, mirrors, *_ = cfg.tta_pipeline[1]["transforms"]
+    assert [step["prob"] for step in mirrors] == [1.0, 0.0]
+    size = [dict(resize[0], scale=(128, 96))]
+    unmirrored = [dict(type="RandomFlip", prob=0.0)]
+
+    with torch.no_grad():
+        data = batch((96, 128))
+        data["inputs"] = [torch.from_numpy(image).permute(2, 0, 1)]
+        (plain,) = model.test_step(data)
+    plain = plain.pred_instances
+    found = augmented(cfg, model, image, size, unmirrored)
+    assert "masks" in plain and "masks" not in found and model.roi_head.with_mask
+    torch.testing.assert_close(found.scores, plain.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.bboxes, plain.bboxes, rtol=0, atol=1e-2)
+
+    found, again = (
+        augmented(cfg, model, seen, size, mirrors) for seen in (image, image[:, ::-1].copy())
+    )
+    assert not torch.equal(found.scores, plain.scores)
+    left, top, right, bottom = again.bboxes.unbind(1)
+    turned = torch.stack([128 - right, top, 128 - left, bottom], 1)
+    distance = torch.cdist(
+        torch.cat([found.bboxes, 1e3 * found.scores[:, None]], 1),
+        torch.cat([turned, 1e3 * again.scores[:, None]], 1),
+        p=torch.inf,
+    )
+    # NMS may keep either of two boxes with the same score.
+    assert (distance.min(1)[0] < 0.1).float().mean() > 0.9
+
+
+def test_augmentation_has_mmdetections_sizes():
+    """Of ``retinanet/retinanet_tta.py``, in its package."""
+    import mmdet
+
+    theirs = Config.fromfile(
+        Path(mmdet.__file__).parent / ".mim/configs/retinanet/retinanet_tta.py"
+    )
+    ours = config(f"cascade-mask-rcnn_dw_conv_tiny_{RECIPE}")
+    assert ours.tta_model.tta_cfg == theirs.tta_model.tta_cfg
+    sizes = [
+        [dict(step) for step in cfg.tta_pipeline[1]["transforms"][0]] for cfg in (ours, theirs)
+    ]
+    assert sizes[0] == sizes[1]
+
+
 def test_features_are_detectron2s():
     """One network under both frameworks: the same weights give the same maps."""
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
@@ -526,3 +594,6 @@ def test_mmdetections_own_tools_train_resume_and_test(tmp_path, sample_data):
         said = mmdetection("test", own, tmp_path / file, "--work-dir", tmp_path / "test", *options)
         figures.append(re.findall(r"coco/\w+: [-.\d]+", said))
     assert figures[0] == figures[1] and len(figures[0]) == 12
+    augmented = [*options, "test_evaluator.metric=bbox"]
+    test = ("test", own, tmp_path / "iter_4.pth", "--work-dir", tmp_path / "test")
+    assert "coco/bbox_mAP: " in mmdetection(*test, "--tta", *augmented)

@@ -21,6 +21,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("config", help="the config of the training")
     add("checkpoint", help="a checkpoint of the training")
     add("--work-dir", help="logs and results (default: test/ beside the checkpoint)")
+    add("--tta", action="store_true", help="average over six sizes of a photo and their mirrors")
     add("--out", help="output folder of the predicted label maps, as PNG")
     add("--show-dir", help="output folder of pictures of predictions and ground truth")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
@@ -60,6 +61,8 @@ def main() -> None:
             cfg.visualizer.save_dir = args.show_dir
         config.use_own_data(cfg)
         config.check(cfg, training=False)
+        if args.tta:
+            config.use_tta(cfg)
         config.build_runner(cfg).test()
     except (ConfigError, CheckpointError) as error:
         sys.exit(f"test_segmentor: {' '.join(str(error).split())}")

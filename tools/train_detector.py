@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue from the last complete checkpoint")
     add("--overwrite", action="store_true", help="remove the training that the output dir holds")
     add("--eval-only", action="store_true", help="evaluate train.init_checkpoint=PATH and stop")
+    add("--tta", action="store_true", help="with --eval-only: average over sizes and mirrors")
     add("--num-gpus", type=int, help="GPUs per machine; 0 is the CPU (default: 1 if there is one)")
     add("--num-processes", type=int, default=1, help="processes per machine on CPUs")
     add("--num-machines", type=int, default=1)

@@ -33,6 +33,7 @@ from dense.detection.config import LazyConfigError
 from dense.detection.hooks import StopOnSignal, ValidateOnResume, WriteMetrics, run_writers
 from dense.detection.resuming import SeedSteps, resumable
 from dense.detection.trainer import build_trainer
+from dense.detection.tta import check_tta, with_tta
 from dense.images import TooManyUnreadable
 from dense.runs import Stopped
 
@@ -45,7 +46,7 @@ def start(cfg: DictConfig, args: Namespace) -> None:
     Args:
         cfg: a config after :func:`dense.detection.data.resolve_data`.
         args: the command line: ``num_gpus`` (None: one if there is one), ``num_processes``,
-            ``num_machines``, ``machine_rank``, ``dist_url``, ``resume``, ``eval_only``,
+            ``num_machines``, ``machine_rank``, ``dist_url``, ``resume``, ``eval_only``, ``tta``,
             ``config_file``.
 
     Raises:
@@ -90,6 +91,8 @@ def check(cfg: DictConfig, args: Namespace) -> None:
         raise LazyConfigError("--eval-only needs a checkpoint: train.init_checkpoint=PATH")
     if args.eval_only and "evaluator" not in cfg.dataloader:
         raise LazyConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
+    if args.tta:
+        check_tta(cfg, args.eval_only)
     if args.num_machines > 1 and args.dist_url == "auto":
         raise LazyConfigError(
             "several machines need --dist-url, such as tcp://<first machine>:29500"
@@ -195,7 +198,7 @@ def _run(pickled: bytes, processes: int) -> None:
     checkpointer = WholeCheckpointer(model)
     extra = checkpointer.load_weights(cfg.train.init_checkpoint, complete=True)
     _same_classes(extra, _classes(cfg), cfg.train.init_checkpoint)
-    evaluate(cfg, model)
+    evaluate(cfg, with_tta(cfg, model) if args.tta else model)
 
 
 def _built(cfg: DictConfig) -> nn.Module:

@@ -91,6 +91,21 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic" if scaled else 1.0)
 
 
+def use_tta(cfg: Config) -> None:
+    """Test with augmentation: the config's ``tta_pipeline``, and ``tta_model`` around its model.
+
+    Args:
+        cfg: changed in place, after everything else that reads ``cfg.model``.
+
+    Raises:
+        ConfigError: the config has none.
+    """
+    if missing := [key for key in ("tta_pipeline", "tta_model") if not cfg.get(key)]:
+        raise ConfigError(f"--tta: {cfg.filename} has no {' and no '.join(missing)}")
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(cfg.tta_model, module=cfg.model)
+
+
 def use_ablation(network: ConfigDict, name: str, key: str, dense: bool = True) -> None:
     """Replace a network by a row of the paper's ablations, in the network's size.
 

@@ -89,7 +89,8 @@ class DenseRunner(Runner):
             ValueError: the backbone's type is not registered; the message lists ours.
         """
         if isinstance(model, dict):
-            _refuse_unknown_backbone(model.get("backbone"))
+            # With test-time augmentation the model is another one's module.
+            _refuse_unknown_backbone(model.get("module", model).get("backbone"))
         return revert_sync_batchnorm(super().build_model(model))
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:

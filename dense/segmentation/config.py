@@ -10,11 +10,11 @@ import torch
 from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
-from dense.openmmlab.config import ConfigError, build_runner, load_config, use_amp
+from dense.openmmlab.config import ConfigError, build_runner, load_config, use_amp, use_tta
 from dense.segmentation.data import check_folders, check_masks, check_overlap
 
 __all__ = ["build_runner", "check", "load_config", "set_data_root", "use_amp", "use_own_data"]
-__all__ += ["set_short_side"]
+__all__ += ["set_short_side", "use_tta"]
 
 _MODULES = ["dense.segmentation.dataset", "dense.segmentation.losses"]
 _OWN_DATA = ("train_images", "train_masks", "val_images", "val_masks", "classes")
@@ -23,6 +23,7 @@ _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 _RESIZING = ("RandomChoice", "RandomResize", "Resize")
 # Of the training images' short side; the long side is at most four times as long.
 _RATIOS = (0.75, 1.5)
+_TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
@@ -45,7 +46,8 @@ def set_data_root(cfg: Config, data_root: str) -> None:
 def set_short_side(cfg: Config, pixels: int) -> None:
     """Resize all photos to a short side of ``pixels``, in training times 0.75 to 1.5.
 
-    The steps that resize in the config's pipelines are replaced. Crops are at most ``pixels`` wide.
+    The steps that resize in the config's pipelines are replaced; with ``--tta`` by Swin's ratios
+    of ``pixels``. Crops are at most ``pixels`` wide.
 
     >>> set_short_side(cfg, 128)
 
@@ -70,6 +72,14 @@ def set_short_side(cfg: Config, pixels: int) -> None:
                 step.crop_size = tuple(min(side, pixels) for side in step.crop_size)
                 cfg.model.data_preprocessor.size = step.crop_size
         cfg[loader].dataset.pipeline = steps
+    for step in cfg.get("tta_pipeline") or []:
+        if step["type"] == "TestTimeAug":
+            others = [steps for steps in step.transforms if steps[0]["type"] not in _RESIZING]
+            sizes = [(int(4 * pixels * ratio), int(pixels * ratio)) for ratio in _TTA_RATIOS]
+            step.transforms = [
+                [dict(type="Resize", scale=size, keep_ratio=True) for size in sizes],
+                *others,
+            ]
 
 
 def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
@@ -114,6 +124,8 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
             pipeline=[_of_own_data(step) for step in _pipeline(cfg[loader].dataset)],
         )
         cfg[loader].dataset = dataset
+    if cfg.get("tta_pipeline"):
+        cfg.tta_pipeline = [_of_own_data(step) for step in cfg.tta_pipeline]
     for head in _heads(cfg):
         head.num_classes = len(classes)
         losses = head.get("loss_decode") or []
@@ -137,6 +149,8 @@ def _of_own_data(step: dict) -> dict:
     """A step of a pipeline for own data, which may hold any kind of image."""
     # The data set sets reduce_zero_label, not a step of its pipeline.
     step = {k: v for k, v in step.items() if k != "reduce_zero_label"}
+    if step["type"] == "TestTimeAug":
+        step["transforms"] = [[_of_own_data(s) for s in steps] for steps in step["transforms"]]
     return dict(type="ReadImage") if step["type"] == "LoadImageFromFile" else step
 
 

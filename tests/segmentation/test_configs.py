@@ -85,6 +85,10 @@ FIELDS: dict[str, Any] = {
     "default_hooks.checkpoint.by_epoch": False,
     "load_from": None,
     "resume": False,
+    "tta_model.type": "SegTTAModel",
+    # tests/segmentation/test_tta.py has its sizes and mirrors.
+    "tta_pipeline.0.type": "LoadImageFromFile",
+    "tta_pipeline.1.type": "TestTimeAug",
     "custom_hooks.0.type": "SeedEveryIteration",
     "custom_hooks.1.type": "StopOnNonFiniteLoss",
     "model.type": "EncoderDecoder",
@@ -171,6 +175,7 @@ for key in ("train", "val", "test"):
 # The backbone, tested above, and what changes no result: workers, logs, the runner.
 OTHER = ("model.backbone.type", "model.backbone.init", "env_cfg.", "log_")
 OTHER += ("runner_type", "default_scope", "vis", "custom_imports.", "dataset_type", "data_root")
+OTHER += ("tta_pipeline.1.transforms",)
 OTHER += ("norm_cfg.", "train_pipeline.", "test_pipeline.", "default_hooks.timer.")
 OTHER += ("default_hooks.logger.", "default_hooks.sampler_seed.", "default_hooks.visualization.")
 OTHER += ("default_hooks.checkpoint.interval", "default_hooks.checkpoint.max_keep_ckpts")

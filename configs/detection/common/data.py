@@ -8,6 +8,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import DatasetMapperTTA
 
 from dense.detection.mapper import PhotoMapper
 
@@ -51,6 +52,8 @@ dataloader = dict(
         ),
         num_workers=4,
     ),
+    # --eval-only --tta: Detectron2's sizes, each mirrored too.
+    tta=L(DatasetMapperTTA)(min_sizes=[*range(400, 1201, 100)], max_size=4000, flip=True),
     evaluator=L(COCOEvaluator)(
         dataset_name="${..test.dataset.names}", output_dir="${train.output_dir}/inference"
     ),

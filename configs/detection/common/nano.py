@@ -29,6 +29,7 @@ dataloader["train"].mapper.augmentations = [_flip, _scale]
 dataloader["train"].update(total_batch_size=4, num_workers=2)
 dataloader["test"].mapper.augmentations[0].update(short_edge_length=160, max_size=256)
 dataloader["test"].num_workers = 2
+dataloader["tta"].update(min_sizes=[128, 160, 192], max_size=320)
 
 train.update(max_iter=640, eval_period=0, log_period=20)
 train.amp.enabled = False

@@ -43,6 +43,34 @@ test_pipeline = [
         meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
     ),
 ]
+# test.py --tta, of boxes: MMDetection merges no masks. Its own three sizes, each mirrored too.
+tta_model = dict(
+    type="BoxTTAModel",
+    tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100),
+)
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(type="Resize", scale=scale, keep_ratio=True)
+                for scale in ((1333, 800), (666, 400), (2000, 1200))
+            ],
+            [dict(type="RandomFlip", prob=1.0), dict(type="RandomFlip", prob=0.0)],
+            [dict(type="LoadAnnotations", with_bbox=True)],
+            [
+                dict(
+                    type="PackDetInputs",
+                    meta_keys=(
+                        *("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+                        *("flip", "flip_direction"),
+                    ),
+                )
+            ],
+        ],
+    ),
+]
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,

@@ -2,7 +2,12 @@
 
 # dense.segmentation registers the backbones for MMDetection too; it needs mmengine only.
 custom_imports = dict(
-    imports=["dense.segmentation", "dense.openmmlab.hooks", "dense.openmmlab.runner"]
+    imports=[
+        "dense.segmentation",
+        "dense.openmmlab.hooks",
+        "dense.openmmlab.runner",
+        "dense.openmmlab.tta",
+    ]
 )
 runner_type = "DenseRunner"
 default_scope = "mmdet"
