@@ -116,6 +116,14 @@ def build(name: str, seed: int = 0, **kwargs: Any) -> nn.Module:
 # Operators
 
 
+def at_length(*values: Any) -> list:
+    """Values that ``make test-kernels`` adds: Triton's interpreter takes seconds for each."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.kernels)
+        for value in values
+    ]
+
+
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 

@@ -16,7 +16,7 @@ from backbones.ops import dispatch, reference  # noqa: E402
 from backbones.ops.__main__ import main  # noqa: E402
 from backbones.ops.dispatch import explain  # noqa: E402
 from tests import support  # noqa: E402
-from tests.support import OperatorCases, outputs_and_gradients  # noqa: E402
+from tests.support import OperatorCases, at_length, outputs_and_gradients  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -31,21 +31,21 @@ def agrees(case, dtype=torch.float32, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("make", cases.all)
-@pytest.mark.parametrize("size, batch", [((1, 1), 2), ((2, 17), 1), ((5, 3), 2)])
+@pytest.mark.parametrize("size, batch", [((1, 1), 2), ((2, 17), 1), *at_length(((5, 3), 2))])
 def test_sizes(make, size, batch):
     torch.manual_seed(0)
     agrees(make(size, batch=batch))
 
 
 @pytest.mark.parametrize("make", cases.convolutions)
-@pytest.mark.parametrize("kernel", [1, 4, 7])
+@pytest.mark.parametrize("kernel", [4, 7, *at_length(1)])
 def test_kernel_sizes(make, kernel):
     torch.manual_seed(0)
     agrees(make((2, 3), kernel=kernel, batch=1))
 
 
 @pytest.mark.parametrize("make", cases.convolutions)
-@pytest.mark.parametrize("groups, shared", [(1, 1), (70, 1), (1, 32), (9, 6)])
+@pytest.mark.parametrize("groups, shared", [(70, 1), (9, 6), *at_length((1, 1), (1, 32))])
 def test_groups(make, groups, shared):
     """More than a tile holds of either, and no power of two."""
     torch.manual_seed(0)
@@ -69,7 +69,9 @@ def test_windows(window, dim):
         agrees(cases.local_mlp(size, shared=dim, shift=shift, window=window, grid=grid))
 
 
-@pytest.mark.parametrize("window, dim", [((7, 7), 5), ((1, 1), 3), ((5, 3), 1), ((1, 9), 40)])
+@pytest.mark.parametrize(
+    "window, dim", [((1, 1), 3), ((5, 3), 1), *at_length(((7, 7), 5), ((1, 9), 40))]
+)
 def test_sliding_windows(window, dim):
     """Windows larger than the map, channels and positions that fill no tile."""
     torch.manual_seed(0)
@@ -77,7 +79,9 @@ def test_sliding_windows(window, dim):
 
 
 @pytest.mark.parametrize("make", cases.all)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 1e-2), *at_length((torch.float16, 2e-3))]
+)
 def test_half_precisions(make, dtype, tolerance):
     torch.manual_seed(0)
     agrees(make((2, 4)), dtype, tolerance)

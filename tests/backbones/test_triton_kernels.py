@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from backbones import ops  # noqa: E402
 from backbones.ops import reference  # noqa: E402
 from tests import support  # noqa: E402
-from tests.support import OperatorCases, outputs_and_gradients, randn  # noqa: E402
+from tests.support import OperatorCases, at_length, outputs_and_gradients, randn  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(
@@ -27,24 +27,30 @@ def agrees(case, dtype=torch.float32, tolerance=1e-5):
     support.agrees(case, "triton", dtype, tolerance, DEVICE)
 
 
-def at_length(*values):
-    """Values that `make test-kernels` adds: the interpreter takes seconds for each."""
-    return [pytest.param(value, marks=pytest.mark.kernels) for value in values]
-
-
 # Sizes that blocks do not fit
+
+OTHER_DIMS = (1, 2, *range(4, 15), 96)
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [1, 3, 5, 8, 15, 48, *at_length(2, 4, 6, 7, *range(9, 15), 96)])
-@pytest.mark.parametrize("make", [cases.attention, cases.local_mlp, cases.sliding])
+@pytest.mark.parametrize(
+    "make, dim",
+    [
+        *((make, dim) for make in (cases.attention, cases.local_mlp) for dim in (3, 15, 48)),
+        (cases.sliding, 15),
+        *at_length(
+            *((make, dim) for make in (cases.attention, cases.local_mlp) for dim in OTHER_DIMS),
+            *((cases.sliding, dim) for dim in (3, 48, *OTHER_DIMS)),
+        ),
+    ],
+)
 def test_channels_of_a_head(make, dim):
     torch.manual_seed(dim)
     agrees(make((3, 4), groups=3, shared=dim, batch=1))
 
 
 @interpreted
-@pytest.mark.parametrize("shared", [3, 7, 24, 33, *at_length(4, 5, 12, 40)])
+@pytest.mark.parametrize("shared", [3, 33, *at_length(4, 5, 7, 12, 24, 40)])
 @pytest.mark.parametrize("make", [cases.inhomogeneous, cases.aggregation])
 def test_channels_of_a_group(make, shared):
     torch.manual_seed(shared)
@@ -52,7 +58,7 @@ def test_channels_of_a_group(make, shared):
 
 
 @interpreted
-@pytest.mark.parametrize("groups", [3, 17, 40])
+@pytest.mark.parametrize("groups", [17, *at_length(3, 40)])
 @pytest.mark.parametrize("make", cases.convolutions)
 def test_groups_and_channels(make, groups):
     torch.manual_seed(groups)
@@ -60,7 +66,7 @@ def test_groups_and_channels(make, groups):
 
 
 @interpreted
-@pytest.mark.parametrize("depth", [5, 48, 96, 130, 192])
+@pytest.mark.parametrize("depth", [5, 130, *at_length(48, 96, 192)])
 def test_blocks_of_what_kernels_are_predicted_from(depth):
     torch.manual_seed(depth)
     agrees(cases.inhomogeneous((2, 3), depth=depth, batch=1))
@@ -70,9 +76,8 @@ def test_blocks_of_what_kernels_are_predicted_from(depth):
 @pytest.mark.parametrize(
     "make",
     [
-        *(cases.depthwise, cases.dynamic, cases.inhomogeneous),
-        # A minute in the interpreter.
-        pytest.param(cases.sliding, marks=pytest.mark.kernels),
+        *(cases.depthwise, cases.dynamic),
+        *at_length(cases.inhomogeneous, cases.sliding),
     ],
 )
 def test_sums_over_positions_in_several_parts(make, monkeypatch):
