@@ -31,18 +31,11 @@ def norms(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("family", backbones.FAMILIES)
-@pytest.mark.parametrize("size", [(64, 64), (75, 101)])
-def test_outputs_stay(family, size):
-    model = spread(timm.create_model(f"{family}_nano", num_classes=7)).double()
+def test_norms_are_folded(family):
+    """All that can be; ``test_references.py`` compares what the network gives."""
+    model = timm.create_model(f"{family}_nano", num_classes=7)
     before = norms(model)
     fused = backbones.fuse(model)
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model(x)
-        torch.testing.assert_close(fused(x), expected, rtol=1e-9, atol=1e-9)
-        single = backbones.fuse(model.float())(x.float())
-        scale = expected.abs().max()
-        assert (single - expected).abs().max() < 1e-5 * scale
     assert norms(model) == before
     left = [name for name in norms(fused) if not name.endswith("mid_norm")]
     assert not left and (family == "i_d_dw_conv" or not norms(fused))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones.mixers import InhomogeneousDynamicDepthwiseConv, LocalMLP
+from backbones.mixers import InhomogeneousDynamicDepthwiseConv
 from dense.backbone import DenseBackbone
 from tests.support import NANO, build
 
@@ -51,83 +51,6 @@ def test_convolutions_see_no_padding(name):
     for norm_name, size in seen.items():
         stride = 4 * 2 ** int(norm_name.split(".")[1])
         assert tuple(size) == ((75 - 1) // stride + 1, (101 - 1) // stride + 1), norm_name
-
-
-@pytest.mark.parametrize("size", [(5, 7), (3, 8), (2, 2)])
-def test_local_mlp_position_by_position(size):
-    """Padded, shifted, mixed where no seam lies between, and cropped, in that order."""
-    torch.manual_seed(0)
-    (height, width), (rows, columns) = size, (3, 2)
-    mixer = LocalMLP(4, 2, (rows, columns), shifted=True, shared=True).double()
-    for parameter in mixer.parameters():
-        nn.init.normal_(parameter)
-    x = torch.randn(1, height, width, 4, dtype=torch.float64)
-    down, across = -(-height // rows) * rows, -(-width // columns) * columns
-    # An axis that one window covers is not shifted.
-    shift = (rows // 2 if down > rows else 0, columns // 2 if across > columns else 0)
-
-    value = torch.zeros(down, across, 4, dtype=torch.float64)
-    value[:height, :width] = x[0]
-    value = value @ mixer.value.weight.T + mixer.value.bias
-
-    def place(y, x):
-        """Window, side of the seam and index inside the window of a position before shifting."""
-        y, x = (y - shift[0]) % down, (x - shift[1]) % across
-        window = (y // rows, x // columns)
-        side = (y >= down - shift[0], x >= across - shift[1])
-        return window, side, (y % rows, x % columns)
-
-    def weight(head, into, source):
-        table = mixer.relative_position_bias_table
-        offset = (into[0] - source[0] + rows - 1) * (2 * columns - 1)
-        offset += into[1] - source[1] + columns - 1
-        index = [y * columns + x for y, x in (into, source)]
-        return mixer.weight[head, index[0], index[1]] + table[offset, head]
-
-    out = torch.zeros(height, width, 4, dtype=torch.float64)
-    everywhere = [(y, x) for y in range(down) for x in range(across)]
-    for y, x_ in [(y, x) for y in range(height) for x in range(width)]:
-        *home, into = place(y, x_)
-        for v, u in everywhere:
-            *there, source = place(v, u)
-            if home == there:
-                for channel in range(4):
-                    out[y, x_, channel] += weight(channel // 2, into, source) * value[v, u, channel]
-    expected = out @ mixer.proj.weight.T + mixer.proj.bias
-    torch.testing.assert_close(mixer(x)[0], expected)
-
-
-def test_per_window_weights_that_agree_are_the_shared_form():
-    shared = build("swin_local_mlp_nano", shared=True).eval()
-    for parameter in shared.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    own = build("swin_local_mlp_nano").eval()
-    state = shared.state_dict()
-    for name, value in own.state_dict().items():
-        if name.endswith("mixer.weight"):
-            state[name] = state[name].unflatten(-1, (7, 7)).expand(value.shape)
-    own.load_state_dict(state)
-    for size in ((224, 224), (64, 116), (300, 250)):
-        x = torch.randn(1, 3, *size)
-        for a, b in zip(maps(own, x), maps(shared, x), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_a_halved_grid_of_windows_averages_neighbours():
-    """What bilinear resizing of 8x8 to 4x4 windows (224 to 112 pixels) means, by hand."""
-    large = build("swin_local_mlp_nano").eval()
-    small = build("swin_local_mlp_nano", img_size=112).eval()
-    state = large.state_dict()
-    for name, value in small.state_dict().items():
-        weight = state[name]
-        if name.endswith("mixer.weight") and weight.shape != value.shape:
-            state[name] = (
-                weight[::2, ::2] + weight[1::2, ::2] + weight[::2, 1::2] + weight[1::2, 1::2]
-            ) / 4
-    small.load_state_dict(state)
-    x = torch.randn(1, 3, 112, 112)
-    for a, b in zip(maps(large, x), maps(small, x), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NANO)

