@@ -10,6 +10,9 @@ triton = pytest.importorskip("triton")
 
 from backbones import ops  # noqa: E402
 from backbones.ops import reference  # noqa: E402
+from dense.analysis.kernels import accesses  # noqa: E402
+from dense.analysis.kernels.launches import Launch  # noqa: E402
+from dense.analysis.kernels.offsets import overflows  # noqa: E402
 from tests import support  # noqa: E402
 from tests.support import OperatorCases, at_length, outputs_and_gradients, randn  # noqa: E402
 
@@ -370,18 +373,17 @@ module {
 
 
 def test_offsets_in_32_bits_are_found():
-    tool = support.load_tool("inspect_kernels")
     text = TTIR.replace("%row =", "%c0_i32 = arith.constant 0 : i32\n    %row =")
     arguments = {"x": torch.empty(0), "W": 2**16}
-    assert not tool.overflows(text, tool.Launch("", None, arguments, (2**16,)))
+    assert not overflows(text, Launch("", None, arguments, (2**16,)))
     # The product in 32 bits, widened when it is too late.
     late = text.replace("arith.extsi %row : i32 to i64", "arith.muli %row, %W : i32")
     late = late.replace("arith.muli %0, %1 : i64", "arith.extsi %0 : i32 to i64")
-    found = tool.overflows(late, tool.Launch("", None, arguments, (2**16,)))
+    found = overflows(late, Launch("", None, arguments, (2**16,)))
     assert found == ["%0 = arith.muli %row, %W : i32"]
-    assert not tool.overflows(late, tool.Launch("", None, arguments, (2**15,)))
-    last = tool.Launch("", None, {"x": torch.empty(0), "W": 2**31 - 1}, (2**16,))
-    assert len(tool.overflows(text, last)) == 1
+    assert not overflows(late, Launch("", None, arguments, (2**15,)))
+    last = Launch("", None, {"x": torch.empty(0), "W": 2**31 - 1}, (2**16,))
+    assert len(overflows(text, last)) == 1
 
 
 def test_offsets_of_all_kernels_have_64_bits():
@@ -434,9 +436,8 @@ $L__BB0_1:
 )
 def test_sectors_of_accesses(step, used, touched, read):
     """48 of 64 threads read 2 bytes in each of two iterations; all write 4 bytes once."""
-    tool = support.load_tool("inspect_kernels")
     code = PTX.replace("mov.b32 	%r4, 0;", "mov.b32 	%r4, 0;\n	mov.u32 	%r5, 2;")
-    seen = tool.touched(code, [None, step, None], (1,), 2)
+    seen = accesses.touched(code, [None, step, None], (1,), 2)
     assert (seen.used, seen.touched) == (used + 4 * 64, touched + 4 * 64)
     assert seen.by_programs == len(seen.read[0]) == read
     assert len(seen.written[2]) == 8
@@ -444,16 +445,15 @@ def test_sectors_of_accesses(step, used, touched, read):
     apart = code.replace(
         "mov.u32 	%r5, 2;", "mov.u32 	%r5, %ctaid.x;\n	add.s32 	%r5, %r5, 2;"
     )
-    both = tool.touched(apart, [None, step, None], (2,), 2)
+    both = accesses.touched(apart, [None, step, None], (2,), 2)
     assert (both.used, both.touched) == (used // 2 * 5 + 512, touched // 2 * 5 + 512)
     assert both.by_programs == 2 * len(both.read[0]) == 2 * read
 
 
 def test_addresses_that_depend_on_what_is_loaded_are_refused():
-    tool = support.load_tool("inspect_kernels")
     code = PTX.replace("ld.global.b16 { %rs1 }", "ld.global.b32 { %r2 }")
     with pytest.raises(NotImplementedError, match="depends on what is loaded"):
-        tool.touched(code, [None, 1, None], (1,), 2)
+        accesses.touched(code, [None, 1, None], (1,), 2)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -1,0 +1,1 @@
+"""What compiled Triton kernels use and how they access memory, read off the generated code."""
