@@ -317,7 +317,7 @@ def _divide(a: np.ndarray, b: np.ndarray, operation: str) -> np.ndarray:
 
 
 def accesses(launch: Launch, ptx: str) -> dict[str, float]:
-    """The ``sectors``, ``traffic`` and ``reread`` of a launch; ``tools/inspect_kernels.py`` says what."""
+    """The ``sectors``, ``traffic`` and ``reread`` of a launch: see ``inspect_kernels.py``."""
     import torch
 
     types = specialised(launch)[0]
