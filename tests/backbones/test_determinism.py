@@ -55,7 +55,7 @@ def test_no_operator_is_left_out():
     assert OPERATORS.keys() == set(ops.__all__)
 
 
-def repeat(threads: int) -> None:
+def repeat(threads: int, repeats: int = REPEATS) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     for make in OPERATORS.values():
@@ -68,14 +68,14 @@ def repeat(threads: int) -> None:
                 continue
             with ops.force(backend):
                 first = outputs_and_gradients(function, inputs, (), grad)
-                for _ in range(REPEATS - 1):
+                for _ in range(repeats - 1):
                     again = outputs_and_gradients(function, inputs, (), grad)
                     assert all(map(torch.equal, first, again)), (name, backend)
     for family in FAMILIES:
         network = timm.create_model(f"{family}_nano", num_classes=5).eval()
         images = torch.randn(2, 3, 61, 90)
         first = gradients(network, images)
-        for _ in range(REPEATS - 1):
+        for _ in range(repeats - 1):
             assert all(map(torch.equal, first, gradients(network, images))), family
 
 
@@ -87,7 +87,7 @@ def gradients(network: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_outputs_and_gradients_repeat_on_a_thread():
-    repeat(1)
+    repeat(1, 3)
 
 
 @pytest.mark.e2e

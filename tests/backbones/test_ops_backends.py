@@ -30,18 +30,17 @@ def test_backends_agree_with_the_reference(make, backend, size):
     agrees(make(size), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# test_sizes.py has all kernels, groups and windows of the C kernels.
 @pytest.mark.parametrize("make", cases.convolutions)
 @pytest.mark.parametrize("kernel", [1, 3, 4, 5])
-def test_kernel_sizes(make, backend, kernel):
-    agrees(make((5, 14), kernel=kernel), backend)
+def test_kernel_sizes(make, kernel):
+    agrees(make((5, 14), kernel=kernel), "torch")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", cases.convolutions)
 @pytest.mark.parametrize("groups, shared", [(1, 1), (32, 1), (1, 32), (9, 6)])
-def test_groups(make, backend, groups, shared):
-    agrees(make((4, 9), groups=groups, shared=shared, batch=1), backend)
+def test_groups(make, groups, shared):
+    agrees(make((4, 9), groups=groups, shared=shared, batch=1), "torch")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,8 +55,7 @@ def test_precisions(make, backend, dtype, tolerance):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window", [(7, 7), (1, 2), (2, 5), (12, 12)])
-@pytest.mark.parametrize("dim", [1, 3, 8, 32])
-def test_windows(backend, window, dim, heads=2):
+def test_windows(backend, window, dim=3, heads=2):
     rows, columns = window
     size = (2 * rows, 3 * columns)
     for shift in {(0, 0), (rows // 2, columns // 2), (0, columns // 2), (rows - 1, 0)}:
@@ -71,34 +69,17 @@ def test_windows(backend, window, dim, heads=2):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("window", [(7, 7), (1, 1), (3, 3), (5, 7), (9, 1), (1, 9)])
-@pytest.mark.parametrize("dim", [1, 3, 5, 8, 12, 32, 40])
-def test_sliding_windows(backend, window, dim):
+@pytest.mark.parametrize("window", [(7, 7), (1, 1), (5, 7), (9, 1), (1, 9)])
+def test_sliding_windows(backend, window):
     """Maps smaller than the window, those that are no whole blocks, strips of rows in C."""
     for size in ((1, 1), (2, 11), (23, 6)):
-        agrees(cases.sliding(size, groups=3, shared=dim, window=window), backend)
+        agrees(cases.sliding(size, groups=3, shared=5, window=window), backend)
 
 
 @pytest.mark.parametrize("scores", [2**19, 100])
 def test_blocks_of_queries_at_once_and_by_rows(scores, monkeypatch):
     monkeypatch.setitem(halos._SCORES, "cpu", scores)
     agrees(cases.sliding((17, 12)), "torch")
-
-
-@pytest.mark.skipif(native.missing() is not None, reason="there are no C kernels")
-@pytest.mark.parametrize("size", [(40, 9), (7, 5)])
-def test_sliding_attention_is_the_same_on_any_number_of_threads(size):
-    name, inputs, options = cases.sliding(size, window=(7, 7))
-    inputs, grad = [x.float() for x in inputs], torch.randn(2, *size, 6)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            with ops.force("native"):
-                found.append(outputs_and_gradients(getattr(ops, name), inputs, options, grad))
-    finally:
-        torch.set_num_threads(before)
-    assert all(a.equal(b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
