@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
 
-    from dense import require
+    from dense import files, require
 
     try:
         require("rich", "complexity")
@@ -87,12 +87,11 @@ def main() -> None:
         sys.exit(f"complexity: {error}")
 
     if args.json:
-        args.json.write_text(
-            json.dumps({k: list(tables.raw(v)) for k, v in done.items()}, indent=1)
-        )
+        content = {name: list(tables.raw(section)) for name, section in done.items()}
+        files.write(args.json, json.dumps(content, indent=1))
     if args.markdown:
         every = (table.markdown() for section in done.values() for table in section)
-        args.markdown.write_text("\n\n".join(every) + "\n")
+        files.write(args.markdown, "\n\n".join(every) + "\n")
     for name in sections if args.write else ():
         section = tables.SECTIONS[name]
         changed = tables.write_block(ROOT / section.readme, done[name], section.tool)

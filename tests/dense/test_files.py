@@ -1,16 +1,18 @@
 """Atomic writes: the new file or the old one, whatever comes between."""
 
+import ast
 import errno
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from dense import files
-from tests.support import environment
+from tests.support import ROOT, environment
 
 
 @pytest.mark.parametrize(
@@ -115,3 +117,41 @@ def test_a_log_is_read_but_for_the_line_that_a_kill_cut_off(tmp_path):
     log = tmp_path / "metrics.json"
     log.write_text('{"loss": 2.0}\n\n3\n{"loss": 1.0}\n{"los')
     assert files.json_lines(log) == [{"loss": 2.0}, {"loss": 1.0}]
+
+
+WRITERS = ("write_text", "write_bytes", "save", "save_file", "savefig", "dump", "copyfile", "move")
+# Pictures that a step's mark follows, a lock, a compiler's work space, another environment's files.
+ELSEWHERE = (
+    "dense/files.py",
+    "dense/demo/scenes.py",
+    "dense/analysis/kernels/launches.py",
+    "dense/openmmlab/mmcv_lite.py",
+    "tools/demo.py",
+    "tools/setup_environment.py",
+)
+
+
+def test_every_result_is_written_through_it():
+    """What the package and the tools write is a file of ``files.write``, or named partial."""
+    plain = {
+        f"{path.relative_to(ROOT)}:{call.lineno} {ast.unparse(call)}"
+        for folder in ("backbones", "dense", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        if str(path.relative_to(ROOT)) not in ELSEWHERE
+        for call in written_plainly(ast.parse(path.read_text()))
+    }
+    assert not plain
+
+
+def written_plainly(tree: ast.AST) -> Iterator[ast.Call]:
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    atomic = [call for call in calls if ast.unparse(call.func) in ("files.write", "super().save")]
+    inside = {node for call in atomic for node in ast.walk(call)}
+    for call in calls:
+        name, text = ast.unparse(call.func).rsplit(".")[-1], ast.unparse(call)
+        opened = name == "open" and "'w" in text and "lock" not in text
+        saved = name in WRITERS and isinstance(call.func, ast.Attribute) and call.args
+        # The checkpointer's own method calls files.write.
+        kept = any(word in text for word in ("partial", "_checkpointer", "buffer"))
+        if (opened or saved) and not kept and call not in inside:
+            yield call

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader
 
 from dense.openmmlab.config import ConfigError
@@ -79,6 +80,10 @@ def test_shards(photos, tmp_path):
     (tmp_path / "_info.json").write_text(json.dumps(info))
     stream = ImageStream(str(tmp_path), PLAIN, 3, name="wds/photos", split="val", batch_size=4)
     assert len(stream) == 12 and stream.metainfo["classes"] == ["0", "1", "2"]
+    # Networks of ImageNet are known by their classes, as timm orders them.
+    for count, names in ((1000, "imagenet-1k"), (21841, "imagenet-22k")):
+        named = ImageStream(str(tmp_path), PLAIN, count, name="wds/photos", split="val")
+        assert named.metainfo["classes"] == ImageNetInfo(names).label_names()
     loader = DataLoader(stream, batch_size=4)
     found = [
         (image.sum().item(), int(label)) for images, labels, _ in loader

@@ -3,18 +3,19 @@
 import csv
 import io
 import json
-import math
 import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
 
 import backbones
+from dense.pretraining.metric import ClassificationMetric
+from dense.pretraining.model import ImageClassifier
 from tests.pretraining.conftest import CONFIGS
 
 
@@ -167,8 +168,6 @@ def test_a_config_that_is_not_there(pretrain):
 
 
 def test_real_labels(tmp_path):
-    from dense.pretraining.metric import ClassificationMetric
-
     names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (3, 1, 2)]
     (tmp_path / "real.json").write_text(json.dumps([[1, 2], [0], []]))
     metric = ClassificationMetric(str(tmp_path / "real.json"), filenames=names)
@@ -181,8 +180,6 @@ def test_real_labels(tmp_path):
 
 
 def test_an_image_in_anothers_place_counts_once():
-    from dense.pretraining.metric import ClassificationMetric
-
     metric = ClassificationMetric()
     rows = [(0, 0, 0, 1), (1, 2, 0, 1), (1, 2, 0, 1)]  # label, index, best, second
     assert metric.compute_metrics(rows)["top1"] == 50
@@ -192,26 +189,52 @@ def test_an_image_in_anothers_place_counts_once():
 
 
 def test_timm_brings_the_real_labels():
-    from dense.pretraining.metric import ClassificationMetric
-
     metric = ClassificationMetric("timm", filenames=[])
     assert len(metric.real) == 50_000
     assert 5 < sum(not valid for valid in metric.real.values()) / 500 < 10  # about 3200 have none
 
 
-@pytest.mark.parametrize("mixup", [None, {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}])
-def test_losses_are_timms(mixup):
+@pytest.mark.parametrize("mixup", [None, {"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}])
+def test_the_loss_is_of_the_mixed_images_and_their_smoothed_targets(mixup):
+    """The shares of the two images are read from what the network gets."""
     torch.manual_seed(0)
-    model = MODELS.build(
-        dict(type="ImageClassifier", name="dw_conv_nano", num_classes=5, mixup=mixup,
-             label_smoothing=0.1)
-    ).eval()  # fmt: skip
-    x, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
-    loss = model(x, labels, torch.arange(4), mode="loss")["loss"]
-    assert math.isfinite(loss)
-    if mixup is None:
-        expected = torch.nn.functional.cross_entropy(model.network(x), labels, label_smoothing=0.1)
-        torch.testing.assert_close(loss, expected)
+    np.random.seed(0)
+    classes, smoothing = 5, 0.1
+    # timm mixes by Mixup unless CutMix alone is asked for.
+    mixing = mixup and {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, **mixup}
+    model = ImageClassifier("dw_conv_nano", classes, mixup=mixing, label_smoothing=smoothing)
+    model.eval().double()
+    x, labels = torch.rand(4, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    seen = []
+    model.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    loss = model(x.clone(), labels, torch.arange(4), mode="loss")["loss"]
+
+    (mixed,), other = seen, x.flip(0)
+    share = ((mixed - other) / (x - other)).mean((1, 2, 3))
+    assert (share == 1).all() if mixup is None else (0.01 < share).all() and (share < 0.99).all()
+    assert (mixed.eq(x) | mixed.eq(other)).all() != (mixup is not None and "mixup_alpha" in mixup)
+    targets = torch.eye(classes, dtype=torch.float64)[labels] * (1 - smoothing)
+    targets = targets + smoothing / classes
+    targets = share[:, None] * targets + (1 - share[:, None]) * targets.flip(0)
+    expected = -(targets * model.network(mixed).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_five_best_of_more_classes_count():
+    torch.manual_seed(0)
+    model = ImageClassifier("dw_conv_nano", 7).eval()
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        order = model.network(x).argsort(1, descending=True)
+    # In the fifth place, the sixth and the first.
+    labels = torch.stack([order[0, 4], order[1, 5], order[2, 0]])
+    with torch.no_grad():
+        found = model(x, labels, torch.arange(3), mode="predict")
+    assert [row["best"].tolist() for row in found] == order[:, :5].tolist()
+    metric = ClassificationMetric()
+    metric.process(None, found)
+    metrics = metric.compute_metrics(metric.results)
+    assert metrics["top1"] == pytest.approx(100 / 3) and metrics["top5"] == pytest.approx(200 / 3)
 
 
 def test_training_on_shards(run, photos, tmp_path):
