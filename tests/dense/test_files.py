@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,28 @@ def test_the_target_holds_what_was_written(tmp_path, content, expected, old):
     assert files.write(str(path), content) == path
     assert path.read_bytes() == expected
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_is_replaced_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Whoever has opened the old one reads all of it."""
+    target, done = tmp_path / "target", []
+    target.write_text("the old content")
+    sync, replace = os.fsync, os.replace
+
+    def synced(file: int) -> None:
+        done.append(os.fstat(file).st_ino)
+        sync(file)
+
+    def replaced(source: Path, path: Path) -> None:
+        done.append("replaced")
+        replace(source, path)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with open(target) as reader:
+        files.write(target, "new")
+        assert reader.read() == "the old content"
+    assert done == [target.stat().st_ino, "replaced"]
 
 
 def test_torch_saves_through_it(tmp_path):
