@@ -6,6 +6,7 @@ WORK_DIR ?= work_dirs/demo
 CHAIN_DIR ?= work_dirs/chain
 WORKERS ?= 2
 DIST ?= dist
+SEED ?= 1
 
 ifndef PYTHON
 supported = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -16,7 +17,7 @@ PYTHON := $(shell for p in $(candidates); do \
 endif
 export WHEELHOUSE MMCV
 
-.PHONY: help setup demo demo-chain test test-e2e test-chain test-kernels test-peers test-floors test-ecosystem test-forks test-reliability lint wheel lock clean
+.PHONY: help setup demo demo-chain test test-e2e test-chain test-kernels test-peers test-floors test-ecosystem test-forks test-reliability mutants lint wheel lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +32,7 @@ help:
 	@echo "make test-ecosystem  the page of other libraries, dense/README.md, with them: .venv-ecosystem"
 	@echo "make test-forks the tests of OpenMMLab's frameworks with their maintained forks: .venv-forks"
 	@echo "make test-reliability  bad input for the six tools: tests/reliability/README.md"
+	@echo "make mutants    plants mistakes and counts what the tests notice: tests/mutants/README.md (SEED=n)"
 	@echo "make setup      builds .venv; the others do so too (MMCV=compiled: mmcv's own operators)"
 	@echo "make lint       ruff: rules and format"
 	@echo "make wheel      $(DIST)/*.whl for Linux on x86-64, with the C kernels compiled; needs GCC"
@@ -78,6 +80,9 @@ test-forks: setup
 
 test-reliability: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.reliability --jobs $(WORKERS) --resume
+
+mutants: setup
+	.venv/bin/python -W ignore -m tests.mutants --seed $(SEED) --jobs $(WORKERS) --resume
 
 lint: setup
 	.venv/bin/ruff check .

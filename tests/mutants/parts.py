@@ -1,0 +1,102 @@
+"""Which tests belong to a source file: those that should notice a mistake in it."""
+
+from pathlib import PurePath
+
+B, D, S, P = "tests/backbones", "tests/detection", "tests/segmentation", "tests/pretraining"
+OPERATORS = (f"{B}/test_operators.py", f"{B}/test_sizes.py", f"{B}/test_ops_backends.py")
+NETWORKS = (f"{B}/test_references.py", f"{B}/test_models.py", f"{B}/test_pyramid.py")
+FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
+
+# A file belongs to the first line whose beginning is its path's.
+TESTS = {
+    "backbones/ops/triton_kernels": (f"{B}/test_ops_triton.py", f"{B}/test_triton_kernels.py"),
+    "backbones/ops/verdicts": (f"{B}/test_verdicts.py",),
+    "backbones/ops/cases": (f"{B}/test_verdicts.py",),
+    "backbones/ops/library": (f"{B}/test_library.py",),
+    "backbones/ops/native": (*OPERATORS, f"{B}/test_library.py"),
+    "backbones/ops/linear": (f"{B}/test_linear.py",),
+    "backbones/ops/flops": (f"{B}/test_sliding.py", "tests/test_complexity.py"),
+    "backbones/ops/dispatch": (*OPERATORS, f"{B}/test_linear.py", f"{B}/test_verdicts.py"),
+    "backbones/ops/": (*OPERATORS, f"{B}/test_determinism.py", f"{B}/test_ordinary_parts.py"),
+    "backbones/mixers/shared": (*NETWORKS, f"{B}/test_shared_dw_conv.py"),
+    "backbones/mixers/sliding": (*NETWORKS, f"{B}/test_sliding.py"),
+    "backbones/mixers/norm": (*NETWORKS, f"{B}/test_norms.py"),
+    "backbones/mixers/": (*NETWORKS, f"{B}/test_ordinary_parts.py", f"{B}/test_checkpoints.py"),
+    "backbones/ablations": ("tests/test_ablations.py", "tests/test_complexity.py"),
+    "backbones/hosts": (f"{B}/test_hosts.py",),
+    "backbones/f": (f"{B}/test_references.py", f"{B}/test_fusion.py", f"{B}/test_models.py"),
+    "backbones/models": (f"{B}/test_models.py", f"{B}/test_released.py"),
+    "backbones/layers": (*NETWORKS, f"{B}/test_added_parts.py", f"{B}/test_ordinary_parts.py"),
+    "backbones/pyramid": (
+        *NETWORKS,
+        f"{B}/test_added_parts.py",
+        f"{B}/test_output_stride.py",
+        f"{B}/test_encoders.py",
+    ),
+    "backbones/__main__": (*FILES, "tests/test_convert_checkpoint.py"),
+    "backbones/": (*FILES, "tests/test_convert_checkpoint.py"),
+    "dense/analysis/benchmark": ("tests/dense/test_benchmark.py",),
+    "dense/analysis/kernels": (f"{B}/test_triton_kernels.py",),
+    "dense/analysis/comparison": (f"{P}/test_comparison.py",),
+    "dense/analysis/properties": ("tests/test_properties.py",),
+    "dense/analysis/": ("tests/test_complexity.py", "tests/test_recipes.py"),
+    "dense/backbone": ("tests/dense/test_dense_backbone.py", f"{B}/test_norms.py"),
+    "dense/demo": ("tests/test_make_scenes.py", "tests/test_demo.py"),
+    "dense/detection/annotations": (f"{D}/test_annotations.py",),
+    "dense/detection/cascade": (f"{D}/test_cascade.py",),
+    "dense/detection/checkpoint": (f"{D}/test_checkpoint.py",),
+    "dense/detection/data": (f"{D}/test_data.py", f"{D}/test_train.py"),
+    "dense/detection/mapper": (f"{D}/test_data.py", f"{D}/test_train.py"),
+    "dense/detection/backbone": (f"{D}/test_backbone.py",),
+    "dense/detection/": (f"{D}/test_train.py", f"{D}/test_resuming.py", "tests/test_predict.py"),
+    "dense/drawing": ("tests/test_predict.py", "tests/test_demo.py", "tests/test_properties.py"),
+    "dense/files": ("tests/dense/test_files.py",),
+    "dense/finite": ("tests/dense/test_finite.py",),
+    "dense/huggingface": ("tests/huggingface",),
+    "dense/images": (f"{P}/test_data.py", f"{S}/test_data.py", "tests/test_predict.py"),
+    "dense/metrics": ("tests/test_plot_metrics.py",),
+    "dense/openmmlab/mmcv": ("tests/test_mmcv_ext.py",),
+    "dense/openmmlab/mmdetection": ("tests/test_mmdetection.py",),
+    "dense/openmmlab/optim": ("tests/dense/test_optim.py",),
+    "dense/openmmlab/backbone": (f"{S}/test_registration.py", f"{S}/test_plugging_in.py"),
+    "dense/openmmlab/": (f"{P}/test_tool.py", f"{P}/test_resuming.py", f"{S}/test_runner.py"),
+    "dense/optim": ("tests/dense/test_optim.py",),
+    "dense/options": (f"{P}/test_tool.py", f"{S}/test_tools.py", f"{D}/test_train.py"),
+    "dense/prediction": ("tests/test_predict.py",),
+    "dense/pretraining/config": (f"{P}/test_configs.py", f"{P}/test_tool.py"),
+    "dense/pretraining/predictor": ("tests/test_predict.py",),
+    "dense/pretraining/": (f"{P}/test_data.py", f"{P}/test_tool.py", f"{P}/test_resuming.py"),
+    "dense/publish": ("tests/test_publish_checkpoint.py",),
+    "dense/recipes": ("tests/test_recipes.py", "tests/test_packaging.py"),
+    "dense/report": ("tests/test_demo.py", f"{P}/test_comparison.py"),
+    "dense/runs": ("tests/dense/test_runs.py",),
+    "dense/seeding": (f"{P}/test_resuming.py", f"{S}/test_resuming.py", f"{D}/test_resuming.py"),
+    "dense/segmentation/config": (f"{S}/test_configs.py", f"{S}/test_tools.py"),
+    "dense/segmentation/predictor": ("tests/test_predict.py",),
+    "dense/segmentation/": (f"{S}/test_data.py", f"{S}/test_runner.py"),
+    "dense/steps": ("tests/test_demo.py", f"{P}/test_comparison.py"),
+    "dense/": ("tests/dense",),
+    "configs/detection": (f"{D}/test_configs.py",),
+    "configs/mmdetection": ("tests/test_mmdetection.py",),
+    "configs/pretraining": (f"{P}/test_configs.py",),
+    "configs/segmentation": (f"{S}/test_configs.py",),
+    "tools/benchmark": ("tests/dense/test_benchmark.py",),
+    "tools/compare_families": (f"{P}/test_comparison.py",),
+    "tools/complexity": ("tests/test_complexity.py",),
+    "tools/inspect_kernels": (f"{B}/test_triton_kernels.py",),
+    "tools/pretrain": (f"{P}/test_tool.py",),
+    "tools/setup_environment": ("tests/test_setup.py",),
+    "tools/show_kernels": ("tests/test_properties.py",),
+    "tools/test_segmentor": (f"{S}/test_tools.py",),
+    "tools/test_versions": ("tests/test_versions.py",),
+    "tools/train_detector": (f"{D}/test_train.py",),
+    "tools/train_segmentor": (f"{S}/test_tools.py", f"{S}/test_runner.py"),
+}
+
+
+def covering(path: str) -> tuple[str, ...]:
+    """The test files of a source; a tool's or module's own ``test_<name>.py`` if no line has it."""
+    for beginning, tests in TESTS.items():
+        if path.startswith(beginning):
+            return tests
+    return (f"tests/test_{PurePath(path).stem}.py",)

@@ -1,0 +1,71 @@
+"""The mistakes of mutation runs: of every kind, the same for a seed, none in texts."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.mistakes import Mistake, draw, possible
+from tests.mutants.parts import covering
+from tests.support import ROOT
+
+PYTHON = b'''"""A text, 1 < 2."""
+
+
+def area(width: int = 3, *, height: float) -> float:
+    """Not 5."""
+    if width < 0 and not height:
+        raise ValueError(f"{width + 1} is wrong")
+    log.info(7)
+    check(width, height)
+    return scaled(width * height, by=2, twice=True)
+'''
+PYTHONS = {
+    "    if width <= 0 and not height:",
+    "    if width < 0 or not height:",
+    "    if width < 0 and height:",
+    "    if not (width < 0 and not height):",
+    "    if width < 1 and not height:",
+    "def area(width: int = 4, *, height: float) -> float:",
+    "    pass",
+    "    check(height, width)",
+    "    return (width * height)",
+    "    return scaled(width / height, by=2, twice=True)",
+    "    return scaled(width * height, by=3, twice=True)",
+    "    return scaled(width * height, by=2, twice=False)",
+    "    return scaled(width * height, twice=True)",
+    "    return scaled(width * height, by=2)",
+}
+C = b"#define K 7\n/* a < b */\nfor (I i = 0; i < n; i++) sum += x[i] * y; // 5 + 5\n"
+CS = {
+    "for (I i = 1; i < n; i++) sum += x[i] * y; // 5 + 5",
+    "for (I i = 0; i <= n; i++) sum += x[i] * y; // 5 + 5",
+    "for (I i = 0; i < n; i++) sum = x[i] * y; // 5 + 5",
+    "for (I i = 0; i < n; i++) sum += x[i] + y; // 5 + 5",
+}
+
+
+def lines_of(mistake: Mistake, text: bytes) -> str:
+    (changed,) = set(mistake.made(text).decode().split("\n")) - set(text.decode().split("\n"))
+    return changed
+
+
+@pytest.mark.parametrize("name, text, expected", [("a.py", PYTHON, PYTHONS), ("a.c", C, CS)])
+def test_every_kind_and_nothing_else(name, text, expected):
+    found = [lines_of(mistake, text) for mistake in possible(name, text)]
+    assert set(found) == expected and len(found) == len(expected)
+
+
+def test_a_seed_draws_the_same_over_all_files(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.py").write_bytes(PYTHON)
+    names = [f"{number}.py" for number in range(4)]
+    one, same, other = (draw(tmp_path, names, 8, seed) for seed in (1, 1, 2))
+    assert one == same != other
+    assert sorted(mistake.path for mistake in one) == sorted(2 * names)
+
+
+def test_every_source_has_tests():
+    for folder in ("backbones", "dense", "configs", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for test in covering(str(path.relative_to(ROOT))):
+                assert Path(ROOT, test).exists(), (path, test)
