@@ -153,6 +153,7 @@ def detection_writer(
     predictor: Callable[[np.ndarray], dict],
     score_threshold: float,
     draw: Callable[..., np.ndarray] | None = None,
+    legend: bool = True,
 ) -> Callable[[np.ndarray, Job], None]:
     """The ``predict_and_write`` of :func:`run` for a detector.
 
@@ -164,6 +165,7 @@ def detection_writer(
         predictor: from ``load_predictor`` of :mod:`dense.detection` or :mod:`dense.mmdetection`.
         score_threshold: instances with lower scores are left out, 0 to 1.
         draw: None is :func:`dense.drawing.draw_instances`, which needs Detectron2.
+        legend: name the colours of the classes below the overlay.
     """
 
     def write(image: np.ndarray, job: Job) -> None:
@@ -173,7 +175,12 @@ def detection_writer(
         boxes, scores, classes = (found[key][keep] for key in ("boxes", "scores", "classes"))
         masks = None if found["masks"] is None else found["masks"][keep]
         texts = [f"{names[c]} {100 * s:.0f}%" for c, s in zip(classes, scores, strict=True)]
-        _save_image((draw or drawing.draw_instances)(image, boxes, masks, texts), job.overlay)
+        colours = drawing.class_colours(len(names))
+        drawn = (draw or drawing.draw_instances)(
+            image, boxes, masks, texts, [colours[index] for index in classes]
+        )
+        shown = {names[index]: colours[index] for index in np.unique(classes)}
+        _save_image(drawing.with_legend(drawn, shown if legend else {}), job.overlay)
         instances = [
             {
                 "class_id": int(index),
@@ -206,19 +213,25 @@ def _run_lengths(mask: np.ndarray) -> dict:
 
 
 def segmentation_writer(
-    predictor: Callable[[np.ndarray], np.ndarray],
+    predictor: Callable[[np.ndarray], np.ndarray], legend: bool = True
 ) -> Callable[[np.ndarray, Job], None]:
     """The ``predict_and_write`` of :func:`run` for :func:`dense.segmentation.load_predictor`.
 
     The result is a greyscale PNG of class indices: 0 is the first class; 8 bits, or 16 with more
-    than 256 classes.
+    than 256 classes. ``legend`` names the colours of the classes below the overlay.
     """
     drawn = drawing.segmentation_drawer(predictor.classes, predictor.palette)
     dtype = np.uint8 if len(predictor.classes) <= 256 else np.uint16
 
     def write(image: np.ndarray, job: Job) -> None:
         labels = np.asarray(predictor(image))
-        _save_image(drawn(image, labels), job.overlay)
+        shown = {
+            predictor.classes[index]: predictor.palette[index]
+            for index in np.unique(labels)
+            if index < len(predictor.classes)
+        }
+        picture = drawing.with_legend(drawn(image, labels), shown if legend else {})
+        _save_image(picture, job.overlay)
         label_map = Image.fromarray(labels.astype(dtype))
         files.write(job.result, lambda path: label_map.save(path, format="PNG"))
 

@@ -1,18 +1,15 @@
-"""Render training results as one self-contained HTML page."""
+"""The figures, losses and versions of trainings, and the demo's page of them."""
 
-import base64
 import contextlib
-import io
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from jinja2 import Environment
-
-from dense import files
+from dense import files, page
+from dense.drawing import Colours
+from dense.page import plot as plot
 
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -89,28 +86,6 @@ def _losses(records: Iterable[dict], step_key: str) -> Curves:
     return {name: sorted(points.items()) for name, points in by_name.items()}
 
 
-def plot(curves: Curves, title: str) -> str:
-    """Plot losses over iterations as an SVG element; values that are not finite are skipped."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(6.4, 3.6), layout="constrained")
-    axes = canvas.add_subplot()
-    for name, points in curves.items():
-        finite = [(step, value) for step, value in points if math.isfinite(value)]
-        total = name in ("total_loss", "loss")
-        axes.plot(*zip(*finite, strict=True), label=name, linewidth=2.2 if total else 1.1)
-    axes.set(title=title, xlabel="iteration", ylabel="loss", ylim=(0, None))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, ncols=2, frameon=False)
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):
-        canvas.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
-
-
 def versions() -> dict[str, str]:
     """The versions of those of :data:`PACKAGES` that are installed."""
     found = {}
@@ -129,8 +104,9 @@ def render(
     rows: Sequence[Row],
     commands: Sequence[Command],
     facts: Mapping[str, str],
+    legends: Mapping[str, Colours] | None = None,
 ) -> str:
-    """Render the page as HTML; images and plots are embedded, all text is escaped.
+    """Render the demo's page as HTML, by :func:`dense.page.render`.
 
     Args:
         title: heading and title of the page.
@@ -140,24 +116,71 @@ def render(
         rows: pictures side by side; all rows have the columns of the first.
         commands: in the order in which they were run.
         facts: versions and the like, name to value.
+        legends: for each kind of pictures, the colours of its classes by name.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["uri"] = _data_uri
-    environment.filters["minutes"] = lambda s: f"{int(s) // 60}:{int(s) % 60:02d}"
-    page = Path(__file__).with_name("report.html").read_text()
-    return environment.from_string(page).render(
-        title=title,
-        introduction=introduction,
-        figures=figures,
-        plots=plots,
-        columns=list(rows[0].pictures) if rows else [],
-        rows=rows,
-        commands=commands,
-        total=sum(command.seconds for command in commands),
-        facts=facts,
+    columns = list(rows[0].pictures) if rows else []
+    results = [
+        [
+            figure.name,
+            f"{figure.value:.1f}",
+            ""
+            if figure.least is None
+            else page.Cell(
+                f"{figure.least:.0f}: {'missed' if figure.missed else 'reached'}",
+                kind="bad" if figure.missed else "good",
+            ),
+            page.Cell(figure.source, kind="small"),
+        ]
+        for figure in figures
+    ]
+    total = page.duration(sum(command.seconds for command in commands))
+    return page.render(
+        title,
+        introduction,
+        [
+            page.Section(
+                "Results on the held-out scenes",
+                [page.Table(["figure", "result (%)", "at least", "from"], results)],
+            ),
+            page.Section("Losses", [page.Plots(plots)]),
+            page.Section(
+                "Prediction beside truth",
+                [
+                    page.Text("The first held-out scenes, not chosen by how well they went."),
+                    *(
+                        block
+                        for name, colours in (legends or {}).items()
+                        for block in (page.Text(f"{name.capitalize()}:"), page.Legend(colours))
+                    ),
+                    page.Compared(
+                        [
+                            (
+                                row.name,
+                                [
+                                    page.Picture(row.pictures[name], f"{name}, {row.name}", name)
+                                    for name in columns
+                                ],
+                            )
+                            for row in rows
+                        ]
+                    ),
+                ],
+            ),
+            page.Section(
+                "Commands",
+                [
+                    page.Text(
+                        "Run in this order from the root of the repository, "
+                        f"{total} minutes in all:"
+                    ),
+                    *(
+                        page.Code(
+                            f"{command.title}, {page.duration(command.seconds)}", command.line
+                        )
+                        for command in commands
+                    ),
+                ],
+            ),
+            page.Section("Versions", [page.Facts(facts)]),
+        ],
     )
-
-
-def _data_uri(path: Path) -> str:
-    kind = {".jpg": "jpeg", ".png": "png"}[path.suffix]
-    return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -5,16 +5,17 @@ import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from dense import page as pages
 from dense import report, runs, steps
 from dense.demo import scenes
 from dense.runs import RunError
 from dense.steps import Step, StepError
+from tests.pages import Page
 from tests.support import ROOT, environment, load_tool
 
 TOOL = ROOT / "tools" / "demo.py"
@@ -23,36 +24,6 @@ TOOL = ROOT / "tools" / "demo.py"
 @pytest.fixture
 def demo():
     return load_tool("demo")
-
-
-class Page(HTMLParser):
-    """Text of the cells of all tables, and everything the page would load from elsewhere."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.rows, self.loaded, self.tags, self.in_cell = [], [], [], False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.loaded += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self.in_cell = True
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self.in_cell = False
-
-    def handle_data(self, data):
-        if self.in_cell:
-            self.rows[-1][-1] += data.strip()
-
-    @property
-    def is_self_contained(self):
-        return all(value.startswith(("data:", "#")) for value in self.loaded)
 
 
 def write_lines(path, *records):
@@ -179,7 +150,9 @@ def recorded(tmp_path):
 
 def run_recorded(demo, recorded):
     digest = steps.sources_digest(
-        ROOT, ("backbones", "dense", "configs", "tools"), (TOOL, Path(report.__file__))
+        ROOT,
+        ("backbones", "dense", "configs", "tools"),
+        (TOOL, Path(report.__file__), Path(pages.__file__)),
     )
     done = {step.name: {"seconds": 2.0, "done": True} for step in demo.STEPS}
     (recorded / steps.STATE).write_text(json.dumps({"sources": digest, "steps": done}))

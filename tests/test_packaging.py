@@ -79,7 +79,7 @@ def test_an_installed_wheel_finds_its_recipes(tmp_path):
     installed = tmp_path / "lib/dense/configs"
     recipes = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.py")}
     assert {path.relative_to(installed) for path in installed.rglob("*.*")} == recipes
-    assert (tmp_path / "lib/dense/report.html").is_file()
+    assert (tmp_path / "lib/dense/page.html").is_file()
     code = "from dense.recipes import RECIPES; print(RECIPES)"
     assert python(tmp_path, code, cwd=tmp_path) == str(installed)
 

@@ -223,7 +223,8 @@ def test_detections_are_cocos_results(tmp_path, quadrants):
     pytest.importorskip("detectron2")
     photos = write_photos(tmp_path / "photos", quadrants)
     jobs = plan([photos / "a.png"], tmp_path / "out", "detection")
-    assert prediction.run(jobs, prediction.detection_writer(fake_detector, 0.5)) == []
+    write = prediction.detection_writer(fake_detector, 0.5, legend=False)
+    assert prediction.run(jobs, write) == []
     content = json.loads(jobs[0].result.read_text())
     assert (content["height"], content["width"]) == (40, 60)
     assert content["classes"] == ["cat", "dog"]
@@ -485,3 +486,57 @@ def test_tool_refuses_in_one_line(
     assert status == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+# The legend
+
+
+def test_the_legend_names_the_colours_below_the_overlay(tmp_path, quadrants):
+    pytest.importorskip("mmseg")
+    segmentor = FakeSegmentor(4)
+    segmentor.palette = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
+    photos = write_photos(tmp_path / "photos", quadrants)
+    pictures = {}
+    for legend in (True, False):
+        jobs = plan([photos / "a.png"], tmp_path / str(legend), "segmentation")
+        prediction.run(jobs, prediction.segmentation_writer(segmentor, legend))
+        with Image.open(jobs[0].overlay) as overlay:
+            pictures[legend] = np.asarray(overlay).astype(int)
+    height, width = pictures[False].shape[:2]
+    assert pictures[True].shape[0] > height and pictures[True].shape[1] == width
+    np.testing.assert_allclose(
+        pictures[True][: height - 16], pictures[False][: height - 16], atol=8
+    )
+    strip = pictures[True][height:].reshape(-1, 3)
+    for colour in segmentor.palette:
+        assert (np.abs(strip - colour).max(axis=1) < 60).sum() > 50
+
+
+def test_a_legend_wraps_and_says_how_many_it_leaves_out(quadrants):
+    few = {f"class {i}": (i, 0, 0) for i in range(3)}
+    many = {f"class {i}": (i, 0, 0) for i in range(200)}
+    assert drawing.with_legend(quadrants, {}) is quadrants
+    low, high = (drawing.with_legend(quadrants, colours) for colours in (few, many))
+    assert quadrants.shape[0] < low.shape[0] < high.shape[0]
+    first = drawing.with_legend(quadrants, dict(list(many.items())[:41]))
+    assert first.shape == high.shape, "40 names, and a line for the rest"
+
+
+def test_classes_have_colours_of_their_own():
+    colours = drawing.class_colours(80)
+    assert len(set(colours)) == 80 and colours[:5] == drawing.class_colours(5)
+    near = [np.abs(np.subtract(a, b)).max() for a, b in zip(colours, colours[1:], strict=False)]
+    assert min(near) > 60
+
+
+def test_detections_are_drawn_in_the_colours_of_their_classes(tmp_path, quadrants):
+    pytest.importorskip("detectron2")
+    boxes = np.array([[2, 2, 20, 16], [30, 20, 56, 38]], np.float32)
+    masks = np.zeros((2, 40, 60), bool)
+    masks[0, 2:16, 2:20] = masks[1, 20:38, 30:56] = True
+    for draw in (drawing.draw_instances, drawing.draw_instances_openmmlab):
+        grey = np.full_like(quadrants, 128)
+        drawn = draw(grey, boxes, masks, ["", ""], [(255, 0, 0), (0, 0, 255)])
+        scale = drawn.shape[0] // 40
+        first, second = (drawn[scale * y, scale * x].astype(int) for x, y in ((10, 10), (44, 30)))
+        assert first[0] > 150 > 110 > first[2] and second[2] > 150 > 110 > second[0]

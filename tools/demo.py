@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dense import drawing, files, prediction, report, runs, steps
+from dense import drawing, files, page, prediction, report, runs, steps
 from dense.demo import scenes
 from dense.images import read_image
 from dense.steps import State, Step, StepError
@@ -81,7 +81,7 @@ DETECTOR = (
         "predict_detector",
         "predict with it",
         "tools/predict.py --checkpoint {out}/detector/model_final.pth"
-        " --out {out}/predictions/detector --resume {coco}/val2017",
+        " --out {out}/predictions/detector --no-legend --resume {coco}/val2017",
         DATA.val,
         lambda out: count(out / "predictions" / "detector" / prediction.DETECTIONS, "*.json"),
     ),
@@ -109,7 +109,7 @@ SEGMENTOR = (
         "predict_segmentor",
         "predict with it",
         "tools/predict.py --checkpoint {segmentor_weights}"
-        " --out {out}/predictions/segmentor --resume {ade}/images/validation",
+        " --out {out}/predictions/segmentor --no-legend --resume {ade}/images/validation",
         DATA.val,
         lambda out: count(out / "predictions" / "segmentor" / prediction.LABELS, "*.png"),
     ),
@@ -176,12 +176,18 @@ def picture_rows(out: Path) -> list[report.Row]:
             np.stack([x, y, x + w, y + h], axis=1),
             np.stack([coco.annToMask(a) for a in annotations]),
             [coco.cats[a["category_id"]]["name"] for a in annotations],
+            [object_colours()[coco.cats[a["category_id"]]["name"]] for a in annotations],
         )
         Image.fromarray(drawn).save(pictures["objects: truth"], quality=92)
         labels = np.asarray(Image.open(mask_path)).astype(int) - 1
         Image.fromarray(draw_labels(image, labels)).save(pictures["labels: truth"], quality=92)
         rows.append(report.Row(name, pictures))
     return rows
+
+
+def object_colours() -> dict[str, tuple[int, int, int]]:
+    """The colours of the detector's predictions, whose classes are the JSON's categories."""
+    return dict(zip(scenes.SHAPES, drawing.class_colours(len(scenes.SHAPES)), strict=True))
 
 
 def palette(out: Path) -> list[list[int]]:
@@ -193,7 +199,7 @@ def palette(out: Path) -> list[list[int]]:
 def write_page(out: Path, state: State) -> list[report.Figure]:
     measured = figures(out)
     detector_losses = report.detectron2_losses(out / "detector" / "metrics.json")
-    page = report.render(
+    html = report.render(
         title=f"{BACKBONE} in Detectron2 and MMSegmentation",
         introduction=(
             f"One backbone, trained from random weights on {DATA.train} generated scenes in both "
@@ -210,6 +216,10 @@ def write_page(out: Path, state: State) -> list[report.Figure]:
             (report.plot(report.mmengine_losses(out / "segmentor"), "UPerNet"), ""),
         ],
         rows=picture_rows(out),
+        legends={
+            "objects": object_colours(),
+            "labels": dict(zip(scenes.SEGMENTATION_CLASSES, palette(out), strict=True)),
+        },
         commands=[
             report.Command(step.title, step.line(places(out)), state.seconds(step))
             for step in STEPS
@@ -220,7 +230,7 @@ def write_page(out: Path, state: State) -> list[report.Figure]:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device()}",
         },
     )
-    files.write(out / PAGE, page)
+    files.write(out / PAGE, html)
     return measured
 
 
@@ -233,7 +243,9 @@ def device() -> str:
 def demo(out: Path, fresh: bool) -> None:
     """Run the steps and write the page; a StepError if a result is below its minimum."""
     digest = steps.sources_digest(
-        ROOT, ("backbones", "dense", "configs", "tools"), (Path(__file__), Path(report.__file__))
+        ROOT,
+        ("backbones", "dense", "configs", "tools"),
+        (Path(__file__), Path(report.__file__), Path(page.__file__)),
     )
     with runs.locked(out) as lock:
         state = steps.prepare(out, MADE, digest, fresh)

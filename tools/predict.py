@@ -29,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config", help="the training's config; default: the one beside the checkpoint")
     add("--out", required=True, help="output folder")
     add("--score-thr", type=float, default=0.5, help="minimum score of detections (%(default)s)")
+    add("--no-legend", action="store_true", help="no strip of class colours below the overlays")
     add("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     add("--resume", action="store_true", help="skip images that have results")
     add("--overwrite", action="store_true", help="predict images that have results again")
@@ -47,13 +48,13 @@ def load(args: argparse.Namespace, framework: str, config: str):
         from dense.detection import load_predictor
 
         predictor = load_predictor(config, args.checkpoint, device)
-        return prediction.detection_writer(predictor, args.score_thr)
+        return prediction.detection_writer(predictor, args.score_thr, legend=not args.no_legend)
     if framework == "mmdetection":
         from dense.mmdetection import load_predictor
 
         predictor = load_predictor(config, args.checkpoint, device)
         draw = drawing.draw_instances_openmmlab
-        return prediction.detection_writer(predictor, args.score_thr, draw)
+        return prediction.detection_writer(predictor, args.score_thr, draw, not args.no_legend)
     if framework == "classification":
         from dense.pretraining.predictor import load_predictor
 
@@ -63,7 +64,7 @@ def load(args: argparse.Namespace, framework: str, config: str):
 
     predictor = load_predictor(config, args.checkpoint, device)
     prediction.write_classes(args.out, predictor.classes, predictor.palette)
-    return prediction.segmentation_writer(predictor)
+    return prediction.segmentation_writer(predictor, not args.no_legend)
 
 
 def pick_device(name: str | None) -> str:
