@@ -13,6 +13,7 @@ import backbones
 from backbones.layouts import layout_of, to_ours
 from backbones.mixers.norm import freeze_batch_norms, normalise
 from backbones.released import source_of
+from dense.waiting import waiting
 
 _logger = logging.getLogger(__name__)
 # Fused copies of stages. Kept outside the modules: state_dict() and to() must not see them.
@@ -119,13 +120,15 @@ class DenseBackbone(nn.Module):
     no_weight_decay = backbones.Pyramid.no_weight_decay
 
     def init_weights(self) -> None:
-        """Load ``init``, if given, and log which keys matched.
+        """Load ``init``, if given, log which keys matched, and keep the ``load_report``.
 
         Raises:
             backbones.CheckpointError: ``init`` does not exist, is unsafe to read or does not fit.
         """
         if self.init is not None:
-            backbones.load_checkpoint(self, source_of(self.name, self.init))
+            with waiting(f"reading the weights of {self.init}"):
+                source = source_of(self.name, self.init)
+                self.load_report = backbones.load_checkpoint(self, source)
 
     def train(self, mode: bool = True) -> "DenseBackbone":
         """As ``nn.Module.train``; frozen stages stay in evaluation mode without gradients."""

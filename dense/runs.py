@@ -26,6 +26,7 @@ _LOGS = ("metrics.json", "[0-9]*_[0-9]*/vis_data/scalars.json")
 _WRITTEN = (
     *_CHECKPOINTS,
     *("metrics.json", "metrics.png", "results.json", "log.txt*", "events.out.tfevents.*"),
+    *("run.json", "report.html"),
     *("*.pth.partial", "config.yaml", "inference", "evaluation"),
 )
 _RUN_OF_MMENGINE = re.compile(r"\d{8}_\d{6}")

@@ -27,6 +27,7 @@ from torch.multiprocessing import ProcessRaisedException
 from backbones import CheckpointError
 from dense import files
 from dense.backbone import revert_sync_batchnorm
+from dense.detection.announcing import Announce
 from dense.detection.backbone import PyramidBackbone
 from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import LazyConfigError
@@ -99,7 +100,13 @@ def check(cfg: DictConfig, args: Namespace) -> None:
         )
 
 
-def train(cfg: DictConfig, *, resume: bool, on_ready: Callable[[], None] | None = None) -> None:
+def train(
+    cfg: DictConfig,
+    *,
+    resume: bool,
+    on_ready: Callable[[], None] | None = None,
+    config_file: str | None = None,
+) -> None:
     """Train a config; ``resume`` continues from the newest intact checkpoint if there is one.
 
     On a CPU a resumed run equals an uninterrupted one bit for bit: data order, augmentation and
@@ -156,7 +163,10 @@ def train(cfg: DictConfig, *, resume: bool, on_ready: Callable[[], None] | None 
         _logger.info(f"{last} has all iterations (train.max_iter={cfg.train.max_iter})")
         evaluate(cfg, parallel)
         return
-    trainer.register_hooks([SeedSteps(checkpointer.seed), ValidateOnResume(evaluation, folder)])
+    announce = [Announce(cfg, last, config_file)] if is_main else []
+    trainer.register_hooks(
+        [*announce, SeedSteps(checkpointer.seed), ValidateOnResume(evaluation, folder)]
+    )
     trainer.data_loader = resumable(trainer.data_loader, checkpointer.seed, first)
     trainer.train(first, cfg.train.max_iter)
 
@@ -188,7 +198,12 @@ def _run(pickled: bytes, processes: int) -> None:
     if not args.eval_only:
         try:
             # An earlier run's config stays until its checkpoint has been found to fit.
-            train(cfg, resume=args.resume, on_ready=lambda: _save_config(as_given))
+            train(
+                cfg,
+                resume=args.resume,
+                on_ready=lambda: _save_config(as_given),
+                config_file=args.config_file,
+            )
         except Stopped as stopped:
             if processes == 1:
                 raise

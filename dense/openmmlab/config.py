@@ -8,8 +8,9 @@ from mmengine.runner import Runner
 
 from backbones.ablations import AblationError, ablated
 from dense.amp import best_half
+from dense.openmmlab import announcing as announcing  # registers them
 from dense.openmmlab import checking
-from dense.openmmlab import hooks as hooks  # registers them
+from dense.openmmlab import hooks as hooks
 from dense.openmmlab import resuming as resuming
 from dense.openmmlab.runner import DenseRunner
 
@@ -128,7 +129,10 @@ def use_ablation(network: ConfigDict, name: str, key: str, dense: bool = True) -
 
 
 # Added to the custom_hooks of a config: one that names hooks of its own would lose them.
-_HOOKS = ("SeedEveryIteration", "StopOnNonFiniteLoss", "ValidateOnResume", "StopOnSignal")
+_HOOKS = (
+    *("Announce", "SeedEveryIteration", "StopOnNonFiniteLoss", "ValidateOnResume"),
+    "StopOnSignal",
+)
 
 
 def build_runner(cfg: Config) -> Runner:

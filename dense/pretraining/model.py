@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import backbones
 from backbones.ablations import ABLATIONS
 from backbones.released import source_of
+from dense.waiting import waiting
 
 
 @MODELS.register_module()
@@ -66,14 +67,17 @@ class ImageClassifier(BaseModel):
             self.criterion = LabelSmoothingCrossEntropy(label_smoothing)
 
     def init_weights(self) -> None:
-        """Load ``init``, if given.
+        """Load ``init``, if given, and keep the ``load_report``.
 
         Raises:
             backbones.CheckpointError: ``init`` cannot be read or does not fit.
         """
         if self.init is not None:
-            source = source_of(self.name, self.init)
-            backbones.load_checkpoint(self.network, source, classes=self.classes)
+            with waiting(f"reading the weights of {self.init}"):
+                source = source_of(self.name, self.init)
+                self.load_report = backbones.load_checkpoint(
+                    self.network, source, classes=self.classes
+                )
 
     def forward(
         self, inputs: Tensor, labels: Tensor, indices: Tensor, mode: str = "tensor"
