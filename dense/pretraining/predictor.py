@@ -39,7 +39,7 @@ class Predictor:
         cfg = load_config(config_file)
         weights, classes = read_with_classes(checkpoint)
         model, self.report = _network(cfg, weights, checkpoint, classes)
-        self.classes = _readable(classes or [str(i) for i in range(model.num_classes)])
+        self.classes = readable(classes or [str(i) for i in range(model.num_classes)])
         if len(self.classes) != model.num_classes:
             raise CheckpointError(
                 f"{checkpoint} names {len(self.classes)} classes, its classifier has "
@@ -75,8 +75,12 @@ def _network(
     return model, report
 
 
-def _readable(names: list[str]) -> tuple[str, ...]:
-    """Replace ImageNet's wnids by their descriptions."""
+def readable(names: list[str]) -> tuple[str, ...]:
+    """Replace ImageNet's wnids by their descriptions.
+
+    >>> readable(["n02123045", "dog"])
+    ('tabby, tabby cat', 'dog')
+    """
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names()) | set(ImageNetInfo("imagenet-1k").label_names())
     return tuple(info.label_name_to_description(name) if name in known else name for name in names)
