@@ -39,6 +39,22 @@ class Run:
     epochs: dict[int, int] = field(default_factory=dict)
 
 
+def log_files(work_dir: str | Path) -> list[Path]:
+    """The logs of a work folder, oldest first.
+
+    Raises:
+        ValueError: there are none.
+    """
+    work_dir = Path(work_dir)
+    logs = sorted(work_dir.glob("*/vis_data/scalars.json")) or list(work_dir.glob("metrics.json"))
+    if not logs:
+        raise ValueError(
+            f"{work_dir} has no log of a training: <time>/vis_data/scalars.json (MMEngine) or "
+            "metrics.json (Detectron2)"
+        )
+    return logs
+
+
 def read_run(work_dir: str | Path) -> Run:
     """Read the logs of a work folder; values logged after a resume replace earlier ones.
 
@@ -49,12 +65,7 @@ def read_run(work_dir: str | Path) -> Run:
         ValueError: the folder has no log, or the log has no losses and no metrics.
     """
     work_dir = Path(work_dir)
-    logs = sorted(work_dir.glob("*/vis_data/scalars.json")) or list(work_dir.glob("metrics.json"))
-    if not logs:
-        raise ValueError(
-            f"{work_dir} has no log of a training: <time>/vis_data/scalars.json (MMEngine) or "
-            "metrics.json (Detectron2)"
-        )
+    logs = log_files(work_dir)
     loss: dict[int, float] = {}
     rate: dict[int, float] = {}
     metrics: dict[str, dict[int, float]] = {}

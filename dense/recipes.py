@@ -69,9 +69,17 @@ def config_beside(checkpoint: str | os.PathLike) -> Path:
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
         raise RecipeError(f"checkpoint {checkpoint} does not exist")
-    folder = checkpoint.parent
-    saved = folder / "config.yaml"
-    found = [saved] if saved.is_file() else sorted(folder.glob("*.py"))
+    return config_in(checkpoint.parent)
+
+
+def config_in(folder: str | os.PathLike) -> Path:
+    """The config that training saved in its work folder.
+
+    Raises:
+        RecipeError: the folder holds no config or several.
+    """
+    saved = Path(folder, "config.yaml")
+    found = [saved] if saved.is_file() else sorted(Path(folder).glob("*.py"))
     if len(found) == 1:
         return found[0]
     if not found:

@@ -37,6 +37,18 @@ def loggers_as_found() -> Iterator[None]:
 
 
 @pytest.fixture
+def reports():
+    """For tests of the reports that trainings write at their end: the others go without."""
+
+
+@pytest.fixture(autouse=True)
+def only_wanted_reports(request, monkeypatch):
+    """A report takes longer than the training of a nano network."""
+    if "reports" not in request.fixturenames:
+        monkeypatch.setattr("dense.run_report.write_finished", lambda run: None)
+
+
+@pytest.fixture
 def unforced(monkeypatch):
     """For tests of which backend is chosen: the others pass under whatever DENSE_OPS forces."""
     monkeypatch.delenv("DENSE_OPS", raising=False)

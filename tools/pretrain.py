@@ -124,6 +124,7 @@ def train(args: argparse.Namespace) -> None:
     from dense import runs
     from dense.metrics import plot_finished
     from dense.pretraining import config
+    from dense.run_report import write_finished
 
     cfg = configured(args)
     world = config.world_size(args.launcher)
@@ -142,6 +143,7 @@ def train(args: argparse.Namespace) -> None:
         runner.train()
         if runner.rank == 0:
             plot_finished(runner.work_dir)
+            write_finished(runner.work_dir)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     from dense.detection import engine
     from dense.detection.data import resolve_data
     from dense.metrics import plot_finished
+    from dense.run_report import write_finished
 
     cfg = configured(args)
     if args.eval_only:
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
         engine.start(cfg, args)
         if args.machine_rank == 0:
             plot_finished(cfg.train.output_dir)
+            write_finished(cfg.train.output_dir)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def train(args: argparse.Namespace) -> None:
     """Check the config and the data, then train."""
     from dense import runs
     from dense.metrics import plot_finished
+    from dense.run_report import write_finished
     from dense.segmentation import config
 
     cfg = configured(args)
@@ -112,6 +113,7 @@ def train(args: argparse.Namespace) -> None:
         runner.train()
         if runner.rank == 0:
             plot_finished(runner.work_dir)
+            write_finished(runner.work_dir)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""The page of the data before a training, and the report after it."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from dense import journal
+from dense.recipes import RECIPES
+from tests.pages import Page
+from tests.support import load_tool
+
+NANO = str(RECIPES / "detection/cascade_mask_rcnn_dw_conv_nano.py")
+SMALL = ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0", "train.log_period=1"]
+
+
+def browse(out: Path, *arguments: str) -> Page:
+    load_tool("browse_data").main(["train_detector", "--out", str(out), *arguments])
+    return Page(out.read_text())
+
+
+def test_browsing_counts_as_pycocotools(coco_files, tmp_path, capsys):
+    def change(content):
+        content["categories"][0]["name"] = "<b>bar</b>"
+        content["annotations"][0]["iscrowd"] = 1
+        content["annotations"][1]["bbox"] = [0, 0, 500, 5]
+
+    coco_files.edit("train", change)
+    coco_files.edit("val", lambda content: change(content))
+    first = Path(coco_files.images("train"), "3.png")
+    first.write_bytes(b"no photo")
+    out = tmp_path / "pages/data.html"
+    page = browse(out, "--config-file", NANO, *coco_files.arguments(), "--images", "4")
+    assert page.is_self_contained and "<b>bar</b>" in page.text
+
+    # The faulty entries are named, and the training leaves them out.
+    assert any("image 3" in line and "3.png" in line for line in page.lines)
+    assert any("annotation 2" in line and "[0, 0, 500, 5]" in line for line in page.lines)
+    coco = COCO(coco_files.json("train"))
+    left_out = set(coco.getAnnIds(imgIds=[3])) | {2}
+    # Image 0 has a crowd and a faulty box alone, and a training takes images with objects.
+    counts, photos = [], []
+    for name in ("<b>bar</b>", "block"):
+        ids = set(coco.getAnnIds(catIds=coco.getCatIds([name]), iscrowd=False)) - left_out
+        counts.append(len(ids))
+        photos.append(len({a["image_id"] for a in coco.loadAnns(list(ids))}))
+        assert page.row(name)[:2] == [str(counts[-1]), str(photos[-1])]
+    assert page.row("objects")[0] == str(sum(counts))
+    assert len(page.pictures) == 4 + 2
+    assert sorted(Path(tmp_path / "pages").iterdir()) == [out]
+
+
+def test_browsing_shows_what_the_mapper_makes(coco_files, tmp_path):
+    arguments = ["--config-file", NANO, *coco_files.arguments(), "--images", "6", "--seed", "3"]
+    plain = [*arguments, "dataloader.train.mapper.augmentations=[]"]
+    page = browse(tmp_path / "plain.html", *plain)
+    assert all("128x96, 2 objects" in caption for caption in page.captions)
+    augmented = browse(tmp_path / "augmented.html", *arguments)
+    training = [c.partition(": ")[2] for c in augmented.captions[:6]]
+    assert len(set(training)) > 1, "cropped and resized at random"
+    again = browse(tmp_path / "again.html", *arguments)
+    assert augmented.captions == again.captions
+    for one, two in zip(augmented.pictures, again.pictures, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_browsing_refuses_in_one_line(coco_files, tmp_path, capsys):
+    tool = load_tool("browse_data")
+    for arguments, message in (
+        (["--config-file", "absent.py"], "config file absent.py does not exist"),
+        (["--config-file", NANO, "--train-json", "absent.json"], "there is no file absent.json"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            tool.main(["train_detector", "--out", str(tmp_path / "a.html"), *arguments])
+        assert message in str(ended.value) and "\n" not in str(ended.value)
+    for arguments, message in (
+        (["--images", "999"], "--images 999: 0 to 120"),
+        (["--check", "-1"], "--check -1: 0 or more"),
+        (["--out", "page.txt"], "--out page.txt: a .html"),
+    ):
+        with pytest.raises(SystemExit):
+            tool.main(["train_detector", *arguments])
+        assert message in capsys.readouterr().err
+
+
+def test_a_training_ends_with_its_report(coco_files, tmp_path, monkeypatch, reports):
+    out = tmp_path / "mine"
+    arguments = ["--config-file", NANO, "--output-dir", str(out), *coco_files.arguments(), *SMALL]
+    arguments += ["train.max_iter=3", "optimizer.lr=0.0007", "train.seed=0"]
+    monkeypatch.setattr(sys, "argv", ["train_detector.py", *arguments])
+    load_tool("train_detector").main()
+
+    log = (out / "log.txt").read_text()
+    start = json.loads((out / journal.FILE).read_text())
+    assert len(start) == 1 and start[0]["seconds"] > 0
+    line = "in float32: 3 steps of 4 of 6 images (2 epochs), random weights"
+    assert log.count(line) == 1 and log.index(line) < log.index("total_loss")
+
+    page = Page((out / "report.html").read_text())
+    assert page.is_self_contained and "optimizer.lr" in page.text
+    assert page.row("optimizer.lr")[1] == "0.0007"
+    assert page.row("train.max_iter")[1] == "3"
+    assert page.tags.count("svg") >= 2
+    # Detections as an evaluation leaves them: the first photo's are right, the second's are none.
+    truth = json.loads(Path(coco_files.json("val")).read_text())["annotations"]
+    found = [
+        {key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for a in truth
+        if a["image_id"] == 0
+    ]
+    (out / "inference").mkdir(exist_ok=True)
+    (out / "inference/coco_instances_results.json").write_text(json.dumps(found))
+    results = {"bbox": {"AP": 50.0, "AP-block": 25.0, "AP-bar": 75.5}}
+    (out / "results.json").write_text(json.dumps(results))
+    assert load_tool("report").main([str(out), "--out", str(tmp_path / "other.html")]) == 0
+    page = Page((tmp_path / "other.html").read_text())
+    assert page.row("bar") == ["75.50"] and page.row("block") == ["25.00"]
+    assert "best 1: 0.png, 100.0" in page.text and "worst 1: 1.png, 0.0" in page.text
+    assert page.captions == ["truth", "prediction"] * 2
+    best_truth, best, worst_truth, worst = (p.astype(int) for p in page.pictures)
+    assert np.abs(worst - worst_truth).max() > 60, "nothing is drawn where nothing was found"
+
+
+def test_a_folder_without_a_training_has_no_report(tmp_path, capsys):
+    report = load_tool("report")
+    for folder, message in ((tmp_path / "absent", "there is no folder"), (tmp_path, "no config")):
+        assert report.main([str(folder)]) == 2
+        assert message in capsys.readouterr().err
