@@ -6,7 +6,8 @@
 All contenders of a contest run in turns in one process. Results are median time with quartiles,
 peak memory, and speed relative to the first contender. OUT gets results.json (after every contest,
 so that --resume continues after a kill), results.md, and scaling.png of the suite scaling. GPUs run
-in bfloat16 autocast, CPUs in float32. Close other programs before you measure.
+in bfloat16 autocast, CPUs in float32, unless --dtype names the other. Close other programs before
+you measure.
 """
 
 import argparse
@@ -42,6 +43,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
     add("--scale", choices=("nano", "tiny", "base"), default="tiny", help="of our networks (tiny)")
     add("--compiled", action="store_true", help="networks under torch.compile too: minutes each")
+    add("--engines", action="store_true", help="ONNX Runtime and OpenVINO too (CPU, inference)")
+    add(
+        "--limit",
+        action="store_true",
+        help="networks beside one large matrix product: the share of its multiply-adds a second",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of networks and scaling, by autocast; default: bfloat16 on a GPU, float32 on a CPU",
+    )
     add("--rounds", type=int, default=9, help="timed steps of each contender (%(default)s)")
     add("--seconds", type=float, default=60, help="time limit of a contest, approximate (60)")
     add("--resume", action="store_true", help="keep the contests in OUT and run the others")
@@ -56,7 +68,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device {args.device}: CUDA is not available")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         parser.error(f"--out {args.out} is a file; a folder is needed")
-    for option in ("sizes", "batch", "scale", "compiled"):
+    if args.engines and (args.device != "cpu" or "inference" not in args.modes):
+        parser.error("--engines is for inference on a CPU: --device cpu --modes inference")
+    if args.dtype and not set(args.suites) <= {"networks", "scaling"}:
+        parser.error("--dtype is for the suites networks and scaling")
+    for option in ("sizes", "batch", "scale", "compiled", "engines", "limit"):
         if getattr(args, option) != parser.get_default(option) and "networks" not in args.suites:
             parser.error(f"--{option} is for the suite networks, which is not selected")
     return args
@@ -70,13 +86,21 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def planned(args: argparse.Namespace) -> list[measure.Contest]:
-    device = torch.device(args.device)
+    device, dtype = torch.device(args.device), args.dtype and getattr(torch, args.dtype)
     make = {
         "operators": lambda: operators.contests(device, args.modes),
         "networks": lambda: networks.contests(
-            args.sizes, args.batch, device, args.compiled, args.scale, args.modes
+            args.sizes,
+            args.batch,
+            device,
+            args.compiled,
+            args.scale,
+            args.modes,
+            dtype,
+            args.engines,
+            args.limit,
         ),
-        "scaling": lambda: networks.scaling_contests(device, args.modes),
+        "scaling": lambda: networks.scaling_contests(device, args.modes, dtype),
         "models": lambda: models.contests(device),
     }
     return [contest for suite in dict.fromkeys(args.suites) for contest in make[suite]()]
@@ -90,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"benchmark: {file} exists; --resume keeps what is in it", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    where = report.machine(device)
+    dtype = getattr(torch, args.dtype) if args.dtype else networks.default_dtype(device)
+    where = report.machine(device, dtype)
     results = read(file, where) if file.exists() else []
     done = {result.contest for result in results}
     bar = tqdm(planned(args), unit="contest")

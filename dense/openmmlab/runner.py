@@ -17,7 +17,7 @@ import backbones
 from backbones.reading import not_finite, refuse_not_finite
 from dense import files
 from dense.amp import warn_of_float16
-from dense.backbone import DenseBackbone, revert_sync_batchnorm
+from dense.backbone import revert_sync_batchnorm
 from dense.openmmlab import checkpoints
 from dense.runs import earlier
 from dense.seeding import SeededDataset
@@ -61,7 +61,8 @@ class DenseRunner(Runner):
         elif resume:
             self.logger.info(f"resuming from {load_from}")
             for module in self.model.modules():
-                if isinstance(module, DenseBackbone):
+                # Of a backbone or a classifier: the weights that a new training starts from.
+                if isinstance(getattr(module, "init", None), str):
                     module.init = None
         if self.distributed and not torch.cuda.is_available():
             self.logger.info(f"no CUDA: {self.world_size} processes on the CPU over gloo")

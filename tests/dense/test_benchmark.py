@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from dense.analysis.benchmark import measure, models, networks, operators, report
+import backbones
+from dense.analysis.benchmark import engines, measure, models, networks, operators, report
 from dense.analysis.benchmark.measure import Contender, Contest
-from tests.support import load_tool
+from tests.support import build, load_tool
 
 CPU = torch.device("cpu")
 tool = load_tool("benchmark")
@@ -101,6 +104,40 @@ def test_the_tool_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert third[-1]["name"] == "i_d_dw_conv_tiny"
     table = (tmp_path / "results.md").read_text()
     assert "training, 64x64, batch 1" in table and "**i_d_dw_conv_nano**" in table
+
+
+def test_engines_compute_what_the_network_does():
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    model = build("dw_conv_nano").eval()
+    images = torch.randn(2, 3, 64, 96)
+    expected = model(images).detach()
+    builders = engines.steps(lambda: (backbones.fuse(model), images), torch.float32)
+    assert "ONNX Runtime" in builders
+    for name, make in builders.items():
+        got = make()()
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_speed_beside_a_product():
+    """Three forward passes' multiply-adds for a training step; the product's rate is 100%."""
+    (contest,) = networks.contests([(64, 64)], 2, CPU, False, "nano", ["training"], limit=True)
+    counts = {contender.name: contender.multiply_adds for contender in contest.contenders}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        timm.create_model("swin_tiny_patch4_window7_224", img_size=64).eval()(
+            torch.randn(2, 3, 64, 64)
+        )
+    assert counts["timm swin_tiny"] == pytest.approx(3 * counter.get_total_flops() / 2, rel=0.01)
+    results = [
+        measure.Result("networks: a", name, False, seconds, seconds, seconds, 3, multiply_adds=adds)
+        for name, seconds, adds in (
+            ("one", 2.0, 100),
+            (report.PRODUCT, 0.5, 50),
+            ("two", 1.0, None),
+        )
+    ]
+    one, product, two = report.markdown(results, "here").splitlines()[-3:]
+    assert one.endswith("| 1.00 | 50% |") and product.endswith("|  | 100% |")
+    assert two.endswith("| 2.00 |  |")
 
 
 def test_the_plot_of_cost_against_size(tmp_path):

@@ -129,9 +129,13 @@ def test_the_work_folder_is_named_after_the_ablation(pretrain, photos, tmp_path,
 
 
 def test_going_on(run, tmp_path):
-    work = run()
+    """From the newest whole checkpoint, without the weights that the training started from."""
+    start = tmp_path / "start.pth"
+    torch.save(timm.create_model("dw_conv_nano", num_classes=3).state_dict(), start)
+    work = run("--init", start)
+    start.unlink()
     (work / "epoch_2.pth").write_bytes((work / "epoch_2.pth").read_bytes()[:5000])
-    run("--resume")
+    run("--resume", "--init", start)
     logs = "".join(path.read_text() for path in work.glob("*/*.log"))
     assert "epoch_2.pth is truncated" in logs and "resuming from" in logs
     assert backbones.read_checkpoint(work / "epoch_2.pth")

@@ -21,11 +21,15 @@ class Contender:
         name: name in the table.
         build: sets the implementation up and returns the step to be timed.
         ours: whether it is part of this package.
+        in_torch: whether PyTorch allocates its memory; the peak of others is not seen.
+        multiply_adds: of a step, to compare its speed with a plain product's; None if not counted.
     """
 
     name: str
     build: Callable[[], Step]
     ours: bool = False
+    in_torch: bool = True
+    multiply_adds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Result:
         images: images in a step.
         pixels: pixels in a step.
         error: why it failed; empty if it did not.
+        multiply_adds: of a step; None if not counted.
     """
 
     contest: str
@@ -81,6 +86,7 @@ class Result:
     images: int = 1
     pixels: int = 0
     error: str = ""
+    multiply_adds: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -116,7 +122,8 @@ def hold(
         try:
             step = contender.build()
             step()
-            peaks[contender.name] = _peak(step, device)
+            if contender.in_torch:
+                peaks[contender.name] = _peak(step, device)
             steps[contender.name] = step
         # An unsupported shape or a missing package becomes a row of the table.
         except Exception as error:
@@ -135,12 +142,15 @@ def hold(
 
 
 def _result(contest: Contest, contender: Contender, times, peaks, errors) -> Result:
-    name, shape = contender.name, dict(images=contest.images, pixels=contest.pixels)
+    name = contender.name
+    known = dict(
+        images=contest.images, pixels=contest.pixels, multiply_adds=contender.multiply_adds
+    )
     if name in errors:
-        return Result(contest.key, name, contender.ours, **shape, error=errors[name])
+        return Result(contest.key, name, contender.ours, **known, error=errors[name])
     low, median, high = statistics.quantiles(times[name], n=4, method="inclusive")
-    measured = (median, low, high, len(times[name]), peaks[name])
-    return Result(contest.key, name, contender.ours, *measured, **shape)
+    measured = (median, low, high, len(times[name]), peaks.get(name))
+    return Result(contest.key, name, contender.ours, *measured, **known)
 
 
 def _time(step: Step, device: torch.device) -> float:

@@ -10,14 +10,17 @@ import torch
 from dense import files
 from dense.analysis.benchmark.measure import Result
 
+# The contender whose speed limits the others': one large matrix product.
+PRODUCT = "a matrix product"
 
-def machine(device: torch.device) -> str:
+
+def machine(device: torch.device, dtype: torch.dtype) -> str:
     """Describe the machine: processor or GPU, threads, dtype, versions."""
     if device.type == "cuda":
-        name, numbers = torch.cuda.get_device_name(device), "bfloat16 autocast"
+        name = torch.cuda.get_device_name(device)
     else:
-        threads = torch.get_num_threads()
-        name, numbers = f"{_processor()}, {threads} threads", "float32"
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
+    numbers = "float32" if dtype == torch.float32 else "bfloat16 autocast"
     return (
         f"{name}, {numbers}; torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()}"
@@ -25,17 +28,24 @@ def machine(device: torch.device) -> str:
 
 
 def markdown(results: Sequence[Result], where: str) -> str:
-    """One table for each contest: time, quartiles, images/s, memory, speed ratio to the first."""
+    """One table for each contest: time, quartiles, images/s, memory, speed ratio to the first.
+
+    With :data:`PRODUCT` among the contenders, also the multiply-adds a second over the product's.
+    """
     lines = [f"Machine: {where}.", ""]
     for contest in dict.fromkeys(result.contest for result in results):
         group = [result for result in results if result.contest == contest]
         reference = group[0]
+        limit = next((_rate(r) for r in group if r.name == PRODUCT), None)
+        header = ["", "ms (quartiles)", "images/s", "peak memory, MB"]
+        header += [f"speed, {reference.name} = 1"]
+        header += [] if limit is None else [f"of the speed of {PRODUCT}"]
         lines += [
             f"### {contest}",
             "",
-            f"| | ms (quartiles) | images/s | peak memory, MB | speed, {reference.name} = 1 |",
-            "| --- | --- | --- | --- | --- |",
-            *(_row(result, reference) for result in group),
+            f"| {' | '.join(header)} |",
+            f"|{' --- |' * len(header)}",
+            *(_row(result, reference, limit) for result in group),
             "",
         ]
     return "\n".join(lines)
@@ -72,15 +82,30 @@ def plot_scaling(results: Sequence[Result], path: str | Path) -> None:
     files.write(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
-def _row(result: Result, reference: Result) -> str:
-    name = f"**{result.name}**" if result.ours else result.name
+def _row(result: Result, reference: Result, limit: float | None) -> str:
+    cells = [f"**{result.name}**" if result.ours else result.name]
     if result.seconds is None:
-        return f"| {name} | {result.error} | | | |"
-    ratio = f"{reference.seconds / result.seconds:.2f}" if reference.seconds else ""
-    return (
-        f"| {name} | {1e3 * result.seconds:.1f} ({1e3 * result.low:.1f}-{1e3 * result.high:.1f}) "
-        f"| {result.images / result.seconds:.2f} | {result.peak_bytes / 2**20:.0f} | {ratio} |"
-    )
+        cells += [result.error, "", "", ""]
+    else:
+        quartiles = f"{1e3 * result.low:.1f}-{1e3 * result.high:.1f}"
+        cells += [f"{1e3 * result.seconds:.1f} ({quartiles})"]
+        # A product of another size than the networks' processes no images.
+        product = result.name == PRODUCT
+        cells += ["" if product else f"{result.images / result.seconds:.2f}"]
+        cells += ["" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.0f}"]
+        ratio = reference.seconds and not product
+        cells += [f"{reference.seconds / result.seconds:.2f}" if ratio else ""]
+    if limit is not None:
+        rate = _rate(result)
+        cells += ["" if rate is None else f"{100 * rate / limit:.0f}%"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _rate(result: Result) -> float | None:
+    """Multiply-adds a second, None if they were not counted or the contender failed."""
+    if result.multiply_adds is None or result.seconds is None:
+        return None
+    return result.multiply_adds / result.seconds
 
 
 def _processor() -> str:

@@ -1,0 +1,64 @@
+"""Networks exported to ONNX for one size of image, in ONNX Runtime and in OpenVINO."""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from dense.analysis.benchmark.measure import Step
+
+
+def steps(
+    make: Callable[[], tuple[nn.Module, Tensor]], dtype: torch.dtype
+) -> dict[str, Callable[[], Step]]:
+    """A builder of a step for each engine that is installed; both run the same graph.
+
+    Engines get as many threads as PyTorch has.
+
+    Args:
+        make: returns a network in evaluation mode and its input, ``(B, 3, H, W)``.
+        dtype: OpenVINO computes in it; ONNX Runtime has few operators in bfloat16 and is left out
+            there.
+
+    Example:
+        >>> steps(lambda: (model, images), torch.float32)["OpenVINO"]()()
+    """
+
+    @cache
+    def exported() -> tuple[bytes, Tensor]:
+        model, x = make()
+        with torch.no_grad():
+            program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+        return program.model_proto.SerializeToString(), x
+
+    builders = {}
+    if find_spec("onnxruntime") and dtype == torch.float32:
+        builders["ONNX Runtime"] = lambda: _onnx_runtime(*exported())
+    if find_spec("openvino"):
+        builders["OpenVINO"] = lambda: _openvino(*exported(), dtype)
+    return builders
+
+
+def _onnx_runtime(graph: bytes, x: Tensor) -> Step:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: torch.from_numpy(session.run(None, given)[0])
+
+
+def _openvino(graph: bytes, x: Tensor, dtype: torch.dtype) -> Step:
+    import openvino
+
+    core = openvino.Core()
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+    }
+    compiled = core.compile_model(core.read_model(graph), "CPU", options)
+    image = x.numpy()
+    return lambda: torch.from_numpy(compiled(image)[0])
