@@ -12,6 +12,7 @@ from backbones.folding import parameter
 from backbones.layers import Size, ceil_div, crop
 from backbones.mixers.base import Mixer
 from backbones.ops.common import leaf
+from backbones.ops.dispatch import exporting
 from backbones.ops.windows import (
     is_of_square_window,
     relative_position_bias,
@@ -142,6 +143,10 @@ def _half_windows(x: Tensor, window_size: Size) -> Size:
     if torch.jit.is_tracing():
         # Sizes are tensors there, and a branch would be the traced image's for all.
         return (height > rows) * (rows // 2), (width > columns) * (columns // 2)
+    if exporting():
+        # By arithmetic, where a comparison would be a guard: 1 - 1 // n is 0 for a single window.
+        down, across = height // rows, width // columns
+        return rows // 2 * (1 - 1 // down), columns // 2 * (1 - 1 // across)
     return rows // 2 if height > rows else 0, columns // 2 if width > columns else 0
 
 

@@ -10,6 +10,7 @@ from backbones.ops.common import (
     pad,
     promoted,
     register_backward,
+    rows_of_windows,
     triton_kernels,
     windows,
 )
@@ -55,7 +56,7 @@ def inhomogeneous_aggregation(x: Tensor, kernels: Tensor) -> Tensor:
     if backend == "triton" and given.stride(-2) != 1:
         # The layout that the Triton kernels read, for forward and backward pass at once.
         given = given.mT.contiguous().mT
-    out = _by_taps(shared, given, size) if exporting() else _aggregate(shared, given, size)
+    out = _by_rows(shared, given, size) if exporting() else _aggregate(shared, given, size)
     return out.transpose(-1, -2).flatten(-2)
 
 
@@ -132,6 +133,17 @@ def _by_taps(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     for k, window in enumerate(windows(pad(x, size), x.shape, size)):
         out = out + window * kernels[..., None, :, k].to(x.dtype)
     return out
+
+
+def _by_rows(x: Tensor, kernels: Tensor, size: int) -> Tensor:
+    """For export."""
+    kernels = kernels.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (size, size))
+    out = 0
+    for row, window in enumerate(rows_of_windows(pad(promoted(x), size), x.shape, size)):
+        # (B, H, W, K, 1, G) of a row of taps.
+        taps = kernels[..., row, :].transpose(-1, -2).unsqueeze(-2)
+        out = out + (window * taps).sum(3)
+    return out.to(x.dtype)
 
 
 @_aggregate.register_fake

@@ -151,6 +151,19 @@ def windows(padded: Tensor, shape: torch.Size, size: int) -> list[Tensor]:
     ]
 
 
+def rows_of_windows(padded: Tensor, shape: torch.Size, size: int) -> Iterator[Tensor]:
+    """The K parts ``(B, H, W, K, ...)`` of a padded map that a row of taps multiplies each.
+
+    For graphs, in which K*K views would be K times as many nodes.
+    """
+    height, width = shape[1:3]
+    columns = torch.arange(width, device=padded.device)[:, None]
+    columns = columns + torch.arange(size, device=padded.device)
+    across = padded.index_select(2, columns.flatten()).unflatten(2, (width, size))
+    for row in range(size):
+        yield across[:, row : row + height]
+
+
 def constant(make: Callable[..., T]) -> Callable[..., T]:
     """Decorate a function of sizes, dtype and device to keep the tensors that it returns.
 

@@ -9,9 +9,9 @@ from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
     promoted,
+    rows_of_windows,
     same_padding,
     triton_kernels,
-    windows,
 )
 from backbones.ops.dispatch import attempt, choose, exporting
 
@@ -41,7 +41,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def _static(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     channels, _, height, width = weight.shape
     x = x.permute(0, 3, 1, 2)
-    if height % 2 and width % 2:
+    # Padded beforehand, a map is never a single position, for which a graph would get a guard.
+    if height % 2 and width % 2 and not exporting():
         out = F.conv2d(x, weight, bias, padding=(height // 2, width // 2), groups=channels)
     else:
         x = F.pad(x, (*same_padding(width), *same_padding(height)))
@@ -68,7 +69,7 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
     if backend == "reference":
         return reference.dynamic_depthwise_conv(x, kernels, bias)
     if exporting() or x.shape[0] == 0:
-        return _by_taps(x, kernels, bias)
+        return _by_rows(x, kernels, bias)
     return _grouped(x, kernels, bias)
 
 
@@ -84,14 +85,15 @@ def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """A sum over taps, for export: a group count of B*C would fix the batch size."""
+def _by_rows(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """A sum over rows of taps, for export: a group count of B*C would fix the batch size."""
     size = kernels.shape[-1]
     padded = F.pad(x, (0, 0, *same_padding(size), *same_padding(size)))
-    out = torch.zeros_like(x) if bias is None else torch.zeros_like(x) + bias.to(x.dtype)
-    for k, window in enumerate(windows(padded, x.shape, size)):
-        tap = kernels[:, :, k // size, k % size].to(x.dtype)[:, None, None]
-        out = out + window * tap
+    # (B, 1, 1, K, K, C)
+    taps = kernels.to(x.dtype).permute(0, 2, 3, 1)[:, None, None]
+    out = 0 if bias is None else bias.to(x.dtype)
+    for row, window in enumerate(rows_of_windows(padded, x.shape, size)):
+        out = out + (window * taps[:, :, :, row]).sum(3)
     return out
 
 
@@ -159,7 +161,7 @@ def _plain(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     kernels = taps.transpose(1, 2).unflatten(2, (size, size))
     if taps.shape[0] == 1:
         return _static(x, kernels.transpose(0, 1), bias)
-    return (_grouped if x.shape[0] else _by_taps)(x, kernels, bias)
+    return (_grouped if x.shape[0] else _by_rows)(x, kernels, bias)
 
 
 def _plain_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.ops.common import constant
+from backbones.ops.dispatch import exporting
 from backbones.ops.windows import Size, partition
 
 # Scores that are held at once: on a CPU they fit the cache.
@@ -45,14 +46,22 @@ def take_blocks(part: Tensor, num_heads: int, window_size: Size) -> tuple[Tensor
     inner = query[:, rows // 2 :, columns // 2 :]
     down, across = part.shape[1] // rows, part.shape[2] // columns
     query = partition(inner[:, : down * rows, : across * columns], window_size, num_heads)
-    halos = (
-        t.unflatten(-1, (num_heads, -1))
-        .unfold(1, 2 * rows - 1, rows)
-        .unfold(2, 2 * columns - 1, columns)
-        .flatten(5)
-        for t in (key, value)
-    )
+    halos = (_halos(t.unflatten(-1, (num_heads, -1)), window_size) for t in (key, value))
     return query, *halos
+
+
+def _halos(x: Tensor, window_size: Size) -> Tensor:
+    """``(B, H, W, heads, D)`` to ``(B, nH, nW, heads, D, M)``."""
+    rows, columns = window_size
+    if not exporting():
+        return x.unfold(1, 2 * rows - 1, rows).unfold(2, 2 * columns - 1, columns).flatten(5)
+    # ONNX has no unfold of an axis whose length is open.
+    for axis, side in ((1, rows), (3, columns)):
+        count = x.shape[axis] // side
+        blocks = torch.arange(count, device=x.device)[:, None] * side
+        places = blocks + torch.arange(2 * side - 1, device=x.device)
+        x = x.index_select(axis, places.flatten()).unflatten(axis, (count, 2 * side - 1))
+    return x.permute(0, 1, 3, 5, 6, 2, 4).flatten(5)
 
 
 def hidden_keys(query: Tensor, window_size: Size, size: Size, first: int) -> Tensor:

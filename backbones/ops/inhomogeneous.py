@@ -18,9 +18,9 @@ from backbones.ops.common import (
     pad,
     promoted,
     register_backward,
+    rows_of_windows,
     same_padding,
     triton_kernels,
-    windows,
     without_autocast,
 )
 from backbones.ops.dispatch import attempt, choose, exporting
@@ -79,7 +79,7 @@ def inhomogeneous_dynamic_depthwise_conv(
     shared = x.unflatten(-1, (groups, -1)).transpose(-1, -2)
     with without_autocast(x):
         if exporting():
-            out = _by_taps(shared, hidden, by_tap, bias_by_tap, kernel_size)
+            out = _by_rows(shared, hidden, by_tap, bias_by_tap, kernel_size)
         elif backend == "reference":
             return reference.inhomogeneous_dynamic_depthwise_conv(
                 x, hidden, weight, bias, kernel_size
@@ -229,11 +229,14 @@ def _torch_backward(
     return inside(grad_padded.movedim(0, 3), x.shape, size), grad_hidden, grad_weight, grad_bias
 
 
-def _by_taps(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+def _by_rows(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
     """For export: PyTorch's own operators only."""
+    weight, bias = weight.unflatten(0, (size, size)), bias.unflatten(0, (size, size))
     out = 0
-    for k, window in enumerate(windows(pad(promoted(x), size), x.shape, size)):
-        out = out + window * F.linear(hidden, weight[k], bias[k])[..., None, :]
+    for row, window in enumerate(rows_of_windows(pad(promoted(x), size), x.shape, size)):
+        # (B, H, W, K, 1, G) of a row of taps.
+        taps = F.linear(hidden, weight[row].flatten(0, 1), bias[row].flatten())
+        out = out + (window * taps.unflatten(-1, (size, 1, -1))).sum(3)
     return out.to(x.dtype)
 
 

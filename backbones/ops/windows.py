@@ -27,11 +27,14 @@ def reverse(windows: Tensor, window_size: Size) -> Tensor:
 
 def roll(x: Tensor, shift: Size) -> Tensor:
     """``torch.roll`` of the rows and columns of ``(B, H, W, C)``."""
-    if isinstance(shift[0], Tensor) or isinstance(shift[1], Tensor):
-        # From torch.jit.trace, where sizes are tensors: ONNX rolls by constants only.
+    if any(isinstance(by, Tensor | torch.SymInt) for by in shift):
+        # Of a size that a graph leaves open: ONNX rolls by constants only.
         for axis, by in enumerate(shift, 1):
             length = x.shape[axis]
-            x = x.index_select(axis, (torch.arange(length, device=x.device) - by) % length)
+            places = torch.arange(length, device=x.device) - by
+            # The remainder, which ONNX has of constants only; no shift is larger than the axis.
+            places = torch.where(places < 0, places + length, places)
+            x = x.index_select(axis, torch.where(places < length, places, places - length))
         return x
     return torch.roll(x, shift, (1, 2))
 
