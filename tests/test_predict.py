@@ -341,6 +341,53 @@ def segmentor(tmp_path_factory):
     return folder / "iter_1.pth"
 
 
+@pytest.fixture(scope="module")
+def mmdetector(tmp_path_factory):
+    pytest.importorskip("mmdet")
+    import torch
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    import dense.mmdetection  # noqa: F401
+
+    register_all_modules()
+    folder = tmp_path_factory.mktemp("mmdetector")
+    config = Config.fromfile(MMDETECTION_CONFIG)
+    count = config.model.roi_head.bbox_head[0].num_classes
+    meta = {"classes": [f"class {number}" for number in range(count)]}
+    weights = MODELS.build(config.model).state_dict()
+    torch.save({"state_dict": weights, "meta": {"dataset_meta": meta}}, folder / "iter_1.pth")
+    config.dump(folder / "cascade.py")
+    return folder / "iter_1.pth"
+
+
+@pytest.mark.parametrize("trained", ["classifier", "detector", "mmdetector", "segmentor", "bgr"])
+def test_networks_see_red_green_and_blue(trained, request, detector, tmp_path, monkeypatch):
+    """Normalised by ImageNet's figures, in the order of the config (blue first: "bgr")."""
+    from importlib import import_module
+
+    from backbones.pyramid import PatchEmbed
+
+    folder = {"classifier": "pretraining.predictor", "mmdetector": "mmdetection"}
+    folder |= {"detector": "detection", "bgr": "detection", "segmentor": "segmentation"}
+    checkpoint = detector if trained == "bgr" else request.getfixturevalue(trained)
+    config = next(path for path in checkpoint.parent.iterdir() if path.suffix in (".py", ".yaml"))
+    if trained == "bgr":
+        text = config.read_text().replace("image_format: RGB", "image_format: BGR")
+        config = tmp_path / "config.yaml"
+        config.write_text(text)
+    load = import_module(f"dense.{folder[trained]}").load_predictor
+    predict, seen = load(str(config), str(checkpoint)), []
+    forward = PatchEmbed.forward
+    monkeypatch.setattr(PatchEmbed, "forward", lambda self, x: seen.append(x) or forward(self, x))
+    colour = np.array([200, 100, 20], np.uint8)
+    predict(np.broadcast_to(colour, (64, 80, 3)).copy())
+    ordered = colour[::-1] if trained == "bgr" else colour
+    expected = (ordered - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
+    np.testing.assert_allclose(seen[0][0, :, 5, 5].numpy(), expected, atol=1e-3)
+
+
 def test_tool_detects_beside_an_unreadable_photo(detector, tmp_path, quadrants):
     photos = write_photos(tmp_path / "photos", quadrants)
     (photos / "broken.jpg").write_bytes(b"\xff\xd8 no")
@@ -426,22 +473,28 @@ def test_tool_segments(segmentor, tmp_path, quadrants):
         assert (out / "overlays" / f"{name}.jpg").is_file()
 
 
-def test_tool_classifies(tmp_path, quadrants):
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
     pytest.importorskip("mmengine")
     import timm
     import torch
     from mmengine.config import Config
 
+    folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
     network = timm.create_model("d_dw_conv_nano", num_classes=7)
     wnids = ["n01440764", "n01443537", "n04399382", "a", "b", "c", "d"]
     weights = {f"network.{k}": v for k, v in network.state_dict().items()}
     content = {"state_dict": weights, "meta": {"dataset_meta": {"classes": wnids}}}
-    torch.save(content, tmp_path / "epoch_1.pth")
-    Config.fromfile(RECIPES / "pretraining/d_dw_conv_nano.py").dump(tmp_path / "config.py")
+    torch.save(content, folder / "epoch_1.pth")
+    Config.fromfile(RECIPES / "pretraining/d_dw_conv_nano.py").dump(folder / "config.py")
+    return folder / "epoch_1.pth"
+
+
+def test_tool_classifies(classifier, tmp_path, quadrants):
     photos = write_photos(tmp_path / "photos", quadrants)
     out = tmp_path / "out"
-    result = run_tool("predict", photos, "--checkpoint", tmp_path / "epoch_1.pth", "--out", out)
+    result = run_tool("predict", photos, "--checkpoint", classifier, "--out", out)
     assert result.returncode == 0, result.stderr
     classes = json.loads((out / "classes/a.json").read_text())["classes"]
     assert len(classes) == 5 and classes[0]["score"] >= classes[4]["score"] > 0

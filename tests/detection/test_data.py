@@ -8,10 +8,12 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
+from PIL import Image
 from pycocotools import mask as mask_util
 
 from dense.detection.config import ConfigError, load_config
 from dense.detection.data import DataError, resolve_data
+from dense.detection.mapper import PhotoMapper
 from dense.recipes import RECIPES
 
 NANO = str(RECIPES / "detection/cascade_mask_rcnn_dw_conv_nano.py")
@@ -272,3 +274,12 @@ def test_wrong_config_files(tmp_path, name, content, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(str(path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_photos_are_read_in_the_models_order(tmp_path, order):
+    colour = [200, 100, 20]
+    Image.new("RGB", (8, 6), tuple(colour)).save(tmp_path / "a.png")
+    mapper = PhotoMapper(is_train=False, augmentations=[], image_format=order, total=1)
+    entry = mapper({"file_name": str(tmp_path / "a.png"), "height": 6, "width": 8})
+    assert entry["image"][:, 2, 2].tolist() == (colour if order == "RGB" else colour[::-1])
