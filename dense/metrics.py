@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dense import files
+from dense.waiting import waiting
 
 _logger = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ def plot_run(work_dir: str | Path) -> Path:
 def plot_finished(work_dir: str | Path) -> None:
     """:func:`plot_run` after training: failures are logged and never raised."""
     try:
-        plot_run(work_dir)
+        with waiting(f"plotting {Path(work_dir, 'metrics.png')}"):
+            plot_run(work_dir)
     except Exception as error:
         _logger.warning(f"no plot of {work_dir}: {error}")
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dense.waiting import waiting
+
 # What the three trainings write into their folder, of Detectron2 and of MMEngine.
 _CHECKPOINTS = ("model_*.pth", "iter_*.pth", "epoch_*.pth", "best_*.pth", "last_checkpoint")
 _LOGS = ("metrics.json", "[0-9]*_[0-9]*/vis_data/scalars.json")
@@ -126,13 +128,14 @@ def locked(folder: Path, patience: float = 15, inherited: bool = True) -> Iterat
         raise RunError(f"{folder} cannot be written: {error.strerror}") from error
     with lock:
         end = time.monotonic() + patience
-        while not _lock(lock.fileno(), inherited):
-            if time.monotonic() > end:
-                raise RunError(
-                    f"another run, or a step that outlived one, works in {folder}: "
-                    "wait for it or end it, then start again"
-                )
-            time.sleep(0.5)
+        with waiting(f"waiting for another run to leave {folder}"):
+            while not _lock(lock.fileno(), inherited):
+                if time.monotonic() > end:
+                    raise RunError(
+                        f"another run, or a step that outlived one, works in {folder}: "
+                        "wait for it or end it, then start again"
+                    )
+                time.sleep(0.5)
         yield lock.fileno()
 
 

@@ -36,7 +36,7 @@ def waiting(what: str, after: float = AFTER) -> Iterator[None]:
     timer = threading.Timer(after, say)
     timer.daemon = True
     began = time.monotonic()
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         timer.start()
     try:
         yield
@@ -45,3 +45,11 @@ def waiting(what: str, after: float = AFTER) -> Iterator[None]:
         if said.is_set():
             seconds = time.monotonic() - began
             print(f"{what}: {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def _is_first() -> bool:
+    # Of processes that nobody launched, PyTorch knows the rank, if it is imported.
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"

@@ -17,6 +17,8 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+from dense.waiting import waiting
+
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("backbones", "ablations", "detection", "mmdetection", "segmentation")
 
@@ -52,7 +54,8 @@ def main() -> None:
 
     try:
         require("rich", "complexity")
-        from dense.analysis import complexity_tables as tables
+        with waiting("importing PyTorch"):
+            from dense.analysis import complexity_tables as tables
 
         for name in args.sections:
             require(tables.SECTIONS[name].package, tables.SECTIONS[name].extra)

@@ -12,9 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from backbones import CheckpointError
-from backbones.conversion import convert_checkpoint
-from backbones.layouts import LAYOUTS
+from dense.waiting import waiting
+
+with waiting("importing PyTorch"):
+    from backbones import CheckpointError
+    from backbones.conversion import convert_checkpoint
+    from backbones.layouts import LAYOUTS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,14 +49,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"convert_checkpoint: {args.target} exists; --overwrite replaces it", file=sys.stderr)
         return 2
     try:
-        done = convert_checkpoint(
-            args.source,
-            args.target,
-            args.to,
-            prefix=args.prefix,
-            from_prefix=args.from_prefix,
-            weights_only=not args.trust,
-        )
+        with waiting(f"converting {args.source}"):
+            done = convert_checkpoint(
+                args.source,
+                args.target,
+                args.to,
+                prefix=args.prefix,
+                from_prefix=args.from_prefix,
+                weights_only=not args.trust,
+            )
     except (CheckpointError, ValueError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from dense import metrics
+from dense.waiting import waiting
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,8 +30,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        runs = [metrics.read_run(run) for run in args.runs]
-        path = metrics.plot(runs, args.out)
+        with waiting("reading the logs and plotting"):
+            runs = [metrics.read_run(run) for run in args.runs]
+            path = metrics.plot(runs, args.out)
     except (OSError, ValueError) as error:
         print(f"plot_metrics: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,10 @@ import sys
 
 from tqdm import tqdm
 
-from dense import drawing, prediction, recipes
+from dense.waiting import waiting
+
+with waiting("importing PyTorch"):
+    from dense import drawing, prediction, recipes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         if not jobs:
             print(f"all results are in {args.out} already")
             return 0
-        write = load(args, framework, config)
+        with waiting(f"importing the framework and loading {args.checkpoint}"):
+            write = load(args, framework, config)
     # The frameworks raise these for a config or checkpoint that does not fit.
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())

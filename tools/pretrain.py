@@ -21,7 +21,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from dense.waiting import waiting
+
+with waiting("importing MMEngine"):
+    from mmengine.config import Config, DictAction
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,9 +82,10 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         require("mmengine", "pretraining")
-        from backbones import CheckpointError
-        from dense.openmmlab.config import ConfigError
-        from dense.pretraining.data import TooManyUnreadable
+        with waiting("importing PyTorch and timm"):
+            from backbones import CheckpointError
+            from dense.openmmlab.config import ConfigError
+            from dense.pretraining.data import TooManyUnreadable
     except ImportError as error:
         sys.exit(f"pretrain: {error}")
     foreseen = (ConfigError, CheckpointError, FloatingPointError, TooManyUnreadable)

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dense.waiting import waiting
+
 README = Path(__file__).resolve().parents[1] / "backbones/README.md"
 
 
@@ -21,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="update the tables in the README")
     args = parser.parse_args(argv)
 
-    from dense.analysis import complexity_tables, properties
+    with waiting("importing PyTorch"):
+        from dense.analysis import complexity_tables, properties
 
     try:
         if args.write:

@@ -14,9 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from backbones import CheckpointError
-from dense import publish
-from dense.recipes import config_beside, framework_of
+from dense.waiting import waiting
+
+with waiting("importing PyTorch"):
+    from backbones import CheckpointError
+    from dense import publish
+    from dense.recipes import config_beside, framework_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(
                     f"--huggingface: {config} trains no classifier, which the folder must hold"
                 )
-        done = publish.publish(args.checkpoint, args.out, config=args.config, weights=args.weights)
+        with waiting(f"publishing {args.checkpoint}"):
+            done = publish.publish(
+                args.checkpoint, args.out, config=args.config, weights=args.weights
+            )
         if args.huggingface:
             print(f"{write_folder(done, args.huggingface)}/README.md: the model card")
     except (CheckpointError, ImportError, ValueError, OSError) as error:

@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dense.waiting import waiting
+
 SIDE = 224
 
 
@@ -49,7 +51,8 @@ def _point(text: str) -> tuple[float, float]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        draw(args)
+        with waiting(f"importing PyTorch, loading {args.checkpoint} and drawing"):
+            draw(args)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"show_kernels: {error}", file=sys.stderr)
         return 1

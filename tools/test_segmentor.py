@@ -10,7 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
+from dense.waiting import waiting
+
+with waiting("importing MMEngine"):
+    from mmengine.config import DictAction
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,10 +41,11 @@ def main() -> None:
 
     try:
         require("mmseg", "segmentation")
-        from backbones import CheckpointError
-        from dense.openmmlab.config import require_task
-        from dense.segmentation import config
-        from dense.segmentation.data import ConfigError
+        with waiting("importing PyTorch and MMSegmentation"):
+            from backbones import CheckpointError
+            from dense.openmmlab.config import require_task
+            from dense.segmentation import config
+            from dense.segmentation.data import ConfigError
     except ImportError as error:
         sys.exit(f"test_segmentor: {error}")
 

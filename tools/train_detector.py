@@ -16,6 +16,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from dense.waiting import waiting
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -54,10 +56,12 @@ def main() -> None:
     if args.num_gpus == 0:
         # Hide the GPUs, before CUDA is initialised.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from backbones import CheckpointError
-    from dense import runs
-    from dense.detection.config import LazyConfigError
-    from dense.images import TooManyUnreadable
+    with waiting("importing PyTorch and Detectron2"):
+        from backbones import CheckpointError
+        from dense import runs
+        from dense.detection import engine as engine
+        from dense.detection.config import LazyConfigError
+        from dense.images import TooManyUnreadable
 
     foreseen = (LazyConfigError, CheckpointError, FloatingPointError, TooManyUnreadable)
     runs.run_tool("train_detector", lambda: run(args), *foreseen)
@@ -107,7 +111,8 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         first=args.machine_rank == 0,
     ) as start:
-        resolve_data(cfg, training=True)
+        with waiting("reading the annotations"):
+            resolve_data(cfg, training=True)
         start()
         engine.start(cfg, args)
         if args.machine_rank == 0:

@@ -16,7 +16,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from dense.waiting import waiting
+
+with waiting("importing MMEngine"):
+    from mmengine.config import Config, DictAction
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,9 +58,11 @@ def main() -> None:
 
     try:
         require("mmseg", "segmentation")
-        from backbones import CheckpointError
-        from dense.images import TooManyUnreadable
-        from dense.openmmlab.config import ConfigError
+        with waiting("importing PyTorch and MMSegmentation"):
+            from backbones import CheckpointError
+            from dense import segmentation as segmentation
+            from dense.images import TooManyUnreadable
+            from dense.openmmlab.config import ConfigError
     except ImportError as error:
         sys.exit(f"train_segmentor: {error}")
     foreseen = (ConfigError, CheckpointError, FloatingPointError, TooManyUnreadable)

@@ -37,6 +37,7 @@ from dense.detection.trainer import build_trainer
 from dense.detection.tta import check_tta, with_tta
 from dense.images import TooManyUnreadable
 from dense.runs import Stopped
+from dense.waiting import waiting
 
 _logger = logging.getLogger(__name__)
 
@@ -123,7 +124,8 @@ def train(
     classes = _classes(cfg)
     seed = cfg.train.seed if cfg.train.get("seed", -1) >= 0 else comm.shared_random_seed()
     checkpointer = WholeCheckpointer(model, cfg.train.output_dir, classes=classes, seed=seed)
-    last = checkpointer.last_whole() if resume else None
+    with waiting(f"reading the checkpoints in {cfg.train.output_dir}"):
+        last = checkpointer.last_whole() if resume else None
     if last is None:
         if resume:
             _logger.info(f"no checkpoint in {cfg.train.output_dir}: training from scratch")
@@ -133,7 +135,9 @@ def train(
     if cfg.train.device == "cpu":
         ddp["device_ids"] = None
     parallel = create_ddp_model(model, **ddp)
-    trainer = build_trainer(cfg, parallel, instantiate(cfg.dataloader.train), optimizer)
+    with waiting("reading the training data"):
+        loader = instantiate(cfg.dataloader.train)
+    trainer = build_trainer(cfg, parallel, loader, optimizer)
     checkpointer.add_checkpointable("trainer", trainer)
     is_main = comm.is_main_process()
     folder, period = cfg.train.output_dir, cfg.train.log_period
@@ -223,7 +227,8 @@ def _built(cfg: DictConfig) -> nn.Module:
         LazyConfigError: the config describes none.
     """
     try:
-        model = instantiate(cfg.model)
+        with waiting("building the model"):
+            model = instantiate(cfg.model)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise LazyConfigError(f"model: {reason}") from error

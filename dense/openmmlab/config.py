@@ -13,6 +13,7 @@ from dense.openmmlab import checking
 from dense.openmmlab import hooks as hooks
 from dense.openmmlab import resuming as resuming
 from dense.openmmlab.runner import DenseRunner
+from dense.waiting import waiting
 
 
 class ConfigError(ValueError):
@@ -149,6 +150,7 @@ def build_runner(cfg: Config) -> Runner:
     named = {hook.get("type") for hook in own}
     cfg.custom_hooks = own + [dict(type=name) for name in _HOOKS if name not in named]
     try:
-        return DenseRunner.from_cfg(cfg)
+        with waiting("building the model"):
+            return DenseRunner.from_cfg(cfg)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{cfg.filename}: {error.args[0] if error.args else error}") from error

@@ -21,6 +21,7 @@ from dense.backbone import revert_sync_batchnorm
 from dense.openmmlab import checkpoints
 from dense.runs import earlier
 from dense.seeding import SeededDataset
+from dense.waiting import waiting
 
 
 @RUNNERS.register_module()
@@ -45,7 +46,8 @@ class DenseRunner(Runner):
         found, damaged = None, []
         search = resume and load_from is None
         if search:
-            found, damaged = checkpoints.newest_whole(work_dir)
+            with waiting(f"reading the checkpoints in {work_dir}"):
+                found, damaged = checkpoints.newest_whole(work_dir)
             if damaged and found is None:
                 raise backbones.CheckpointError(
                     f"{damaged[0]} is truncated or damaged, and {work_dir} has no other "

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import backbones
 from dense.openmmlab.config import ConfigError, build_runner
 from dense.pretraining.data import ImageStream
+from dense.waiting import waiting
 
 LOADERS = ("train_dataloader", "val_dataloader")
 
@@ -124,7 +125,8 @@ def build(cfg: Config, training: bool = True, real_labels: str | None = None) ->
         ConfigError: the data is missing or its classes differ from the config's, or the model
             cannot be built.
     """
-    train, val = (DATASETS.build(cfg[loader].dataset) for loader in LOADERS)
+    with waiting("listing the photos"):
+        train, val = (DATASETS.build(cfg[loader].dataset) for loader in LOADERS)
     if train.metainfo != val.metainfo:
         ours, theirs = (dataset.metainfo["classes"] for dataset in (train, val))
         odd = sorted(set(ours) ^ set(theirs))[:3]

@@ -73,7 +73,9 @@ def judged(run: Path, images: int) -> Verdict:
         ]
         pictures = {", ".join(lines): partial(_draw, dataset, index)}
         verdicts.append(Judged(dataset.filename(index), 100 * float(scores[label]), pictures))
-    return Verdict(verdicts, "the probability of its class in percent", f"those of {checkpoint.name}")
+    return Verdict(
+        verdicts, "the probability of its class in percent", f"those of {checkpoint.name}"
+    )
 
 
 def _photo(dataset: Any, index: int) -> tuple[np.ndarray, int]:
