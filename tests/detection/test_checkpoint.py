@@ -65,6 +65,15 @@ def test_a_truncated_newest_is_named_and_the_one_before_taken(tmp_path, caplog, 
     assert str(newest) in caplog.text
 
 
+def test_the_only_checkpoint_is_half_whole(tmp_path):
+    """The training does not begin anew, in silence."""
+    checkpointer = saved(tmp_path, 1)
+    only = tmp_path / "model_0000001.pth"
+    only.write_bytes(only.read_bytes()[: only.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="model_0000001.pth is damaged .* has no other"):
+        checkpointer.last_whole()
+
+
 def test_other_files_are_no_checkpoints_to_resume_from(tmp_path):
     checkpointer = saved(tmp_path, 1)
     torch.save({"model": {}}, tmp_path / "pretrained.pth")

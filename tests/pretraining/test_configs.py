@@ -74,6 +74,9 @@ FIELDS: dict[str, Any] = {
     "train_dataloader.drop_last": True,
     "train_dataloader.sampler.type": "ResumableSampler",
     "train_dataloader.sampler.shuffle": True,
+    "train_dataloader.dataset.root": each(
+        "data/imagenet/train", "data/imagenet22k/train", *["data/imagenet/train"] * 2
+    ),
     "train_dataloader.dataset.num_classes": each(1000, 21841, 1000, 1000),
     "train_dataloader.dataset.transform.input_size": each(224, 224, 224, 384),
     "train_dataloader.dataset.transform.is_training": True,
@@ -85,6 +88,9 @@ FIELDS: dict[str, Any] = {
     "val_dataloader.batch_size": 128,
     "val_dataloader.sampler.type": "DefaultSampler",
     "val_dataloader.sampler.shuffle": False,
+    "val_dataloader.dataset.root": each(
+        "data/imagenet/val", "data/imagenet22k/val", *["data/imagenet/val"] * 2
+    ),
     "val_dataloader.dataset.num_classes": each(1000, 21841, 1000, 1000),
     "val_dataloader.dataset.transform.input_size": each(224, 224, 224, 384),
     "val_dataloader.dataset.transform.interpolation": "bicubic",
@@ -113,7 +119,7 @@ OTHER += tuple(
     f"{loader}_dataloader.{key}"
     for loader in ("train", "val")
     for key in ("num_workers", "persistent_workers", "pin_memory", "collate_fn.")
-    + ("dataset.type", "dataset.root")
+    + ("dataset.type",)
 )
 
 

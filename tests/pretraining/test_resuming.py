@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.hooks import CheckpointHook, LoggerHook
+from mmengine.runner import get_priority
 from timm.scheduler import CosineLRScheduler
 
-from dense.openmmlab.resuming import ResumableSampler
+from dense.openmmlab import hooks
+from dense.openmmlab.resuming import ResumableSampler, SeedEveryIteration
+from dense.pretraining.hooks import ProgressBar
 from dense.seeding import Place, SeededDataset
 from tests.support import assert_same, losses
 
@@ -18,6 +22,8 @@ SAVE += ["default_hooks.logger.interval=1", "randomness.seed=3"]
 RECIPE = "dw_conv_tiny_8xb128-300e_in1k-224x224"
 SMALL = ["model.name=dw_conv_nano", "param_scheduler.0.warmup=1"]
 SMALL += [f"{loader}_dataloader.dataset.transform.input_size=32" for loader in ("train", "val")]
+OUR_HOOKS = (SeedEveryIteration, ProgressBar, hooks.StopOnNonFiniteLoss, hooks.StopOnSignal)
+OUR_HOOKS += (hooks.ValidateOnResume, hooks.AveragedWeights)
 
 
 def rates(work_dir: Path) -> dict[int, float]:
@@ -91,6 +97,18 @@ def test_every_process_takes_its_turn_from_any_place(monkeypatch):
     endless.start = 17
     tail = [place for place, _ in zip(endless, range(23), strict=False)]
     assert [(int(p), p.seed) for p in tail] == [(int(p), p.seed) for p in head[17:]]
+
+
+def test_hooks_run_where_their_work_belongs():
+    """MMEngine's numbers: those of a lower one run first."""
+    number = {hook: get_priority(hook.priority) for hook in OUR_HOOKS}
+    saved, logged = get_priority(CheckpointHook.priority), get_priority(LoggerHook.priority)
+    # Nothing draws before the seed; damaged weights are never written, averaged ones are.
+    assert number[hooks.StopOnNonFiniteLoss] < saved and number[hooks.AveragedWeights] < saved
+    assert number[SeedEveryIteration] == min(number.values()) < get_priority("NORMAL")
+    assert number[ProgressBar] <= logged < saved
+    # What stops a run leaves its checkpoint, and a validation may be the best one's.
+    assert saved < min(number[hooks.StopOnSignal], number[hooks.ValidateOnResume])
 
 
 def test_a_sample_depends_on_its_place_alone():
