@@ -1,7 +1,8 @@
 """Which tests belong to a source file: those that should notice a mistake in it."""
 
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
+ROOT = Path(__file__).parents[2]
 B, D, S, P = "tests/backbones", "tests/detection", "tests/segmentation", "tests/pretraining"
 OPERATORS = (f"{B}/test_operators.py", f"{B}/test_sizes.py", f"{B}/test_ops_backends.py")
 NETWORKS = (f"{B}/test_references.py", f"{B}/test_models.py", f"{B}/test_pyramid.py")
@@ -42,6 +43,13 @@ TESTS = {
     "dense/analysis/": ("tests/test_complexity.py", "tests/test_recipes.py"),
     "dense/backbone": ("tests/dense/test_dense_backbone.py", f"{B}/test_norms.py"),
     "dense/demo": ("tests/test_make_scenes.py", "tests/test_demo.py"),
+    "dense/detection/browsing": (f"{D}/test_pages.py",),
+    "dense/detection/reporting": (f"{D}/test_pages.py",),
+    "dense/pretraining/browsing": (f"{P}/test_pages.py",),
+    "dense/pretraining/reporting": (f"{P}/test_pages.py",),
+    "dense/segmentation/browsing": (f"{S}/test_pages.py",),
+    "dense/segmentation/reporting": (f"{S}/test_pages.py",),
+    "dense/run_report": (f"{P}/test_pages.py", f"{S}/test_pages.py", f"{D}/test_pages.py"),
     "dense/detection/annotations": (f"{D}/test_annotations.py",),
     "dense/detection/cascade": (f"{D}/test_cascade.py",),
     "dense/detection/checkpoint": (f"{D}/test_checkpoint.py",),
@@ -80,6 +88,8 @@ TESTS = {
     "configs/mmdetection": ("tests/test_mmdetection.py",),
     "configs/pretraining": (f"{P}/test_configs.py",),
     "configs/segmentation": (f"{S}/test_configs.py",),
+    "tools/report": (f"{P}/test_pages.py", f"{S}/test_pages.py", f"{D}/test_pages.py"),
+    "tools/browse_data": ("tests/dense/test_browsing.py",),
     "tools/benchmark": ("tests/dense/test_benchmark.py",),
     "tools/compare_families": (f"{P}/test_comparison.py",),
     "tools/complexity": ("tests/test_complexity.py",),
@@ -95,8 +105,9 @@ TESTS = {
 
 
 def covering(path: str) -> tuple[str, ...]:
-    """The test files of a source; a tool's or module's own ``test_<name>.py`` if no line has it."""
+    """The test files of a source; a tool's own ``test_<name>.py`` or all if no line has it."""
     for beginning, tests in TESTS.items():
         if path.startswith(beginning):
             return tests
-    return (f"tests/test_{PurePath(path).stem}.py",)
+    own = f"tests/test_{PurePath(path).stem}.py"
+    return (own if (ROOT / own).exists() else "tests",)
