@@ -1,0 +1,84 @@
+"""One graph is right at every batch, height and width, for all families and ablations."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from backbones.ablations import ABLATIONS, ablated
+from dense.backbone import DenseBackbone
+from dense.export.graphs import ExactPool, captured, exact_pooling
+from tests.backbones.test_export import scattered
+from tests.support import NANO, build
+
+# Maps of a single position or window in every stage or in some, odd sides, larger than the example.
+SIZES = ((1, 32, 32), (3, 33, 64), (1, 225, 50), (2, 101, 300), (1, 449, 330))
+# The windowed and the convolutional family whose graphs have the most in them.
+FAST = ("swin_nano", "i_d_dw_conv_nano")
+ABLATED = [name for name, a in ABLATIONS.items() if a.options and a.is_pyramid]
+
+
+def dense(name: str, **options) -> DenseBackbone:
+    """With shifted windows in a stage of which one covers some images' maps."""
+    torch.manual_seed(0)
+    return scattered(DenseBackbone(name, norm="BN", depths=(1, 1, 2, 1), **options))
+
+
+def agrees(run, model: nn.Module, sizes=SIZES) -> None:
+    for size in sizes:
+        x = torch.randn(size[0], 3, *size[1:])
+        with torch.no_grad():
+            for got, expected in zip(run(x), model(x), strict=True):
+                assert got.shape == expected.shape
+                error = float((got - expected).abs().max() / expected.abs().max())
+                assert error < 1e-5, (size, error)
+
+
+LONG = [pytest.param(n, marks=() if n in FAST else pytest.mark.e2e) for n in NANO]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_every_size_of_a_saved_program(name):
+    model, file = dense(name), io.BytesIO()
+    program = captured(model)
+    torch.export.save(program, file)
+    file.seek(0)
+    agrees(torch.export.load(file).module(), model)
+    sides = [(v.lower, v.upper) for v in program.range_constraints.values()]
+    assert sorted(sides)[1:] == [(32, 8192)] * 2 and sorted(sides)[0][0] == 1
+    # PyTorch's own operators alone, so that a saved program loads without this package.
+    assert not [n for n in program.graph.nodes if "dense" in str(n.target)]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("stride", [8, 16])
+def test_output_stride(stride):
+    model = dense("swin_nano", output_stride=stride)
+    agrees(captured(model).module(), model, SIZES[:4])
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("ablation", ABLATED)
+def test_ablations(ablation):
+    name, options = ablated(ablation, "swin_nano", dense=True)
+    model = dense(name, **options)
+    agrees(captured(model).module(), model)
+
+
+def test_a_classifier():
+    model = scattered(build("d_dw_conv_nano"))
+    program = captured(model).module()
+    agrees(lambda x: [program(x)], lambda x: [model(x)], SIZES[:4])
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 6, (4, 7)])
+def test_pooling_is_pytorchs(bins):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(bins))
+    for size in ((1, 1), (2, 5), (6, 6), (7, 13), (31, 40)):
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        expected = model(x)
+        with exact_pooling(model):
+            assert isinstance(model[0], ExactPool)
+            torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        assert isinstance(model[0], nn.AdaptiveAvgPool2d)
