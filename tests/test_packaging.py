@@ -29,6 +29,7 @@ def test_packages_of_the_wheel():
         "backbones.ops",
         "dense",
         "dense.detection",
+        "dense.export",
         "dense.huggingface",
         "dense.openmmlab",
         "dense.pretraining",

@@ -4,15 +4,16 @@
         photos/ portrait.jpg --out predictions
 
 CHECKPOINT was written by train_detector.py, train_segmentor.py, pretrain.py or MMDetection, or is a
-whole model that the paper's authors released. The config decides on the framework; the default is
-the config beside the checkpoint. OUT/overlays gets each image with its predictions drawn over it,
-OUT/detections a detector's boxes, masks and classes as JSON, OUT/labels a segmentor's label maps as
-PNG, OUT/classes a classifier's five best classes as JSON. Unreadable images are skipped and listed,
-and the exit status is then 1.
+whole model that the paper's authors released, or a file of export.py. The config decides on the
+framework; the default is the config beside the checkpoint, and a file of export.py needs none.
+OUT/overlays gets each image with its predictions drawn over it, OUT/detections a detector's boxes,
+masks and classes as JSON, OUT/labels a segmentor's label maps as PNG, OUT/classes a classifier's
+five best classes as JSON. Unreadable images are skipped and listed, and the exit status is then 1.
 """
 
 import argparse
 import sys
+from functools import partial
 
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from dense.waiting import waiting
 
 with waiting("importing PyTorch"):
     from dense import drawing, prediction, recipes
+    from dense.export.files import ExportError, is_exported
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="images and folders of images")
-    add("--checkpoint", required=True, help=".pth of a whole detector, segmentor, classifier")
+    add("--checkpoint", required=True, help=".pth of a whole model, or a file of export.py")
     add("--config", help="the training's config; default: the one beside the checkpoint")
     add("--out", required=True, help="output folder")
     add("--score-thr", type=float, default=0.5, help="minimum score of detections (%(default)s)")
@@ -65,9 +67,28 @@ def load(args: argparse.Namespace, framework: str, config: str):
 
     from dense.segmentation import load_predictor
 
-    predictor = load_predictor(config, args.checkpoint, device)
+    return segmentation_writer(load_predictor(config, args.checkpoint, device), args)
+
+
+def segmentation_writer(predictor, args: argparse.Namespace):
     prediction.write_classes(args.out, predictor.classes, predictor.palette)
     return prediction.segmentation_writer(predictor, not args.no_legend)
+
+
+def load_exported(args: argparse.Namespace):
+    """The framework of a file of ``tools/export.py``, and a function that makes its writer."""
+    from dense.export.predictor import load_predictor
+
+    for name, given in (("--config", args.config), ("--device", args.device)):
+        if given not in (None, "cpu"):
+            raise prediction.PredictionError(
+                f"{name} {given}: {args.checkpoint} is an exported file, which runs on the CPU and "
+                "holds what it needs"
+            )
+    predictor = load_predictor(args.checkpoint)
+    if hasattr(predictor, "palette"):
+        return "segmentation", lambda: segmentation_writer(predictor, args)
+    return "classification", lambda: prediction.classification_writer(predictor)
 
 
 def pick_device(name: str | None) -> str:
@@ -89,9 +110,14 @@ def pick_device(name: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    config = args.config
     try:
-        config = args.config or str(recipes.config_beside(args.checkpoint))
-        framework = recipes.framework_of(config)
+        if is_exported(args.checkpoint):
+            framework, make_writer = load_exported(args)
+        else:
+            config = config or str(recipes.config_beside(args.checkpoint))
+            framework = recipes.framework_of(config)
+            make_writer = partial(load, args, framework, config)
         jobs = prediction.plan(
             args.inputs, args.out, framework, resume=args.resume, overwrite=args.overwrite
         )
@@ -99,11 +125,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"all results are in {args.out} already")
             return 0
         with waiting(f"importing the framework and loading {args.checkpoint}"):
-            write = load(args, framework, config)
+            write = make_writer()
     # The frameworks raise these for a config or checkpoint that does not fit.
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        if not isinstance(error, recipes.RecipeError | prediction.PredictionError | ImportError):
+        ours = recipes.RecipeError, prediction.PredictionError, ExportError, ImportError
+        if not isinstance(error, ours):
             reason = f"{args.checkpoint} with {config}: {reason}"
         print(f"predict: {reason}", file=sys.stderr)
         return 2

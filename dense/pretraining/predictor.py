@@ -29,6 +29,8 @@ class Predictor:
     Attributes:
         classes: class names, by index; ImageNet's wnids are replaced by their descriptions.
         report: the load report of the checkpoint.
+        network: fused, ``(B, 3, H, W)`` to logits ``(B, num_classes)``.
+        transform: arguments of timm's ``create_transform``.
 
     Raises:
         ConfigError: the config cannot be read.
@@ -45,15 +47,16 @@ class Predictor:
                 f"{checkpoint} names {len(self.classes)} classes, its classifier has "
                 f"{model.num_classes}"
             )
-        self._model, self._device = fuse(model.to(device), inplace=True), device
-        self._transform = create_transform(**cfg.val_dataloader.dataset.transform)
+        self.network, self._device = fuse(model.to(device), inplace=True), device
+        self.transform = cfg.val_dataloader.dataset.transform.to_dict()
+        self._transform = create_transform(**self.transform)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """``(H, W, 3)`` uint8 RGB to ``(num_classes,)`` float32 probabilities."""
         check_rgb(image)
         pixels = self._transform(Image.fromarray(image))[None].to(self._device)
-        return self._model(pixels)[0].softmax(0).cpu().numpy()
+        return self.network(pixels)[0].softmax(0).cpu().numpy()
 
 
 load_predictor = Predictor

@@ -19,26 +19,26 @@ class Predictor:
         classes: class names, by index.
         palette: an RGB colour per class, 0 to 255.
         report: the load report of the checkpoint.
+        segmentor: MMSegmentation's, fused, with its config as ``cfg``.
     """
 
     def __init__(self, config_file: str, checkpoint: str, device: str = "cpu"):
         cfg = load_config(config_file)
-        self._model = init_model(cfg, device="cpu")
-        content, self.report = checkpoints.load_whole(self._model, checkpoint)
+        self.segmentor = init_model(cfg, device="cpu")
+        content, self.report = checkpoints.load_whole(self.segmentor, checkpoint)
         dataset = cfg.test_dataloader.dataset
         about = checkpoints.metainfo(content, dataset, DATASETS, ("classes", "palette"))
         names, palette = about["classes"], about["palette"]
-        if len(names) != self._model.num_classes:
-            raise CheckpointError(
-                f"{checkpoint} names {len(names)} classes, the model has {self._model.num_classes}"
-            )
+        count = self.segmentor.num_classes
+        if len(names) != count:
+            raise CheckpointError(f"{checkpoint} names {len(names)} classes, the model has {count}")
         self.classes = tuple(names)
         self.palette = tuple(tuple(int(v) for v in colour) for colour in palette)
-        self._model = fuse(revert_sync_batchnorm(self._model).to(device), inplace=True)
+        self.segmentor = fuse(revert_sync_batchnorm(self.segmentor).to(device), inplace=True)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """``(H, W, 3)`` uint8 RGB to ``(H, W)`` int32 class indices."""
         check_rgb(image)
         # MMSegmentation expects BGR input, which its data preprocessor converts to RGB.
-        result = inference_model(self._model, np.ascontiguousarray(image[..., ::-1]))
+        result = inference_model(self.segmentor, np.ascontiguousarray(image[..., ::-1]))
         return result.pred_sem_seg.data[0].to(torch.int32).cpu().numpy()

@@ -150,6 +150,7 @@ ELSEWHERE = (
     "dense/demo/scenes.py",
     "dense/analysis/kernels/launches.py",
     "dense/detection/reporting.py",
+    "dense/export/files.py",
     "dense/openmmlab/mmcv_lite.py",
     "tools/demo.py",
     "tools/setup_environment.py",

@@ -1,0 +1,172 @@
+"""Exported files beside eager networks, on photos: errors, cosines and latency."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dense.export.files import ExportError, Runner
+from dense.export.sources import Source
+from dense.images import UnreadableImage, read_image
+from dense.prediction import SUFFIXES
+
+BAR = 1e-3
+"""The largest error of a float32 file, relative to the largest value of an output."""
+COSINE = 0.99
+"""The smallest cosine of an output of a file with smaller numbers."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a file computes, beside eager.
+
+    Attributes:
+        sizes: rows and columns of the images that were compared.
+        errors: of each output, by name, the largest over all images, relative to its largest value.
+        cosines: of each output, by name, the smallest over all images.
+        latency: seconds of the file and of eager for an image of the first size, the medians.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    errors: dict[str, float]
+    cosines: dict[str, float]
+    latency: tuple[float, float]
+
+    @property
+    def ratio(self) -> float:
+        """The file's latency over eager's."""
+        return self.latency[0] / self.latency[1]
+
+    def missed(self, precision: str) -> str | None:
+        """Why the file may not be kept, None if it may."""
+        if precision == "float32":
+            worst = max(self.errors.values())
+            bar = f"the largest relative error is {worst:.1e}, {BAR:.0e} is allowed"
+            return None if worst <= BAR else bar
+        worst = min(self.cosines.values())
+        return None if worst >= COSINE else f"a cosine is {worst:.4f}, {COSINE} is needed"
+
+    def lines(self, engine: str) -> list[str]:
+        """The comparison for a terminal."""
+        width = max(map(len, self.errors))
+        sizes = ", ".join(f"{columns}x{rows}" for rows, columns in self.sizes)
+        file, eager = (f"{1e3 * seconds:.1f} ms" for seconds in self.latency)
+        rows, columns = self.sizes[0]
+        return [
+            f"beside eager, on photos of {sizes}:",
+            *(
+                f"  {name:{width}}  largest relative error {error:.1e}  "
+                f"smallest cosine {self.cosines[name]:.5f}"
+                for name, error in self.errors.items()
+            ),
+            f"  latency at {columns}x{rows}: {engine} {file}, eager {eager}, "
+            f"ratio {self.ratio:.2f} ({torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()})",
+        ]
+
+
+def sizes_of(source: Source) -> tuple[tuple[int, int], ...]:
+    """Three sizes to compare at: the training's, smaller with odd sides, and larger."""
+    rows, columns = source.size
+    return (rows, columns), (rows * 5 // 8 | 1, columns * 3 // 4 | 1), (rows, columns * 3 // 2)
+
+
+def find_photos(folder: str | os.PathLike, count: int) -> list[np.ndarray]:
+    """The first readable photos of a folder and those in it, RGB.
+
+    Raises:
+        ExportError: it holds none.
+    """
+    found = []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            try:
+                found.append(read_image(path))
+            except UnreadableImage:
+                continue
+        if len(found) == count:
+            return found
+    if not found:
+        raise ExportError(f"--photos {folder} holds no photo ({', '.join(SUFFIXES)})")
+    return found
+
+
+def normalised(photo: np.ndarray, about: dict, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A photo, resized to rows and columns, as ``(1, 3, H, W)`` float32: the input of a file."""
+    if size is not None:
+        resized = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR)
+        photo = np.asarray(resized)
+    if about["channels"] == "BGR":
+        photo = photo[..., ::-1]
+    pixels = (photo.astype(np.float32) - np.float32(about["mean"])) / np.float32(about["std"])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def compare(
+    source: Source,
+    run: Runner | Callable[[np.ndarray], list[np.ndarray]],
+    photos: Sequence[np.ndarray],
+    repeats: int = 5,
+) -> Comparison:
+    """Run a file and the eager network on photos of three sizes, and of the smallest.
+
+    Args:
+        source: the eager network.
+        run: the file.
+        photos: RGB; each is taken at each size, in a batch of all.
+        repeats: of what is timed, after one that is not.
+    """
+    names, sizes = source.about["outputs"], sizes_of(source)
+    least = source.about["sides"][0]
+    errors, cosines = dict.fromkeys(names, 0.0), dict.fromkeys(names, 1.0)
+    for size in (*sizes, (least, least)):
+        batch = np.concatenate([normalised(photo, source.about, size) for photo in photos])
+        for name, ours, true in zip(names, run(batch), eager(source, batch), strict=True):
+            if ours.shape != true.shape:
+                raise ExportError(f"{name} is {ours.shape} at {size}, eager's is {true.shape}")
+            errors[name] = max(errors[name], _error(ours, true))
+            cosines[name] = min(cosines[name], _cosine(ours, true))
+    image = normalised(photos[0], source.about, sizes[0])
+    latency = tuple(_seconds(f, image, repeats) for f in (run, lambda x: eager(source, x)))
+    return Comparison((*sizes, (least, least)), errors, cosines, latency)
+
+
+def cosines_with(source: Source, photos: Sequence[np.ndarray]) -> Callable[[Path], float]:
+    """A function of a file: the smallest cosine of its outputs, at the training's size."""
+    batch = np.concatenate([normalised(photo, source.about, source.size) for photo in photos])
+    expected = eager(source, batch)
+
+    def smallest(path: Path) -> float:
+        return min(map(_cosine, Runner(path)(batch), expected))
+
+    return smallest
+
+
+def eager(source: Source, image: np.ndarray) -> list[np.ndarray]:
+    """The outputs of the network itself."""
+    with torch.inference_mode():
+        return [out.numpy() for out in source.network(torch.from_numpy(image))]
+
+
+def _error(ours: np.ndarray, true: np.ndarray) -> float:
+    return float(np.abs(ours.astype(np.float64) - true).max() / np.abs(true).max())
+
+
+def _cosine(ours: np.ndarray, true: np.ndarray) -> float:
+    a, b = (x.astype(np.float64).ravel() for x in (ours, true))
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def _seconds(function: Callable, image: np.ndarray, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function(image)
+        times.append(time.perf_counter() - start)
+    return median(times[1:])

@@ -1,0 +1,200 @@
+"""Exported files: written with their metadata, and run by the engine of their format.
+
+The metadata is JSON under the key ``dense_backbones``:
+
+* ``task``: ``classification``, ``segmentation`` or ``features``; ``outputs``: their names;
+* ``channels`` (``RGB`` or ``BGR``), ``mean``, ``std``: of the input ``image``, ``(B, 3, H, W)``,
+  float32, which is ``(pixels - mean) / std`` of pixels from 0 to 255;
+* ``sides``: the fewest and most rows and columns in pixels that the file is made for;
+* ``classes`` and, of segmentors, ``palette``: names and RGB colours, by index;
+* ``transform``: of classifiers, what timm's ``create_transform`` makes of a photo;
+* ``resize``: of segmentors, the long and the short side to fit a photo into, or null;
+  ``align_corners``: of the scores' resizing to the photo;
+* ``model``: the recipe; ``format``, ``precision``.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dense import require
+
+KEY = "dense_backbones"
+_EXTRA_FILE = f"{KEY}.json"
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
+"""The suffix of each format; OpenVINO's weights are beside the file, as ``.bin``."""
+
+
+class ExportError(ValueError):
+    """A network, file or request that cannot be exported or run; the message is one line."""
+
+
+def is_exported(path: str | os.PathLike) -> bool:
+    """Whether a file has the suffix of an exported one."""
+    return Path(path).suffix in FORMATS.values()
+
+
+def require_engine(kind: str) -> None:
+    """Raise an ImportError with install instructions if the engine of a format is missing.
+
+    Raises:
+        ExportError: there is no such format.
+    """
+    if kind not in FORMATS:
+        raise ExportError(f"--to {kind}: {', '.join(FORMATS)} are valid")
+    needs = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+    needs["openvino"] = (*needs["onnx"], "openvino")
+    for package in needs.get(kind, ()):
+        require(package, "export")
+
+
+def write(network, about: dict[str, Any], path: Path) -> list[Path]:
+    """Write a network (:class:`.sources.Source`) in the format of the path's suffix.
+
+    Args:
+        network: ``(B, 3, H, W)`` to a tuple of tensors, or its graph, by :func:`.graphs.captured`.
+        about: the metadata.
+        path: with a suffix of :data:`FORMATS`.
+
+    Returns:
+        The files.
+    """
+    import torch
+
+    from dense.export.graphs import captured
+
+    program = captured(network) if isinstance(network, torch.nn.Module) else network
+    if path.suffix == ".pt2":
+        torch.export.save(program, path, extra_files={_EXTRA_FILE: json.dumps(about)})
+        return [path]
+    graph = path.with_suffix(".onnx")
+    _write_onnx(program, about, graph)
+    return [graph] if path.suffix == ".onnx" else to_openvino(graph, path)
+
+
+def _write_onnx(program, about: dict[str, Any], path: Path) -> None:
+    import torch
+
+    from dense.export.graphs import IMAGE, open_sizes
+
+    with open_sizes():
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=[IMAGE],
+            output_names=about["outputs"],
+            optimize=True,
+            verbose=False,
+        )
+    made.model.metadata_props[KEY] = json.dumps(about)
+    made.save(path)
+
+
+def to_openvino(graph: Path, path: Path, half: bool = False) -> list[Path]:
+    """Convert an ONNX file with metadata to OpenVINO's ``.xml`` and ``.bin``.
+
+    ``half`` stores weights in float16, which the engine computes with in float32 on most CPUs.
+    """
+    import openvino
+    from onnx import load_model
+
+    props = load_model(graph, load_external_data=False).metadata_props
+    about = next(entry.value for entry in props if entry.key == KEY)
+    model = openvino.convert_model(graph)
+    model.set_rt_info(about, KEY)
+    openvino.save_model(model, path, compress_to_fp16=half)
+    return [path, path.with_suffix(".bin")]
+
+
+class Runner:
+    """An exported file as a function of arrays.
+
+    >>> run = Runner("swin_tiny.onnx")
+    >>> (logits,) = run(image)  # (1, 3, 224, 224) float32
+    >>> run.about["classes"][logits.argmax()]
+
+    Args:
+        path: a file that ``tools/export.py`` wrote.
+        threads: of ONNX Runtime or OpenVINO; None leaves their number to them.
+
+    Attributes:
+        about: the metadata.
+
+    Raises:
+        ExportError: the file cannot be read, or has no metadata of ours.
+        ImportError: the engine is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike, threads: int | None = None):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ExportError(f"{path} does not exist")
+        kind = next((k for k, suffix in FORMATS.items() if suffix == self.path.suffix), None)
+        if kind is None:
+            raise ExportError(f"{path}: {', '.join(FORMATS.values())} are the exported files")
+        require_engine(kind)
+        try:
+            about, self._run = _READERS[kind](self.path, threads)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ExportError(f"{path} cannot be read as {kind}: {reason}") from error
+        if not about:
+            raise ExportError(f"{path} has no metadata of ours: tools/export.py did not write it")
+        self.about: dict[str, Any] = json.loads(about)
+
+    def __call__(self, image: np.ndarray) -> list[np.ndarray]:
+        """``(B, 3, H, W)`` float32, normalised, to the arrays that ``about["outputs"]`` names.
+
+        Raises:
+            ExportError: the image is of a size that the file was not made for.
+        """
+        least, most = self.about["sides"]
+        if not all(least <= side <= most for side in image.shape[2:]):
+            height, width = image.shape[2:]
+            raise ExportError(
+                f"{self.path} is for images of {least} to {most} pixels a side, "
+                f"not {width}x{height}"
+            )
+        return self._run(image)
+
+
+def _read_onnx(path: Path, threads: int | None) -> tuple[str | None, Callable]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (name,) = (given.name for given in session.get_inputs())
+    about = session.get_modelmeta().custom_metadata_map.get(KEY)
+    return about, lambda image: session.run(None, {name: image})
+
+
+def _read_openvino(path: Path, threads: int | None) -> tuple[str | None, Callable]:
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    about = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else None
+    # A CPU that computes bfloat16 would round float32 files otherwise.
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or 0}
+    compiled = openvino.compile_model(model, "CPU", options)
+    return about, lambda image: [compiled(image)[out] for out in compiled.outputs]
+
+
+def _read_torch_export(path: Path, threads: int | None) -> tuple[str | None, Callable]:
+    import torch
+
+    extra = {_EXTRA_FILE: ""}
+    module = torch.export.load(path, extra_files=extra).module()
+
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            return [out.numpy() for out in module(torch.from_numpy(image))]
+
+    return extra[_EXTRA_FILE], run
+
+
+_READERS = {"onnx": _read_onnx, "openvino": _read_openvino, "torch-export": _read_torch_export}

@@ -1,0 +1,102 @@
+"""Predictors from exported files, which return what those of the checkpoints do."""
+
+import os
+
+import numpy as np
+
+from dense.export.checking import normalised
+from dense.export.files import ExportError, Runner
+from dense.images import check_rgb
+
+
+class Classifier:
+    """An exported classifier as a function of one image, as
+    :class:`dense.pretraining.predictor.Predictor`.
+
+    Args:
+        run: the file.
+
+    Attributes:
+        classes: class names, by index.
+    """
+
+    def __init__(self, run: Runner):
+        from timm.data import create_transform
+
+        self._run = run
+        self._transform = create_transform(**run.about["transform"])
+        self.classes = tuple(run.about["classes"])
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """``(H, W, 3)`` uint8 RGB to ``(num_classes,)`` float32 probabilities."""
+        from PIL import Image
+
+        check_rgb(image)
+        (logits,) = self._run(self._transform(Image.fromarray(image))[None].numpy())
+        powers = np.exp(logits[0] - logits[0].max())
+        return powers / powers.sum()
+
+
+class Segmentor:
+    """An exported segmentor as a function of one image, as
+    :class:`dense.segmentation.predictor.Predictor`.
+
+    Args:
+        run: the file.
+
+    Attributes:
+        classes: class names, by index.
+        palette: an RGB colour per class, 0 to 255.
+    """
+
+    def __init__(self, run: Runner):
+        self._run = run
+        self.classes = tuple(run.about["classes"])
+        self.palette = tuple(map(tuple, run.about["palette"]))
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """``(H, W, 3)`` uint8 RGB to ``(H, W)`` int32 class indices."""
+        import torch
+        import torch.nn.functional as F
+
+        check_rgb(image)
+        about = self._run.about
+        logits = torch.from_numpy(self._run(normalised(self._resized(image), about))[0])
+        given = dict(mode="bilinear", align_corners=about["align_corners"])
+        logits = F.interpolate(logits, image.shape[:2], **given)
+        return logits[0].argmax(0).to(torch.int32).numpy()
+
+    def _resized(self, image: np.ndarray) -> np.ndarray:
+        """The photo in the scale of the test pipeline, by OpenCV as MMCV has it."""
+        if (scale := self._run.about["resize"]) is None:
+            return image
+        import cv2
+
+        height, width = image.shape[:2]
+        factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+        size = int(width * factor + 0.5), int(height * factor + 0.5)
+        return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+
+
+_PREDICTORS = {"classification": Classifier, "segmentation": Segmentor}
+
+
+def load_predictor(path: str | os.PathLike) -> Classifier | Segmentor:
+    """Load an exported classifier or segmentor as a function of one image.
+
+    >>> predict = load_predictor("work_dirs/mine/mine.onnx")
+    >>> predict(image)  # (H, W, 3) uint8 RGB to (H, W) int32 class indices
+
+    Args:
+        path: written by ``tools/export.py``; its metadata says what it is.
+
+    Raises:
+        ExportError: the file cannot be read, or is of a backbone.
+        ImportError: the engine is not installed.
+    """
+    run = Runner(path)
+    if run.about["task"] not in _PREDICTORS:
+        raise ExportError(
+            f"{path} has the maps of a backbone alone: nothing is predicted from them"
+        )
+    return _PREDICTORS[run.about["task"]](run)

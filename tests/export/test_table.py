@@ -1,0 +1,18 @@
+"""The command of the table in dense/export/README.md prints what it measured."""
+
+import pytest
+
+pytest.importorskip("openvino")
+
+
+@pytest.mark.e2e
+def test_rows_of_a_family(capsys):
+    from dense.analysis.export_table import main
+    from dense.export.files import FORMATS
+
+    main(["--families", "dw_conv", "--side", "64", "--no-latency"])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| backbone | format | largest relative error | MB |"
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:2] for row in cells] == [["`dw_conv_nano`", kind] for kind in FORMATS]
+    assert all(float(row[2]) < 1e-4 and 1 < float(row[3]) < 10 for row in cells)
