@@ -1,6 +1,7 @@
 """Read and plot the training logs of MMEngine and Detectron2."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,31 @@ def read_run(work_dir: str | Path) -> Run:
         {name: sorted(points.items()) for name, points in metrics.items()},
         epochs,
     )
+
+
+def evaluated(work_dir: str | Path, name: str, until: int) -> list[float]:
+    """A metric of the evaluations that a work folder's log has.
+
+    Args:
+        work_dir: as :func:`read_run` takes it; one without a log has no evaluations.
+        name: the metric's, such as ``"mIoU"``.
+        until: iteration after which evaluations do not count.
+    """
+    try:
+        points = read_run(work_dir).metrics.get(name, [])
+    except ValueError:
+        return []
+    return [value for step, value in points if step <= until]
+
+
+def since_best(values: Sequence[float]) -> int:
+    """How many values follow the highest one; NaN is the lowest.
+
+    >>> since_best([0.1, 0.3, 0.2, 0.3])
+    2
+    """
+    numbers = [-math.inf if math.isnan(value) else value for value in values]
+    return len(numbers) - 1 - numbers.index(max(numbers)) if numbers else 0
 
 
 def plot(runs: Sequence[Run], path: str | Path) -> Path:

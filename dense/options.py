@@ -1,6 +1,7 @@
 """Checks of config values that come from a command line, for all three trainings."""
 
-from collections.abc import Iterable
+import argparse
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -9,6 +10,51 @@ _POSITIVE = (
     *("log_period", "accumulative_counts"),
 )
 _NOT_NEGATIVE = ("lr", "num_workers", "eval_period", "weight_decay")
+
+
+def add_run_options(add: Callable, unit: str, folder: str) -> None:
+    """Add the options that the three trainings share to a command line.
+
+    >>> add_run_options(parser.add_argument, "epochs", "work dir")
+
+    Args:
+        add: ``add_argument`` of the tool's parser.
+        unit: what the tool's trainings count: ``"iters"`` or ``"epochs"``.
+        folder: what the tool calls the folder of a training.
+    """
+    add(
+        *("--resume", "--auto-resume"),
+        action="store_true",
+        help="continue from the last complete checkpoint; without one, begin",
+    )
+    add("--overwrite", action="store_true", help=f"remove the training that the {folder} holds")
+    add(
+        f"--{unit}",
+        type=_at_least_one,
+        metavar="N",
+        help=f"train N {unit}: warm-up, milestones, evaluation and checkpoints move in proportion",
+    )
+    add(
+        "--early-stop",
+        type=_at_least_one,
+        metavar="N",
+        help="stop when the metric of the best checkpoint has not risen in N evaluations",
+    )
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: 1 or more is needed")
+    return int(text)
+
+
+def scaled(number: int, factor: float) -> int:
+    """A number of iterations or epochs times a factor; 1 at least, and what is not positive stays.
+
+    >>> scaled(500, 0.1), scaled(3, 0.1), scaled(-1, 0.1)
+    (50, 1, -1)
+    """
+    return max(1, round(number * factor)) if number > 0 else number
 
 
 def wrong_value(key: str, old: Any, new: Any) -> str | None:

@@ -26,7 +26,8 @@ from dense.recipes import config_beside, framework_of
 WEIGHTS = ("averaged", "model")
 # Keys of a pretraining config's model that its network, once trained, is not built with.
 _NOT_OF_THE_NETWORK = (
-    *("type", "name", "num_classes", "classes", "mixup", "label_smoothing", "init", "compile"),
+    *("type", "name", "num_classes", "classes", "mixup", "label_smoothing", "init"),
+    *("compile", "grad_checkpointing"),
     *("drop_rate", "drop_path_rate"),
 )
 _BEGIN, _END = "<!-- Published models, by tools/publish_checkpoint.py. -->", "<!-- End of them. -->"

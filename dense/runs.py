@@ -176,7 +176,8 @@ def run_tool(name: str, work: Callable[[], object], *expected: type[BaseExceptio
         # Loaders wait seconds for workers that are in the middle of a photo.
         for child in multiprocessing.active_children():
             child.kill()
-        command = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
+        resuming = {"--resume", "--auto-resume"} & set(sys.argv)
+        command = [*sys.argv, *([] if resuming else ["--resume"])]
         command = [word for word in command if word != "--overwrite"]
         print(
             f"{name}: stopped; {stopped.checkpoint} is written. To go on: "

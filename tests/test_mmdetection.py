@@ -580,7 +580,8 @@ def test_mmdetections_own_tools_train_resume_and_test(tmp_path, sample_data):
         *run, "--resume", *options, "train_cfg.max_iters=4", "train_cfg.val_interval=4"
     )
     assert "iter_2.pth" in said and "Iter(train) [4/4]" in said and "[1/4]" not in said
-    assert "coco/segm_mAP" in said
+    assert "coco/segm_mAP" in said and "| category" in said
+    assert list(tmp_path.glob("best_coco_bbox_mAP_iter_4.pth"))
 
     weights = checkpoints.read(tmp_path / "iter_4.pth")["state_dict"]
     inner = {k[9:]: v for k, v in weights.items() if k.startswith("backbone.")}

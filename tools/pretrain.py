@@ -26,6 +26,8 @@ from dense.waiting import waiting
 with waiting("importing MMEngine"):
     from mmengine.config import Config, DictAction
 
+from dense.options import add_run_options
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -42,10 +44,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=int, help="batches per optimizer step; default keeps the total batch")
     add("--init", help="initial weights: a file, a URL or a tag")
     add("--ablation", metavar="NAME", help="a row of the paper's ablations in place of the network")
-    add("--resume", action="store_true", help="continue from the last complete checkpoint")
-    add("--overwrite", action="store_true", help="remove the training that the work dir holds")
+    add_run_options(add, "epochs", "work dir")
     add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
     add("--compile", action="store_true", help="torch.compile the network")
+    add(
+        "--grad-checkpointing", action="store_true", help="less memory, more time: recompute blocks"
+    )
     add("--sync-bn", action="store_true", help="SyncBN: batch statistics over all GPUs")
     add("--ema", type=float, nargs="?", const=0.9999, metavar="DECAY", help="average the weights")
     add(
@@ -94,7 +98,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def configured(args: argparse.Namespace) -> Config:
     """The config of a command line, with its data sets; batches are planned in :func:`train`."""
-    from dense.openmmlab.config import load_config, require_task, use_ablation, use_amp
+    from dense.openmmlab.config import (
+        load_config,
+        require_task,
+        set_length,
+        use_ablation,
+        use_amp,
+        use_early_stop,
+    )
     from dense.pretraining import config
 
     cfg = load_config(args.config, args.cfg_options)
@@ -114,6 +125,12 @@ def configured(args: argparse.Namespace) -> Config:
         use_amp(cfg)
     if args.compile:
         cfg.model.compile = True
+    if args.grad_checkpointing:
+        cfg.model.grad_checkpointing = True
+    if args.epochs:
+        set_length(cfg, "epochs", args.epochs)
+    if args.early_stop:
+        use_early_stop(cfg, args.early_stop)
     if args.sync_bn:
         cfg.sync_bn = "torch"
     if args.ema is not None:

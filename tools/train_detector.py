@@ -16,6 +16,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from dense.options import add_run_options
 from dense.waiting import waiting
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-images", help="folder of the evaluation images")
     add("--allow-invalid", action="store_true", help="drop images and objects that are faulty")
     add("--classes", help="comma-separated category names (default: all in the JSON)")
-    add("--resume", action="store_true", help="continue from the last complete checkpoint")
-    add("--overwrite", action="store_true", help="remove the training that the output dir holds")
+    add_run_options(add, "iters", "output dir")
     add("--eval-only", action="store_true", help="evaluate train.init_checkpoint=PATH and stop")
     add("--tta", action="store_true", help="with --eval-only: average over sizes and mirrors")
     add("--num-gpus", type=int, help="GPUs per machine; 0 is the CPU (default: 1 if there is one)")
@@ -69,11 +69,13 @@ def main() -> None:
 
 def configured(args: argparse.Namespace) -> "DictConfig":
     """The config of a command line; ``resolve_data`` puts its data sets into the loaders."""
-    from dense.detection.config import LazyConfigError, load_config, use_ablation
+    from dense.detection.config import LazyConfigError, load_config, set_length, use_ablation
 
     cfg = load_config(args.config_file, args.overrides)
     if args.ablation:
         use_ablation(cfg, args.ablation)
+    if args.iters:
+        set_length(cfg, args.iters)
     if args.output_dir:
         cfg.train.output_dir = args.output_dir
     classes = None if args.classes is None else [name.strip() for name in args.classes.split(",")]

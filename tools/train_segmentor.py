@@ -21,6 +21,8 @@ from dense.waiting import waiting
 with waiting("importing MMEngine"):
     from mmengine.config import Config, DictAction
 
+from dense.options import add_run_options
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -32,8 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--ablation", metavar="NAME", help="a row of the paper's ablations in place of the backbone"
     )
     add("--work-dir", help="logs and checkpoints (default: work_dirs/<name of the config>)")
-    add("--resume", action="store_true", help="continue from the last complete checkpoint")
-    add("--overwrite", action="store_true", help="remove the training that the work dir holds")
+    add_run_options(add, "iters", "work dir")
     add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     add("--data-root", help="folder of the data set (default: the config's data_root)")
@@ -71,7 +72,7 @@ def main() -> None:
 
 def configured(args: argparse.Namespace) -> Config:
     """The config of a command line, with its data sets; nothing is checked on disk yet."""
-    from dense.openmmlab.config import require_task, use_ablation
+    from dense.openmmlab.config import require_task, set_length, use_ablation, use_early_stop
     from dense.segmentation import config
 
     own_data = {
@@ -95,6 +96,10 @@ def configured(args: argparse.Namespace) -> Config:
         config.set_data_root(cfg, args.data_root)
     if args.short_side is not None:
         config.set_short_side(cfg, args.short_side)
+    if args.iters:
+        set_length(cfg, "iters", args.iters)
+    if args.early_stop:
+        use_early_stop(cfg, args.early_stop)
     if args.amp:
         config.use_amp(cfg)
     config.use_own_data(cfg, own_data)

@@ -19,6 +19,9 @@ from dense.detection.backbone import PyramidBackbone
 _logger = logging.getLogger(__name__)
 
 
+BEST = "model_best"
+
+
 class WholeCheckpointer(DetectionCheckpointer):
     """Checkpointer that writes files atomically and resumes from the newest intact one.
 
@@ -43,7 +46,7 @@ class WholeCheckpointer(DetectionCheckpointer):
         self.classes, self.seed = classes, seed
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` atomically, then name it in ``last_checkpoint``.
+        """Write ``<name>.pth`` atomically, then name it in ``last_checkpoint`` unless the best.
 
         Raises:
             FloatingPointError: a weight is NaN or infinite; nothing is written.
@@ -65,7 +68,8 @@ class WholeCheckpointer(DetectionCheckpointer):
         # Optimizers that train keep tensors in addition to the weights: this is the least.
         size = sum(value.nbytes for value in weights.values())
         files.write(path, lambda partial: torch.save(data, partial), size=size)
-        files.write(Path(self.save_dir, "last_checkpoint"), path.name)
+        if name != BEST:
+            files.write(Path(self.save_dir, "last_checkpoint"), path.name)
 
     @staticmethod
     def read_classes(path: str) -> list[str] | None:
@@ -154,9 +158,9 @@ class WholeCheckpointer(DetectionCheckpointer):
 
     def _find_last_whole(self) -> tuple[str | None, list[str]]:
         """The newest intact checkpoint, and what is wrong with the newer ones."""
-        newest_first = sorted(
-            Path(self.save_dir).glob("*.pth"), key=lambda p: p.stat().st_mtime_ns, reverse=True
-        )
+        # The best one repeats another; written after the last iteration, it counts one more.
+        found = [p for p in Path(self.save_dir).glob("*.pth") if p.stem != BEST]
+        newest_first = sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
         damaged = []
         for path in newest_first:
             try:

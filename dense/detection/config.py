@@ -11,7 +11,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from backbones.ablations import AblationError, ablated
-from dense.options import wrong_value
+from dense.options import scaled, wrong_value
 
 SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
@@ -71,6 +71,21 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
             if wrong := wrong_value(override.key_or_group, old, override.value()):
                 raise LazyConfigError(f"override {wrong}")
     return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def set_length(cfg: DictConfig, iterations: int) -> None:
+    """Train for another number of iterations; evaluation and checkpoints move in proportion.
+
+    Warm-up and milestones of ``lr_multiplier`` are parts of ``train.max_iter``.
+
+    Args:
+        cfg: changed in place.
+        iterations: the new ``train.max_iter``.
+    """
+    factor = iterations / cfg.train.max_iter
+    cfg.train.max_iter = iterations
+    cfg.train.eval_period = scaled(cfg.train.eval_period, factor)
+    cfg.train.checkpointer.period = scaled(cfg.train.checkpointer.period, factor)
 
 
 def use_ablation(cfg: DictConfig, name: str) -> None:

@@ -31,7 +31,15 @@ from dense.detection.announcing import Announce
 from dense.detection.backbone import PyramidBackbone
 from dense.detection.checkpoint import WholeCheckpointer
 from dense.detection.config import LazyConfigError
-from dense.detection.hooks import StopOnSignal, ValidateOnResume, WriteMetrics, run_writers
+from dense.detection.hooks import (
+    EarlyStop,
+    KeepBest,
+    StopOnSignal,
+    StoppedEarly,
+    ValidateOnResume,
+    WriteMetrics,
+    run_writers,
+)
 from dense.detection.resuming import SeedSteps, resumable
 from dense.detection.trainer import build_trainer
 from dense.detection.tta import check_tta, with_tta
@@ -95,6 +103,8 @@ def check(cfg: DictConfig, args: Namespace) -> None:
         raise LazyConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
     if args.tta:
         check_tta(cfg, args.eval_only)
+    if args.early_stop and not args.eval_only:
+        _check_evaluations(cfg)
     if args.num_machines > 1 and args.dist_url == "auto":
         raise LazyConfigError(
             "several machines need --dist-url, such as tcp://<first machine>:29500"
@@ -105,10 +115,13 @@ def train(
     cfg: DictConfig,
     *,
     resume: bool,
+    early_stop: int | None = None,
     on_ready: Callable[[], None] | None = None,
     config_file: str | None = None,
 ) -> None:
     """Train a config; ``resume`` continues from the newest intact checkpoint if there is one.
+
+    ``early_stop`` ends it when the box AP has not risen in so many evaluations.
 
     On a CPU a resumed run equals an uninterrupted one bit for bit: data order, augmentation and
     dropout follow from the run's seed, which checkpoints store.
@@ -143,6 +156,9 @@ def train(
     folder, period = cfg.train.output_dir, cfg.train.log_period
     writers = run_writers(folder, cfg.train.max_iter) if is_main else []
     evaluation = hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, parallel))
+    best = None
+    if is_main and "evaluator" in cfg.dataloader:
+        best = KeepBest(cfg.train.eval_period, checkpointer)
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
@@ -151,6 +167,7 @@ def train(
             WriteMetrics(writers, period) if is_main else None,
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
             evaluation,
+            best,
             hooks.PeriodicWriter(writers, period=period) if is_main else None,
             StopOnSignal(checkpointer),
         ]
@@ -169,10 +186,17 @@ def train(
         return
     announce = [Announce(cfg, last, config_file)] if is_main else []
     trainer.register_hooks(
-        [*announce, SeedSteps(checkpointer.seed), ValidateOnResume(evaluation, folder)]
+        [*announce, SeedSteps(checkpointer.seed), ValidateOnResume(evaluation, folder, best)]
     )
     trainer.data_loader = resumable(trainer.data_loader, checkpointer.seed, first)
-    trainer.train(first, cfg.train.max_iter)
+    if early_stop:
+        # After the evaluation that a kill cut off.
+        trainer.register_hooks([EarlyStop(early_stop, cfg.train.eval_period, folder)])
+    try:
+        trainer.train(first, cfg.train.max_iter)
+    except StoppedEarly as stopped:
+        _logger.info(str(stopped))
+        checkpointer.save("model_final", iteration=trainer.iter)
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
@@ -205,6 +229,7 @@ def _run(pickled: bytes, processes: int) -> None:
             train(
                 cfg,
                 resume=args.resume,
+                early_stop=args.early_stop,
                 on_ready=lambda: _save_config(as_given),
                 config_file=args.config_file,
             )
@@ -265,6 +290,14 @@ def _save_config(cfg: DictConfig) -> None:
         path = Path(cfg.train.output_dir, "config.yaml")
         files.write(path, lambda partial: LazyConfig.save(cfg, str(partial)))
         _logger.info(f"config: {path}")
+
+
+def _check_evaluations(cfg: DictConfig) -> None:
+    data = cfg.get("data") or {}
+    if not cfg.train.eval_period > 0:
+        raise LazyConfigError("--early-stop needs evaluations: train.eval_period=N, N above 0")
+    if "evaluator" not in cfg.dataloader or (data.get("train_json") and not data.get("val_json")):
+        raise LazyConfigError("--early-stop needs evaluations: validation data, --val-json")
 
 
 def _check_batch(cfg: DictConfig, processes: int, eval_only: bool) -> None:

@@ -13,7 +13,11 @@ from dense.openmmlab import checking
 from dense.openmmlab import hooks as hooks
 from dense.openmmlab import resuming as resuming
 from dense.openmmlab.runner import DenseRunner
+from dense.options import scaled
 from dense.waiting import waiting
+
+# Arguments of MMEngine's schedules, and of ours, that are numbers of iterations or epochs.
+_TIMES = {"begin", "end", "T_max", "total_iters", "step_size", "milestones", "warmup"}
 
 
 class ConfigError(ValueError):
@@ -91,6 +95,59 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
     # bfloat16 has float32's exponent range and needs no scaling.
     scaled = cfg.optim_wrapper.dtype != "bfloat16"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic" if scaled else 1.0)
+
+
+def set_length(cfg: Config, unit: str, length: int) -> None:
+    """Train for another number of iterations or epochs.
+
+    Warm-up, milestones, the ends of schedules, evaluation and checkpoints move in proportion.
+
+    >>> set_length(cfg, "iters", 4000)
+
+    Args:
+        cfg: changed in place.
+        unit: ``"iters"`` or ``"epochs"``.
+        length: how many.
+
+    Raises:
+        ConfigError: the config counts the other.
+    """
+    loop, key = cfg.train_cfg, f"max_{unit}"
+    if key not in loop:
+        raise ConfigError(f"--{unit}: {cfg.filename} has no train_cfg.{key}")
+    factor = length / loop[key]
+    loop[key] = length
+    loop.val_interval = scaled(loop.get("val_interval", 1), factor)
+    if changes := loop.get("dynamic_intervals"):
+        loop.dynamic_intervals = [tuple(scaled(n, factor) for n in pair) for pair in changes]
+    hook = cfg.default_hooks.get("checkpoint")
+    if hook and "interval" in hook:
+        hook.interval = scaled(hook.interval, factor)
+    schedulers = cfg.get("param_scheduler") or []
+    for schedule in schedulers if isinstance(schedulers, list) else [schedulers]:
+        # Parts of an epoch are whole iterations after the conversion.
+        exact = schedule.get("convert_to_iter_based")
+        for name in _TIMES & set(schedule):
+            value = schedule[name]
+            if name == "milestones":
+                schedule[name] = [scaled(n, factor) for n in value]
+            elif value:
+                schedule[name] = value * factor if exact else scaled(value, factor)
+
+
+def use_early_stop(cfg: Config, patience: int) -> None:
+    """Stop when the metric of the best checkpoint has not risen in ``patience`` evaluations.
+
+    Raises:
+        ConfigError: the config keeps no best checkpoint.
+    """
+    monitor = (cfg.default_hooks.get("checkpoint") or {}).get("save_best")
+    if not isinstance(monitor, str) or monitor == "auto":
+        raise ConfigError(
+            f"--early-stop: default_hooks.checkpoint.save_best of {cfg.filename} names no metric"
+        )
+    hooks = cfg.get("custom_hooks") or []
+    cfg.custom_hooks = [*hooks, dict(type="EarlyStop", monitor=monitor, patience=patience)]
 
 
 def use_tta(cfg: Config) -> None:

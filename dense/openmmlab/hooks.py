@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from dense.finite import stop_if_not_finite
-from dense.metrics import read_run
+from dense.metrics import evaluated, read_run, since_best
 from dense.runs import Stop, Stopped
 
 _ADVICE = "a lower learning rate, or AMP in bfloat16 (optim_wrapper.dtype=bfloat16), may help"
@@ -135,6 +135,54 @@ class ValidateOnResume(Hook):
             log.epochs if by_epoch else {s for points in log.metrics.values() for s, _ in points}
         )
         return int(done) not in steps
+
+
+@HOOKS.register_module()
+class EarlyStop(Hook):
+    """Stop when a metric has not risen in the last ``patience`` evaluations.
+
+    A resumed run counts those before. The iteration at which it stops has a checkpoint.
+
+    >>> custom_hooks = [dict(type="EarlyStop", monitor="mIoU", patience=5)]
+
+    Args:
+        monitor: the metric's name in the results of an evaluation; higher is better.
+        patience: number of evaluations.
+    """
+
+    def __init__(self, monitor: str, patience: int):
+        self._monitor, self._patience = monitor, patience
+        self._values: list[float] = []
+
+    # Before ValidateOnResume, which may add an evaluation.
+    def before_train(self, runner: Runner) -> None:
+        """Read the evaluations of the run that is resumed."""
+        values = [evaluated(runner.work_dir, self._monitor, runner.iter) if runner.iter else []]
+        broadcast_object_list(values)
+        self._values = values[0]
+        self._stop_if_enough(runner)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Stop after this evaluation if none of the last rose."""
+        if self._monitor not in (metrics or {}):
+            raise KeyError(f"EarlyStop: the evaluation has no {self._monitor!r}: {metrics}")
+        self._values.append(float(metrics[self._monitor]))
+        if self._stop_if_enough(runner):
+            written = (f"iter_{runner.iter}.pth", f"epoch_{runner.epoch}.pth")
+            if not any(Path(runner.work_dir, name).is_file() for name in written):
+                meta = dict(epoch=runner.epoch, iter=runner.iter)
+                runner.save_checkpoint(runner.work_dir, written[0], meta=meta, by_epoch=False)
+
+    def _stop_if_enough(self, runner: Runner) -> bool:
+        waited = since_best(self._values)
+        enough = waited >= self._patience
+        if enough:
+            runner.train_loop.stop_training = True
+            runner.logger.info(
+                f"{self._monitor} has not risen above {max(self._values):.4g} in {waited} "
+                f"evaluations: the training ends at iteration {runner.iter}"
+            )
+        return enough
 
 
 @HOOKS.register_module()

@@ -29,7 +29,8 @@ class WarmupCosineLR(_ParamScheduler):
 
     Args:
         optimizer: the optimizer or its wrapper, whose learning rates are the maximum.
-        warmup: number of warm-up steps: epochs with ``convert_to_iter_based``, as ``end``.
+        warmup: number of warm-up steps: epochs with ``convert_to_iter_based``, as ``end``; then
+            a part of one too.
         warmup_lr: learning rate of the first step.
         eta_min: learning rate that the cosine reaches at ``end``.
         end: number of steps; the Runner's default is the length of the training.
@@ -56,10 +57,10 @@ class WarmupCosineLR(_ParamScheduler):
 
     @classmethod
     def build_iter_from_epoch(
-        cls, *args: Any, warmup: int, end: int, epoch_length: int, **kwargs: Any
+        cls, *args: Any, warmup: float, end: int, epoch_length: int, **kwargs: Any
     ) -> "WarmupCosineLR":
         """The schedule by iteration of ``epoch_length`` iterations per epoch."""
-        steps = {"warmup": warmup * epoch_length, "end": end * epoch_length}
+        steps = {"warmup": round(warmup * epoch_length), "end": round(end * epoch_length)}
         return cls(*args, **steps, **{**kwargs, "by_epoch": False})
 
     def _get_value(self) -> list[float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
 from mmengine.registry import METRICS
 from timm.data import RealLabelsImagenet
 
@@ -18,7 +19,7 @@ from dense import files
 
 @METRICS.register_module()
 class ClassificationMetric(BaseMetric):
-    """mmengine metric: ``top1`` and ``top5`` in percent, ``images_per_second``.
+    """mmengine metric: ``top1`` and ``top5`` in percent, ``images_per_second``; logs each class.
 
     >>> val_evaluator = dict(type="ClassificationMetric", out_dir="work_dirs/mine/evaluation")
 
@@ -82,9 +83,21 @@ class ClassificationMetric(BaseMetric):
         metrics = {"top1": 100 * float(hit[:, 0].mean()), "top5": 100 * float(hit.any(1).mean())}
         if self.real is not None:
             metrics["real"] = self._real(table[:, 1], best[:, 0])
-        if self.out_dir:
-            self._write(labels, best[:, 0])
+        if self.dataset_meta:
+            self._tell_classes(labels, best[:, 0])
         return metrics
+
+    def _tell_classes(self, labels: np.ndarray, best: np.ndarray) -> None:
+        names = list(self.dataset_meta["classes"])
+        confusion = np.zeros((len(names), len(names)), np.int64)
+        np.add.at(confusion, (labels, best), 1)
+        rows = [
+            (name, int(n), f"{100 * c / n:.2f}" if n else "")
+            for name, n, c in zip(names, confusion.sum(1), confusion.diagonal(), strict=True)
+        ]
+        _log_table(rows)
+        if self.out_dir:
+            self._write(rows, confusion)
 
     def _real(self, indices: np.ndarray, best: np.ndarray) -> float:
         judged = []
@@ -99,23 +112,28 @@ class ClassificationMetric(BaseMetric):
                 judged.append(predicted in valid)
         return 100 * float(np.mean(judged)) if judged else float("nan")
 
-    def _write(self, labels: np.ndarray, best: np.ndarray) -> None:
-        names = list(self.dataset_meta["classes"])
-        count = len(names)
-        confusion = np.zeros((count, count), np.int64)
-        np.add.at(confusion, (labels, best), 1)
+    def _write(self, rows: list[tuple[str, int, str]], confusion: np.ndarray) -> None:
+        names = [name for name, *_ in rows]
         out = Path(self.out_dir)
         out.mkdir(parents=True, exist_ok=True)
-        seen = confusion.sum(1)
-        rows = [
-            (name, int(n), f"{100 * c / n:.2f}" if n else "")
-            for name, n, c in zip(names, seen, confusion.diagonal(), strict=True)
-        ]
         _write_csv(out / "per_class.csv", [("class", "images", "top1"), *rows])
         _write_csv(
             out / "confusion.csv",
             [("", *names), *((n, *row) for n, row in zip(names, confusion.tolist(), strict=True))],
         )
+
+
+def _log_table(rows: list[tuple[str, int, str]]) -> None:
+    """Log images and accuracy of each class; of more than 50 the least accurate 20."""
+    shown, title = rows, "per class"
+    if len(rows) > 50:
+        tested = [row for row in rows if row[1]]
+        shown = sorted(tested, key=lambda row: float(row[2]))[:20]
+        title = f"the {len(shown)} least accurate of {len(rows)} classes"
+    width = max(len(name) for name, *_ in [("class",), *shown])
+    lines = [f"{name:{width}} {n:>7} {top1:>7}" for name, n, top1 in shown]
+    head = f"{'class':{width}} {'images':>7} {'top1':>7}"
+    print_log("\n".join([f"{title}:", head, *lines]), logger="current")
 
 
 def _real_labels(source: str) -> dict[str, list[int]]:

@@ -31,6 +31,7 @@ class ImageClassifier(BaseModel):
         label_smoothing: share of the target spread over all classes, 0 to 1.
         init: a checkpoint or a tag of released weights, loaded by
             :func:`backbones.load_checkpoint`; None starts from random weights.
+        grad_checkpointing: recompute blocks in the backward pass to save memory.
         compile: run the network under ``torch.compile`` with dynamic shapes.
         **kwargs: other arguments of the network, such as ``drop_path_rate``, ``img_size``,
             ``window_size`` and ``se_ratio``.
@@ -48,6 +49,7 @@ class ImageClassifier(BaseModel):
         mixup: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         init: str | None = None,
+        grad_checkpointing: bool = False,
         compile: bool = False,
         **kwargs: Any,
     ):
@@ -57,6 +59,8 @@ class ImageClassifier(BaseModel):
             raise ValueError(f"no network {name!r}: {', '.join(valid)} are valid")
         self.name, self.classes, self.init = name, classes, init
         self.network = timm.create_model(name, num_classes=num_classes, **kwargs)
+        if grad_checkpointing:
+            self.network.set_grad_checkpointing()
         # In a list, so that it is not a submodule: the weights are the network's.
         self._run = [torch.compile(self.network, dynamic=True) if compile else self.network]
         self.mixup = None

@@ -67,6 +67,7 @@ def _network(
 ) -> tuple[torch.nn.Module, LoadReport]:
     """Build the config's network with the file's number of classes and load the weights."""
     own = "type name num_classes classes mixup label_smoothing init compile".split()
+    own.append("grad_checkpointing")
     options = {key: value for key, value in cfg.model.items() if key not in own}
     count = len(classes) if classes else cfg.model.num_classes
     model = timm.create_model(cfg.model.name, num_classes=count, **options)

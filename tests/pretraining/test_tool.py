@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 
 import backbones
+from dense.openmmlab.config import set_length
 from dense.pretraining.metric import ClassificationMetric
 from dense.pretraining.model import ImageClassifier
 from tests.pretraining.conftest import CONFIGS
@@ -265,3 +266,71 @@ def test_training_on_shards(run, photos, tmp_path):
     assert last_metrics(work)["top1"] >= 0
     lines = next(work.glob("*/vis_data/scalars.json")).read_text()
     assert backbones.read_checkpoint(work / "epoch_2.pth") and "loss" in lines
+
+
+def test_epochs_move_the_schedule_and_blocks_are_recomputed(run, tmp_path, monkeypatch):
+    """The config's 20 epochs are 2 here (the fixture's); half of them have half of its warm-up."""
+    seen = []
+    forward = backbones.Pyramid.forward
+
+    def noting(self, x):
+        seen.append({stage.grad_checkpointing for stage in self.stages})
+        return forward(self, x)
+
+    monkeypatch.setattr(backbones.Pyramid, "forward", noting)
+    work = run("--epochs", "1", "--grad-checkpointing")
+    assert seen and all(stages == {True} for stages in seen)
+    cfg = Config.fromfile(work / "dw_conv_nano.py")
+    assert (cfg.train_cfg.max_epochs, cfg.train_cfg.val_interval) == (1, 1)
+    warm_up, cosine = cfg.param_scheduler
+    assert (warm_up.end, cosine.begin, cosine.end) == (1.0, 1.0, 10.0)
+    # The checkpoint is evaluated, published and started from as any other.
+    run("--eval-only", work / "epoch_1.pth", work_dir=tmp_path / "evaluated")
+
+
+def test_a_tenth_of_300_epochs():
+    cfg = Config.fromfile(CONFIGS / "dw_conv_tiny_8xb128-300e_in1k-224x224.py")
+    set_length(cfg, "epochs", 30)
+    assert cfg.train_cfg.max_epochs == 30
+    [schedule] = cfg.param_scheduler
+    assert schedule.warmup == pytest.approx(2) and "end" not in schedule
+
+
+def test_a_training_that_no_longer_gains_ends(run, monkeypatch):
+    left = iter([50.0, 40.0, 50.0])
+    monkeypatch.setattr(
+        ClassificationMetric, "compute_metrics", lambda *_: {"top1": next(left), "top5": 100.0}
+    )
+    ten = ["train_cfg.max_epochs=10"]
+    work = run("--early-stop", "2", options=ten)
+    assert [path.name for path in work.glob("best_*")] == ["best_top1_epoch_1.pth"]
+    assert (work / "epoch_3.pth").is_file() and not (work / "epoch_4.pth").is_file()
+    with pytest.raises(SystemExit):
+        run("--early-stop", "0")
+    # It has ended: resumed, it ends again.
+    run("--early-stop", "2", "--auto-resume", options=ten)
+    assert not (work / "epoch_4.pth").is_file()
+
+
+def test_every_evaluation_logs_each_class(run):
+    work = run("--epochs", "2")
+    (log,) = work.glob("*/*.log")
+    tables = log.read_text().split("per class:")[1:]
+    assert len(tables) == 2
+    for table in tables:
+        rows = [line.split() for line in table.splitlines()[2:5]]
+        assert [row[:2] for row in rows] == [["n01", "4"], ["n02", "4"], ["n03", "4"]]
+
+
+def test_of_many_classes_the_least_accurate_are_logged():
+    metric = ClassificationMetric()
+    metric.dataset_meta = {"classes": [f"c{i:02}" for i in range(60)]}
+    # Two images of each: the first 25 classes are missed, by the next.
+    results = [(i, 2 * i + n, i + (i < 25), 0) for i in range(60) for n in (0, 1)]
+    logged = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dense.pretraining.metric.print_log", lambda text, **_: logged.append(text))
+        metric.compute_metrics(results)
+    title, _, *rows = logged[0].splitlines()
+    assert title == "the 20 least accurate of 60 classes:"
+    assert [row.split() for row in rows] == [[f"c{i:02}", "2", "0.00"] for i in range(20)]

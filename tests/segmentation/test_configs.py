@@ -80,8 +80,10 @@ FIELDS: dict[str, Any] = {
     "param_scheduler.1.begin": 1500,
     "param_scheduler.1.end": 160_000,
     "default_hooks.param_scheduler.type": "ParamSchedulerHook",
-    # The last checkpoint is evaluated, not a best one.
+    # The papers evaluate the last checkpoint; the best one is kept beside it.
     "default_hooks.checkpoint.type": "CheckpointHook",
+    "default_hooks.checkpoint.save_best": "mIoU",
+    "default_hooks.checkpoint.rule": "greater",
     "default_hooks.checkpoint.by_epoch": False,
     "load_from": None,
     "resume": False,

@@ -106,5 +106,6 @@ val_evaluator = dict(
     type="CocoMetric",
     ann_file=data_root + "annotations/instances_val2017.json",
     metric=["bbox", "segm"],
+    classwise=True,
 )
 test_evaluator = val_evaluator
