@@ -242,8 +242,8 @@ def ablated(name: str, like: str, dense: bool = False) -> tuple[str, dict[str, A
         dense: whether it is for dense prediction, which takes our pyramids alone.
 
     Raises:
-        AblationError: an unknown name, a ``like`` of another package, or ``dense`` with a network
-            that is no pyramid of ours.
+        AblationError: an unknown name, a ``like`` of another package or of a size that the row's
+            family lacks, or ``dense`` with a network that is no pyramid of ours.
     """
     ablation = find(name)
     if like not in MODEL_NAMES:
@@ -256,4 +256,7 @@ def ablated(name: str, like: str, dense: bool = False) -> tuple[str, dict[str, A
             f"{name} is a classifier alone: its network, timm's with another mixer, is no backbone "
             "for dense prediction here; tools/pretrain.py trains it"
         )
+    if ablation.is_pyramid and size not in TABLE[ablation.model].sizes:
+        sizes = ", ".join(TABLE[ablation.model].sizes)
+        raise AblationError(f"{name} is a {ablation.model}, which is not {size} but {sizes}")
     return ablation.name(size), ablation.arguments(size)

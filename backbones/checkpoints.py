@@ -410,8 +410,10 @@ def _guess(names: Mapping[str, Tensor]) -> str:
     width = len(names.get("patch_embed.proj.weight", ()))
     text = "\n".join(names)
     depths = [len(set(re.findall(rf"^stages\.{i}\.blocks\.(\d+)\.", text, re.M))) for i in range(4)]
-    sizes = {size["embed_dim"]: name for name, size in SIZES.items()}
-    size = sizes.get(width, "unknown size")
+    # Tiny and small are as wide: where the depths are nobody's, the first of them.
+    alike = [name for name, size in SIZES.items() if size["embed_dim"] == width]
+    same = [name for name in alike if list(SIZES[name]["depths"]) == depths]
+    size = next(iter(same or alike), "unknown size")
     return f"{family}_{size} (C={width}, depths {' '.join(map(str, depths))})"
 
 

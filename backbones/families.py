@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from backbones import mixers
 from backbones.mixers import Mixer
 
-# embed_dim and depths of tiny and base are Table 8's, heads are Swin's.
+# embed_dim and depths of tiny and base are Table 8's, heads are Swin's, and so are small and large,
+# in which the paper has no family.
 SIZES = {
     "nano": dict(embed_dim=32, depths=(1, 1, 2, 1), num_heads=(2, 4, 8, 16)),
     "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "large": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
 }
 
 
@@ -30,7 +33,7 @@ class Family:
 
 
 TABLE = {
-    "swin": Family(mixers.WindowAttention),
+    "swin": Family(mixers.WindowAttention, ("nano", "tiny", "small", "base", "large")),
     "swin_local_mlp": Family(mixers.LocalMLP),
     "dw_conv": Family(mixers.DepthwiseConv),
     "d_dw_conv": Family(mixers.DynamicDepthwiseConv),

@@ -47,6 +47,15 @@ RELEASED = {
             _SWIN + "v1.0.8/swin_tiny_patch4_window7_224_22k.pth", num_classes=21841
         ),
     },
+    "swin_small": {
+        "ms_in1k": Released(_SWIN + "v1.0.0/swin_small_patch4_window7_224.pth", 83.2),
+        "ms_in22k": Released(
+            _SWIN + "v1.0.8/swin_small_patch4_window7_224_22k.pth", num_classes=21841
+        ),
+        "ms_in22k_ft_in1k": Released(
+            _SWIN + "v1.0.8/swin_small_patch4_window7_224_22kto1k_finetune.pth", 83.2
+        ),
+    },
     "swin_base": {
         "ms_in1k": Released(_SWIN + "v1.0.0/swin_base_patch4_window7_224.pth", 83.5),
         "ms_in1k_384": Released(
@@ -63,6 +72,26 @@ RELEASED = {
         ),
         "ms_in22k_ft_in1k": Released(
             _SWIN + "v1.0.0/swin_base_patch4_window7_224_22kto1k.pth", 85.2
+        ),
+    },
+    "swin_large": {
+        "ms_in22k_ft_in1k": Released(
+            _SWIN + "v1.0.0/swin_large_patch4_window7_224_22kto1k.pth", 86.3
+        ),
+        "ms_in22k_ft_in1k_384": Released(
+            _SWIN + "v1.0.0/swin_large_patch4_window12_384_22kto1k.pth",
+            87.3,
+            window_size=12,
+            img_size=384,
+        ),
+        "ms_in22k": Released(
+            _SWIN + "v1.0.0/swin_large_patch4_window7_224_22k.pth", num_classes=21841
+        ),
+        "ms_in22k_384": Released(
+            _SWIN + "v1.0.0/swin_large_patch4_window12_384_22k.pth",
+            num_classes=21841,
+            window_size=12,
+            img_size=384,
         ),
     },
     "dw_conv_tiny": {"atten4vis_in1k": Released(_DEMYSTIFY + "dwnet_tiny_224.pth", 81.2)},

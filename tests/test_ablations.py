@@ -117,6 +117,7 @@ def test_arguments_of_a_size():
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (("dw_conv_se", "swin_small"), "dw_conv_se is a dw_conv, which is not small but nano, "),
         (("dw_conv_sse", "dw_conv_nano"), "no ablation 'dw_conv_sse'; near it are dw_conv_se, "),
         (("resnet", "dw_conv_nano"), "no ablation 'resnet'; .*swin_se"),
         (("volo_d1_dw_conv", "dw_conv_nano", True), "volo_d1_dw_conv is a classifier alone: "),

@@ -15,7 +15,7 @@ from dense import files
 from dense.analysis import complexity, paper
 from dense.analysis.complexity import Count
 
-_SIZES = ("tiny", "base", "nano")
+_SIZES = ("tiny", "small", "base", "large", "nano")
 _per_cent = "{:.1f}%".format
 _22K = "in22k"
 

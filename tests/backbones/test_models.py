@@ -38,6 +38,20 @@ def test_parameters_are_the_papers(name):
     assert count(model) == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_swin_is_timms(size):
+    """Every weight of timm's, by its names and shapes, has one of ours."""
+    with torch.device("meta"):
+        ours = timm.create_model(f"swin_{size}")
+        theirs = timm.create_model(f"swin_{size}_patch4_window7_224")
+    assert count(ours) == count(theirs)
+    shapes = [
+        sorted(tuple(value.shape) for value in model.state_dict().values() if value.dim() > 1)
+        for model in (ours, theirs)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 def test_forms_of_local_mlp():
     """Table 4: one matrix a head; one a channel, the bias table then 169 x C."""
     with torch.device("meta"):

@@ -10,6 +10,7 @@ import timm
 import torch
 import yacs.config
 from timm.data import ImageNetInfo
+from timm.models.swin_transformer import default_cfgs
 from torch import nn
 
 import backbones
@@ -140,6 +141,30 @@ def test_the_readme_lists_them():
         for tag, released in tags.items():
             data = released.description.split(", top-1")[0]
             assert f"| `{name}` | `{tag}` | {data} | {released.top1 or ''} |" in page
+
+
+@pytest.mark.parametrize("name", [name for name in RELEASED if name.startswith("swin_")])
+def test_addresses_of_swin_are_timms(name):
+    """Those that timm names in its own configs, under its tags."""
+    for tag, released in RELEASED[name].items():
+        theirs = f"{name}_patch4_window{released.window_size}_{released.img_size}"
+        cfg = default_cfgs[theirs].cfgs[tag.removesuffix("_384")]
+        assert released.url == cfg.url
+        assert released.num_classes == cfg.num_classes
+
+
+@pytest.mark.parametrize("tag", ["ms_in1k", "ms_in22k"])
+def test_swin_small_takes_its_released_file(tmp_path, tag):
+    classes = RELEASED["swin_small"][tag].num_classes
+    source = released_file(tmp_path / "net.pth", "swin_small", num_classes=classes)
+    model = timm.create_model("swin_small", num_classes=classes)
+    report = backbones.load_checkpoint(model, tmp_path / "net.pth")
+    assert not (report.missing or report.unexpected)
+    for ours, theirs in zip(model.parameters(), source.parameters(), strict=True):
+        assert ours.equal(theirs)
+    tiny = timm.create_model("swin_tiny", num_classes=classes)
+    with pytest.raises(backbones.CheckpointError, match="looks like swin_small .C=96"):
+        backbones.load_checkpoint(tiny, tmp_path / "net.pth")
 
 
 def test_a_tag_of_384_builds_its_window():
