@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 _POSITIVE = (
@@ -55,6 +56,49 @@ def scaled(number: int, factor: float) -> int:
     (50, 1, -1)
     """
     return max(1, round(number * factor)) if number > 0 else number
+
+
+def listed_classes(text: str) -> tuple[list[str], list[tuple[int, ...]] | None]:
+    """Class names, and their colours in masks, of ``--classes``: names or a file of them.
+
+    >>> listed_classes("road,house")
+    (['road', 'house'], None)
+
+    Args:
+        text: names with commas between them, or the path of a text file with a name on each line,
+            which three numbers may follow: ``road 128 64 128``. The name ``-`` stands for a colour
+            to ignore.
+
+    Returns:
+        The names, and for every name its colour ``(R, G, B)``, then those to ignore; None where
+        no line has one.
+
+    Raises:
+        ValueError: some lines have a colour and others have none, or a colour is none or twice.
+    """
+    if "," in text or not Path(text).is_file():
+        return [name.strip() for name in text.split(",")], None
+    names, colours, ignored = [], [], []
+    for line in filter(str.strip, Path(text).read_text().splitlines()):
+        words = line.split()
+        if len(words) < 4 or not all(word.isdigit() for word in words[-3:]):
+            names.append(line.strip())
+            continue
+        name, colour = " ".join(words[:-3]), tuple(int(word) for word in words[-3:])
+        if max(colour) > 255:
+            raise ValueError(f"{text}: {line.strip()!r} has a number above 255")
+        if colour in colours + ignored:
+            raise ValueError(f"{text} has the colour {' '.join(map(str, colour))} twice")
+        if name == "-":
+            ignored.append(colour)
+            continue
+        names.append(name)
+        colours.append(colour)
+    if colours and len(colours) < len(names):
+        raise ValueError(
+            f"{text}: {len(colours)} of {len(names)} classes have a colour; all or none"
+        )
+    return names, [*colours, *ignored] if colours else None
 
 
 def wrong_value(key: str, old: Any, new: Any) -> str | None:

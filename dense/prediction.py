@@ -154,18 +154,21 @@ def detection_writer(
     score_threshold: float,
     draw: Callable[..., np.ndarray] | None = None,
     legend: bool = True,
+    image_id: Callable[[Path], int] | None = None,
 ) -> Callable[[np.ndarray, Job], None]:
     """The ``predict_and_write`` of :func:`run` for a detector.
 
-    The JSON has ``image`` (path), ``height``, ``width``, ``classes`` (names by index) and
-    ``instances``, best first, in COCO's results format: ``bbox`` as ``[x, y, width, height]`` in
-    pixels, ``score``, ``segmentation`` (RLE of pycocotools), ``class_id`` and ``class_name``.
+    The JSON has ``image`` (path), ``image_id`` if known, ``height``, ``width``, ``classes`` (names
+    by index) and ``instances``, best first, in COCO's results format: ``bbox`` as
+    ``[x, y, width, height]`` in pixels, ``score``, ``segmentation`` (RLE of pycocotools),
+    ``class_id`` and ``class_name``.
 
     Args:
         predictor: from ``load_predictor`` of :mod:`dense.detection` or :mod:`dense.mmdetection`.
         score_threshold: instances with lower scores are left out, 0 to 1.
         draw: None is :func:`dense.drawing.draw_instances`, which needs Detectron2.
         legend: name the colours of the classes below the overlay.
+        image_id: an image's id in COCO-style annotations, by its path.
     """
 
     def write(image: np.ndarray, job: Job) -> None:
@@ -195,6 +198,7 @@ def detection_writer(
                 instance["segmentation"] = _run_lengths(mask)
         content = {
             "image": str(job.source),
+            **({"image_id": image_id(job.source)} if image_id else {}),
             "height": image.shape[0],
             "width": image.shape[1],
             "classes": names,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dense.waiting import waiting
 
 with waiting("importing PyTorch"):
-    from dense import drawing, prediction, recipes
+    from dense import coco, drawing, prediction, recipes
     from dense.export.files import ExportError, is_exported
 
 
@@ -35,6 +35,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, help="output folder")
     add("--score-thr", type=float, default=0.5, help="minimum score of detections (%(default)s)")
     add("--no-legend", action="store_true", help="no strip of class colours below the overlays")
+    add(
+        "--coco",
+        metavar="JSON",
+        help="COCO-style annotations of the images: their ids go into a detector's results and "
+        "OUT/coco_results.json (with --score-thr 0.05 as COCO evaluates them)",
+    )
     add("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     add("--resume", action="store_true", help="skip images that have results")
     add("--overwrite", action="store_true", help="predict images that have results again")
@@ -46,20 +52,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace, framework: str, config: str):
+def load(args: argparse.Namespace, framework: str, config: str, ids: coco.CocoIds | None):
     """The function that predicts one image and writes its results."""
+    image_id = ids and ids.image
     device = pick_device(args.device)
     if framework == "detection":
         from dense.detection import load_predictor
 
         predictor = load_predictor(config, args.checkpoint, device)
-        return prediction.detection_writer(predictor, args.score_thr, legend=not args.no_legend)
+        return prediction.detection_writer(
+            predictor, args.score_thr, legend=not args.no_legend, image_id=image_id
+        )
     if framework == "mmdetection":
         from dense.mmdetection import load_predictor
 
         predictor = load_predictor(config, args.checkpoint, device)
         draw = drawing.draw_instances_openmmlab
-        return prediction.detection_writer(predictor, args.score_thr, draw, not args.no_legend)
+        return prediction.detection_writer(
+            predictor, args.score_thr, draw, not args.no_legend, image_id
+        )
     if framework == "classification":
         from dense.pretraining.predictor import load_predictor
 
@@ -112,17 +123,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     config = args.config
     try:
+        ids = coco.CocoIds(args.coco) if args.coco else None
         if is_exported(args.checkpoint):
             framework, make_writer = load_exported(args)
         else:
             config = config or str(recipes.config_beside(args.checkpoint))
             framework = recipes.framework_of(config)
-            make_writer = partial(load, args, framework, config)
+            make_writer = partial(load, args, framework, config, ids)
         jobs = prediction.plan(
             args.inputs, args.out, framework, resume=args.resume, overwrite=args.overwrite
         )
+        if ids:
+            if prediction.RESULTS[framework][0] != prediction.DETECTIONS:
+                raise prediction.PredictionError("--coco is for the results of detectors")
+            for job in jobs:
+                ids.image(job.source)
         if not jobs:
             print(f"all results are in {args.out} already")
+            if ids:
+                coco.write_results(args.out, ids)
             return 0
         with waiting(f"importing the framework and loading {args.checkpoint}"):
             write = make_writer()
@@ -137,6 +156,12 @@ def main(argv: list[str] | None = None) -> int:
     failed = prediction.run(tqdm(jobs, desc="predicting", unit="image"), write)
     for error in failed:
         print(f"predict: {error}", file=sys.stderr)
+    if ids:
+        try:
+            print(f"COCO results: {coco.write_results(args.out, ids)}")
+        except prediction.PredictionError as error:
+            print(f"predict: {error}", file=sys.stderr)
+            return 2
     kind, _ = prediction.RESULTS[framework]
     print(f"{len(jobs) - len(failed)} images predicted: {args.out}/{prediction.OVERLAYS}, {kind}")
     if failed:

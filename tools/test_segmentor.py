@@ -29,6 +29,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--show-dir", help="output folder of pictures of predictions and ground truth")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     add("--data-root", help="folder of the data set (default: the config's data_root)")
+    add("--test-images", help="folder of other images than the training was given to test on")
+    add("--test-masks", help="folder of their masks")
     add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="config changes")
     add("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -64,6 +66,7 @@ def main() -> None:
             cfg.default_hooks.visualization.update(draw=True, interval=1)
             cfg.visualizer.save_dir = args.show_dir
         config.use_own_data(cfg)
+        config.set_test_data(cfg, args.test_images, args.test_masks)
         config.check(cfg, training=False)
         if args.tta:
             config.use_tta(cfg)

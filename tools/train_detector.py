@@ -16,7 +16,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from dense.options import add_run_options
+from dense.options import add_run_options, listed_classes
 from dense.waiting import waiting
 
 if TYPE_CHECKING:
@@ -37,8 +37,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-images", help="folder of the training images")
     add("--val-json", help="COCO-style annotations for evaluation")
     add("--val-images", help="folder of the evaluation images")
+    add("--test-json", help="COCO-style annotations that --eval-only evaluates on (VAL_JSON)")
+    add("--test-images", help="folder of their images")
     add("--allow-invalid", action="store_true", help="drop images and objects that are faulty")
-    add("--classes", help="comma-separated category names (default: all in the JSON)")
+    add("--classes", help="comma-separated category names, or a file of them (default: all)")
     add_run_options(add, "iters", "output dir")
     add("--eval-only", action="store_true", help="evaluate train.init_checkpoint=PATH and stop")
     add("--tta", action="store_true", help="with --eval-only: average over sizes and mirrors")
@@ -78,7 +80,7 @@ def configured(args: argparse.Namespace) -> "DictConfig":
         set_length(cfg, args.iters)
     if args.output_dir:
         cfg.train.output_dir = args.output_dir
-    classes = None if args.classes is None else [name.strip() for name in args.classes.split(",")]
+    classes = None if args.classes is None else listed_classes(args.classes)[0]
     if classes is not None and not all(classes):
         raise LazyConfigError(f"--classes {args.classes!r}: a name is empty")
     given = {
@@ -86,6 +88,8 @@ def configured(args: argparse.Namespace) -> "DictConfig":
         "train_images": args.train_images,
         "val_json": args.val_json,
         "val_images": args.val_images,
+        "test_json": args.test_json,
+        "test_images": args.test_images,
         "classes": classes,
         "allow_invalid": args.allow_invalid,
     }

@@ -39,10 +39,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     add("--data-root", help="folder of the data set (default: the config's data_root)")
     add("--train-images", help="folder of the training images")
-    add("--train-masks", help="folder of their masks: PNGs of the same names, of class indices")
+    add("--train-masks", help="folder of their masks: PNGs or TIFFs of the same names")
     add("--val-images", help="folder of the validation images")
     add("--val-masks", help="folder of their masks")
-    add("--classes", help="comma-separated class names, in the order of the indices in the masks")
+    add("--test-images", help="folder of images that test_segmentor.py tests on (VAL_IMAGES)")
+    add("--test-masks", help="folder of their masks")
+    add(
+        "--classes",
+        help="comma-separated class names, in the order of the indices in the masks; or a file: "
+        "a name on each line, and its colour where masks are coloured: road 128 64 128",
+    )
     add("--ignore-index", type=int, help="value of masks that is ignored, in addition to 255")
     add("--reduce-zero-label", action="store_true", help="ignore 0 in masks; classes begin at 1")
     add("--short-side", type=int, metavar="N", help="resize all photos to a short side of N")
@@ -79,6 +85,7 @@ def configured(args: argparse.Namespace) -> Config:
         key: getattr(args, key)
         for key in (
             *("train_images", "train_masks", "val_images", "val_masks"),
+            *("test_images", "test_masks"),
             *("classes", "ignore_index", "reduce_zero_label"),
         )
     }

@@ -19,6 +19,9 @@ from dense.detection.mapper import PhotoMapper
 _logger = logging.getLogger(__name__)
 
 
+_SPLITS = ("train", "val", "test")
+
+
 class DataError(LazyConfigError):
     """A data set is missing or invalid; the message is one line."""
 
@@ -27,21 +30,22 @@ def resolve_data(cfg: DictConfig, *, training: bool) -> None:
     """Check a config's data and set its loaders, mask format and number of classes to match.
 
     ``cfg.data`` names COCO-style files: ``train_json``, ``train_images``, ``val_json``,
-    ``val_images``, ``classes``, an ordered selection of category names (None: all of the JSON's),
-    and ``allow_invalid``, which drops entries that cannot be used instead of raising. Without these
-    files, the data sets of the loaders must be registered in Detectron2.
+    ``val_images``, ``test_json`` and ``test_images`` (what is evaluated after training; the
+    validation data without them), ``classes``, an ordered selection of category names (None: all of
+    the JSON's), and ``allow_invalid``, which drops entries that cannot be used instead of raising.
+    Without these files, the data sets of the loaders must be registered in Detectron2.
     Afterwards ``cfg.dataloader.metadata.classes`` holds the class names.
 
     Args:
         cfg: changed in place.
-        training: True checks the training data (and validation data if given), False the
-            validation data.
+        training: True checks the training data, and those of validation and test if given; False
+            those of the test.
 
     Raises:
         DataError: data is missing or invalid; the message names it.
     """
     data = cfg.get("data") or {}
-    if any(data.get(key) for key in ("train_json", "train_images", "val_json", "val_images")):
+    if any(data.get(f"{split}_{kind}") for split in _SPLITS for kind in ("json", "images")):
         classes = _use_json(cfg, data, training)
     else:
         classes = _check_registered(cfg, training)
@@ -70,9 +74,10 @@ def json_dataset(
 
 
 def _use_json(cfg: DictConfig, data: DictConfig, training: bool) -> list[str]:
-    needed = ["train"] if training else ["val"]
-    if training and (data.get("val_json") or data.get("val_images")):
-        needed.append("val")
+    given = [s for s in _SPLITS if data.get(f"{s}_json") or data.get(f"{s}_images")]
+    needed = ["test" if "test" in given else "val"]
+    if training:
+        needed = ["train", *(split for split in given if split != "train")]
     classes = list(data.get("classes") or [])
     for split in needed:
         json_file, images, content = _read(data, split)
@@ -86,11 +91,14 @@ def _use_json(cfg: DictConfig, data: DictConfig, training: bool) -> list[str]:
             path = Path(cfg.train.output_dir, "annotations", f"{split}.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             json_file = str(files.write(path, json.dumps(kept)))
+        if training and split == "test":
+            # For --eval-only: while training, the loader has the validation data.
+            continue
         loader = cfg.dataloader["train" if split == "train" else "test"]
         loader.dataset = L(json_dataset)(
             names=json_file, json_file=json_file, image_root=images, filter_empty=split == "train"
         )
-    if "val" not in needed:
+    if training and "val" not in needed:
         _logger.warning("no validation data (--val-json): training without evaluation")
         cfg.dataloader.pop("evaluator", None)
     return classes

@@ -11,14 +11,15 @@ from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
 from dense.openmmlab.config import ConfigError, build_runner, load_config, use_amp, use_tta
+from dense.options import listed_classes
 from dense.segmentation.data import check_folders, check_masks, check_overlap
 
 __all__ = ["build_runner", "check", "load_config", "set_data_root", "use_amp", "use_own_data"]
-__all__ += ["set_short_side", "use_tta"]
+__all__ += ["set_short_side", "set_test_data", "use_tta"]
 
 _MODULES = ["dense.segmentation.dataset", "dense.segmentation.losses"]
 _OWN_DATA = ("train_images", "train_masks", "val_images", "val_masks", "classes")
-_OWN_DATA_OPTIONS = ("ignore_index", "reduce_zero_label")
+_OWN_DATA_OPTIONS = ("test_images", "test_masks", "ignore_index", "reduce_zero_label")
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 _RESIZING = ("RandomChoice", "RandomResize", "Resize")
 # Of the training images' short side; the long side is at most four times as long.
@@ -89,9 +90,11 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
 
     Args:
         cfg: changed in place. Its dict ``data`` may have ``train_images``, ``train_masks``,
-            ``val_images``, ``val_masks``, ``classes`` (names, by index), ``ignore_index`` (a mask
-            value to ignore, besides 255) and ``reduce_zero_label`` (True ignores 0 and numbers the
-            classes from 1). Without any of these, ``cfg`` does not change.
+            ``val_images``, ``val_masks``, ``classes`` (names, by index, or a file of them as
+            :func:`dense.options.listed_classes` takes it), ``test_images`` and ``test_masks``
+            (the validation's without them), ``ignore_index`` (a mask value to ignore, besides 255)
+            and ``reduce_zero_label`` (True ignores 0 and numbers the classes from 1). Without any
+            of these, ``cfg`` does not change.
         given: the same keys from a command line; they take precedence.
 
     Raises:
@@ -108,9 +111,22 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
     if missing := [key for key in _OWN_DATA if not data.get(key)]:
         needed = ", ".join(_OWN_DATA)
         raise ConfigError(f"{', '.join(missing)} not given: your own data needs {needed}")
-    classes = _checked_classes(data["classes"])
+    if bool(data.get("test_images")) != bool(data.get("test_masks")):
+        raise ConfigError("test_images and test_masks are given together or not at all")
+    classes, palette = _checked_classes(data["classes"])
+    if palette and (data.get("reduce_zero_label") or data.get("ignore_index", 255) != 255):
+        raise ConfigError(
+            f"{data['classes']} has colours: ignore_index and reduce_zero_label are for masks of "
+            "indices; a line - R G B ignores a colour"
+        )
+    meta = dict(classes=classes)
+    colours = palette and palette[: len(classes)]
+    if palette:
+        meta |= dict(palette=colours, ignored=palette[len(classes) :])
 
-    for loader, split in zip(_LOADERS, ("train", "val", "val"), strict=True):
+    for loader, split in zip(_LOADERS, ("train", "val", "test"), strict=True):
+        if not data.get(f"{split}_images"):
+            split = "val"
         dataset = dict(
             type="FolderDataset",
             data_root=None,
@@ -118,14 +134,14 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
                 img_path=str(Path(data[f"{split}_images"]).absolute()),
                 seg_map_path=str(Path(data[f"{split}_masks"]).absolute()),
             ),
-            metainfo=dict(classes=classes),
+            metainfo=meta,
             ignore_index=data.get("ignore_index", 255),
             reduce_zero_label=bool(data.get("reduce_zero_label", False)),
-            pipeline=[_of_own_data(step) for step in _pipeline(cfg[loader].dataset)],
+            pipeline=[_of_own_data(step, colours) for step in _pipeline(cfg[loader].dataset)],
         )
         cfg[loader].dataset = dataset
     if cfg.get("tta_pipeline"):
-        cfg.tta_pipeline = [_of_own_data(step) for step in cfg.tta_pipeline]
+        cfg.tta_pipeline = [_of_own_data(step, colours) for step in cfg.tta_pipeline]
     for head in _heads(cfg):
         head.num_classes = len(classes)
         losses = head.get("loss_decode") or []
@@ -145,12 +161,42 @@ def _pipeline(dataset: dict) -> list[dict]:
     return dataset["pipeline"]
 
 
-def _of_own_data(step: dict) -> dict:
+def set_test_data(cfg: Config, images: str | None, masks: str | None) -> None:
+    """Test on other folders of images and masks than a training on own data was given.
+
+    Args:
+        cfg: the config that the training saved; changed in place. Without folders it stays.
+        images: the folder of the images.
+        masks: the folder of their masks.
+
+    Raises:
+        ConfigError: one folder is given alone, or the config is of a standard data set.
+    """
+    if not (images or masks):
+        return
+    if not (images and masks):
+        raise ConfigError("--test-images and --test-masks are given together or not at all")
+    dataset = cfg.test_dataloader.dataset
+    if dataset.type != "FolderDataset":
+        raise ConfigError(
+            f"--test-images: {cfg.filename} tests on {dataset.type}; the config that a training on "
+            "own data saved is needed"
+        )
+    dataset.data_prefix = dict(
+        img_path=str(Path(images).absolute()), seg_map_path=str(Path(masks).absolute())
+    )
+
+
+def _of_own_data(step: dict, colours: list | None = None) -> dict:
     """A step of a pipeline for own data, which may hold any kind of image."""
+    if step["type"] == "LoadAnnotations" and colours:
+        return dict(type="ReadColouredMask", palette=colours)
     # The data set sets reduce_zero_label, not a step of its pipeline.
     step = {k: v for k, v in step.items() if k != "reduce_zero_label"}
     if step["type"] == "TestTimeAug":
-        step["transforms"] = [[_of_own_data(s) for s in steps] for steps in step["transforms"]]
+        step["transforms"] = [
+            [_of_own_data(s, colours) for s in steps] for steps in step["transforms"]
+        ]
     return dict(type="ReadImage") if step["type"] == "LoadImageFromFile" else step
 
 
@@ -159,13 +205,16 @@ def check(cfg: Config, training: bool) -> None:
 
     Args:
         cfg: the final config.
-        training: True checks the training and validation data, False the test data.
+        training: True checks the data of training, validation and test, False the test's.
 
     Raises:
         ConfigError: the first fault found.
     """
     all_pairs = []
-    for loader in _LOADERS[:2] if training else _LOADERS[2:]:
+    loaders = list(_LOADERS if training else _LOADERS[2:])
+    if training and cfg.val_dataloader.dataset == cfg.test_dataloader.dataset:
+        loaders.pop()
+    for loader in loaders:
         dataset = cfg[loader].dataset
         pairs = check_folders(dataset, loader)
         all_pairs.append(pairs)
@@ -175,9 +224,10 @@ def check(cfg: Config, training: bool) -> None:
                 dataset.metainfo["classes"],
                 dataset.ignore_index,
                 dataset.reduce_zero_label,
+                [*(dataset.metainfo.get("palette") or []), *dataset.metainfo.get("ignored", [])],
             )
     if training:
-        check_overlap(*all_pairs)
+        check_overlap(*all_pairs[:2])
     if training and _pools_to_one_value(cfg) and cfg.train_dataloader.batch_size < 2:
         raise ConfigError(
             "train_dataloader.batch_size=1: the head pools an image to one value per channel, and "
@@ -185,9 +235,17 @@ def check(cfg: Config, training: bool) -> None:
         )
 
 
-def _checked_classes(classes: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    names = tuple(classes.split(",") if isinstance(classes, str) else classes)
-    names = tuple(str(name).strip() for name in names)
+def _checked_classes(
+    classes: str | list[str] | tuple[str, ...],
+) -> tuple[tuple[str, ...], list[tuple[int, ...]] | None]:
+    """The names, and the colours of the classes and of what is ignored."""
+    palette = None
+    if isinstance(classes, str):
+        try:
+            classes, palette = listed_classes(classes)
+        except ValueError as error:
+            raise ConfigError(f"--classes: {error}") from error
+    names = tuple(str(name).strip() for name in classes)
     if len(names) < 2:
         raise ConfigError(f"classes={names}: 2 or more; the background is a class of its own")
     if len(names) > 255:
@@ -196,7 +254,7 @@ def _checked_classes(classes: str | list[str] | tuple[str, ...]) -> tuple[str, .
         raise ConfigError(f"classes has {', '.join(twice)} twice")
     if "" in names:
         raise ConfigError(f"classes={names}: a name is empty")
-    return names
+    return names, palette
 
 
 def _heads(cfg: Config) -> list:

@@ -1,5 +1,6 @@
 """MMSegmentation data set of a folder of images and a folder of masks, and its image reader."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS, TRANSFORMS
+from PIL import Image
 
 from dense.images import Skipped, UnreadableImage, read_image
-from dense.segmentation.data import image_mask_pairs
+from dense.segmentation.data import colour_code, image_mask_pairs
 
 
 @TRANSFORMS.register_module()
@@ -32,9 +34,35 @@ class ReadImage(BaseTransform):
         return results
 
 
+@TRANSFORMS.register_module()
+class ReadColouredMask(BaseTransform):
+    """``LoadAnnotations`` of masks whose colours are classes.
+
+    >>> pipeline = [dict(type="ReadImage"), dict(type="ReadColouredMask", palette=[(128, 64, 128)])]
+
+    Args:
+        palette: the colours ``(R, G, B)`` of the classes, by index; any other is ignored.
+    """
+
+    def __init__(self, palette: Sequence[Sequence[int]]):
+        codes = np.array([colour_code(colour) for colour in palette])
+        self._order = codes.argsort()
+        self._codes = codes[self._order]
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Add ``gt_seg_map``, ``(H, W)`` uint8, 255 where pixels are ignored."""
+        with Image.open(results["seg_map_path"]) as mask:
+            codes = np.asarray(mask.convert("RGB")).astype(np.int32) @ [1 << 16, 1 << 8, 1]
+        place = self._codes.searchsorted(codes).clip(max=len(self._codes) - 1)
+        known = self._codes[place] == codes
+        results["gt_seg_map"] = np.where(known, self._order[place], 255).astype(np.uint8)
+        results["seg_fields"].append("gt_seg_map")
+        return results
+
+
 @DATASETS.register_module()
 class FolderDataset(BaseSegDataset):
-    """Images in common formats with PNG masks of class indices, paired by name.
+    """Images in common formats with PNG or TIFF masks of class indices, paired by name.
 
     >>> folders = dict(img_path="images", seg_map_path="masks")
     >>> FolderDataset(data_prefix=folders, metainfo=dict(classes=("road", "tree")))

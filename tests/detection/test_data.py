@@ -283,3 +283,41 @@ def test_photos_are_read_in_the_models_order(tmp_path, order):
     mapper = PhotoMapper(is_train=False, augmentations=[], image_format=order, total=1)
     entry = mapper({"file_name": str(tmp_path / "a.png"), "height": 6, "width": 8})
     assert entry["image"][:, 2, 2].tolist() == (colour if order == "RGB" else colour[::-1])
+
+
+def test_a_test_split_is_evaluated_after_training(cfg, coco_files):
+    test = {"test_json": coco_files.json("train"), "test_images": coco_files.images("train")}
+    cfg.data = {**coco_files.named(), **test}
+    trained = cfg.copy()
+    resolve_data(trained, training=True)
+    # While it trains, it is evaluated on the validation data.
+    assert len(instantiate(trained.dataloader.test)) == 2
+    resolve_data(cfg, training=False)
+    assert len(instantiate(cfg.dataloader.test)) == 6
+
+    cfg.data.val_json = cfg.data.val_images = None
+    resolve_data(cfg, training=False)
+    cfg.data.test_images = None
+    with pytest.raises(DataError, match="data.test_images is not set .--test-images"):
+        resolve_data(cfg, training=False)
+    # Faults are found before a training, not after it.
+    cfg.data = {**coco_files.named(), **test, "test_json": "nowhere.json"}
+    with pytest.raises(DataError, match="data.test_json: there is no file nowhere.json"):
+        resolve_data(cfg, training=True)
+    coco_files.edit("val", lambda content: content["annotations"][0].update(bbox=[-500, 0, 5, 5]))
+    faulty = {"test_json": coco_files.json("val"), "test_images": coco_files.images("val")}
+    cfg.data = {**coco_files.named(), "val_json": None, "val_images": None, **faulty}
+    with pytest.raises(DataError, match="val.json"):
+        resolve_data(cfg, training=True)
+
+
+def test_a_file_of_classes(coco_files, tmp_path):
+    from tests.support import load_tool
+
+    (tmp_path / "classes.txt").write_text("bar\nblock\n")
+    tool = load_tool("train_detector")
+    words = ["--config-file", NANO, *coco_files.arguments()]
+    args = tool.parse_args([*words, "--classes", str(tmp_path / "classes.txt")])
+    cfg = tool.configured(args)
+    resolve_data(cfg, training=True)
+    assert cfg.dataloader.metadata.classes == ["bar", "block"]
