@@ -196,6 +196,11 @@ def test_a_recipe_is_of_its_data_and_options(tool, arguments, photos, tmp_path):
     before = {run.network.name: run.recipe for run in tool.plan(args, 3)}
     assert len(set(before.values())) == len(before)
     assert {r.network.name: r.recipe for r in tool.plan(args, 3)} == before
+    # Whatever the order that they are named in.
+    given = {"se_ratio": 0.1, "window_size": 5}
+    networks = (Network("a", "swin_nano", o) for o in (given, dict(reversed(given.items()))))
+    config = "configs/pretraining/swin_nano.py"
+    assert len({tool.recipe_of(config, network, "", photos) for network in networks}) == 1
     args.epochs = 10
     assert not set(before.values()) & {run.recipe for run in tool.plan(args, 3)}
 
