@@ -198,7 +198,8 @@ def _frequencies(splits: Sequence[Split]) -> list[page.Table]:
         return []
     columns, rows = ["class"], {}
     for split in counted:
-        columns += [f"{split.name} {name}" for name in split.frequencies.columns[1:]]
+        first, *more = split.frequencies.columns[1:]
+        columns += [f"{split.name} {first}", *more]
         for name, *cells in split.frequencies.rows:
             rows.setdefault(name, []).extend(cells)
     rows = sorted(rows.items(), key=lambda row: -row[1][0].value)

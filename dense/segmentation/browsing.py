@@ -18,6 +18,7 @@ from dense.segmentation.data import check_folders
 from dense.waiting import waiting
 
 IGNORED = 255
+_READS_MASKS = ("LoadAnnotations", "mmseg.LoadAnnotations", "ReadColouredMask")
 
 
 def splits(cfg: Config, images: int, check: int, seed: int) -> tuple[list[Split], drawing.Colours]:
@@ -62,14 +63,14 @@ def splits(cfg: Config, images: int, check: int, seed: int) -> tuple[list[Split]
 
 
 def mask_reader(dataset: Any) -> Any:
-    """The data set's own ``LoadAnnotations``: ``read(info)["gt_seg_map"]`` is ``(H, W)`` uint8.
+    """The data set's own reader of masks: ``read(info)["gt_seg_map"]`` is ``(H, W)`` uint8.
 
     Args:
         dataset: the config of a data set.
     """
     while "pipeline" not in dataset:
         dataset = dataset["datasets"][0] if "datasets" in dataset else dataset["dataset"]
-    steps = [s for s in dataset["pipeline"] if s["type"].endswith("LoadAnnotations")]
+    steps = [s for s in dataset["pipeline"] if s["type"] in _READS_MASKS]
     load = TRANSFORMS.build(steps[0] if steps else dict(type="LoadAnnotations"))
     return lambda info: load(dict(info, seg_fields=[]))
 
