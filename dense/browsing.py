@@ -25,8 +25,8 @@ from dense.images import to_rgb
 
 # Lines of a list on the page; the number of all is said.
 SHOWN = 20
-# Pictures on a page, so that it stays below about 4 MB.
-MOST_PICTURES = 120
+# Training samples on a page; with half as many of validation it stays below about 4 MB.
+MOST_SAMPLES = 80
 
 
 @dataclass(frozen=True)

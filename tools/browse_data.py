@@ -49,10 +49,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     add("--seed", type=int, default=0, help="which samples, and their augmentation (%(default)s)")
     add("tool", choices=TOOLS, metavar="TOOL", help=", ".join(TOOLS))
     args, rest = parser.parse_known_args(argv)
-    from dense.browsing import MOST_PICTURES
+    from dense.browsing import MOST_SAMPLES
 
-    if not 0 <= args.images <= MOST_PICTURES:
-        parser.error(f"--images {args.images}: 0 to {MOST_PICTURES}, so that the page stays small")
+    if not 0 <= args.images <= MOST_SAMPLES:
+        parser.error(f"--images {args.images}: 0 to {MOST_SAMPLES}, so that the page stays small")
     if args.check < 0:
         parser.error(f"--check {args.check}: 0 or more is needed")
     if Path(args.out).suffix != ".html":

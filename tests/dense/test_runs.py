@@ -31,6 +31,8 @@ def test_an_earlier_training_is_refused_and_not_touched(tmp_path, name):
 
 
 def test_overwriting_removes_the_training_alone_and_only_when_it_starts(tmp_path):
+    for name in ("run.json", "report.html"):
+        (tmp_path / name).touch()
     for name in (*LEFT, "last_checkpoint", "config.yaml", "log.txt.rank1", "x.pth.partial"):
         (tmp_path / name).write_text("old")
     (tmp_path / "20260101_120000/vis_data").mkdir(parents=True)

@@ -77,7 +77,7 @@ def test_browsing_refuses_in_one_line(coco_files, tmp_path, capsys):
             tool.main(["train_detector", "--out", str(tmp_path / "a.html"), *arguments])
         assert message in str(ended.value) and "\n" not in str(ended.value)
     for arguments, message in (
-        (["--images", "999"], "--images 999: 0 to 120"),
+        (["--images", "999"], "--images 999: 0 to 80"),
         (["--check", "-1"], "--check -1: 0 or more"),
         (["--out", "page.txt"], "--out page.txt: a .html"),
     ):
