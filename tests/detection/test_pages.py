@@ -25,7 +25,7 @@ def browse(out: Path, *arguments: str) -> Page:
 def test_browsing_counts_as_pycocotools(coco_files, tmp_path, capsys):
     def change(content):
         content["categories"][0]["name"] = "<b>bar</b>"
-        content["annotations"][0]["iscrowd"] = 1
+        content["annotations"][2]["iscrowd"] = 1
         content["annotations"][1]["bbox"] = [0, 0, 500, 5]
 
     coco_files.edit("train", change)
@@ -41,7 +41,6 @@ def test_browsing_counts_as_pycocotools(coco_files, tmp_path, capsys):
     assert any("annotation 2" in line and "[0, 0, 500, 5]" in line for line in page.lines)
     coco = COCO(coco_files.json("train"))
     left_out = set(coco.getAnnIds(imgIds=[3])) | {2}
-    # Image 0 has a crowd and a faulty box alone, and a training takes images with objects.
     counts, photos = [], []
     for name in ("<b>bar</b>", "block"):
         ids = set(coco.getAnnIds(catIds=coco.getCatIds([name]), iscrowd=False)) - left_out

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def test_a_training_ends_with_its_report(run, photos, tmp_path, reports):
             assert float(top1) == pytest.approx(float(line["top1"]), abs=0.006)
             assert images == line["images"] == "4"
     assert len(page.pictures) == 8 and sum("(truth)" in c for c in page.captions) == 8
+    # The score is that of the true class, the best photo's the highest.
+    scores = []
+    for caption in page.captions:
+        score, percent = re.match(r"\w+ \d: \S+, ([\d.]+)\. \S+ (\d+)% \(truth\)", caption).groups()
+        assert abs(float(score) - float(percent)) < 0.6
+        scores.append(float(score))
+    assert scores[:4] == sorted(scores[:4], reverse=True) and scores[4:] == sorted(scores[4:])
+    assert min(scores[:4]) >= max(scores[4:])
 
     # A second start is entered beside the first; initial weights are named with what they gave.
     (start,) = json.loads((work / journal.FILE).read_text())
