@@ -68,7 +68,7 @@ def test_browsing_shows_what_the_pipeline_makes(shapes, tmp_path):
 def test_a_training_ends_with_its_report(shapes, tmp_path, monkeypatch, reports):
     work = tmp_path / "mine"
     arguments = [CONFIG, "--work-dir", work, *own_data(shapes), "--short-side", "64"]
-    arguments += ["--cfg-options", *FAST, "train_cfg.val_interval=2"]
+    arguments += ["--cfg-options", *FAST, "train_cfg.val_interval=1"]
     monkeypatch.setattr(sys, "argv", ["train_segmentor.py", *map(str, arguments)])
     load_tool("train_segmentor").main()
 
