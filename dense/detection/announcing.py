@@ -50,12 +50,6 @@ class Announce(HookBase):
         _logger.info(str(start))
         journal.begin(cfg.train.output_dir, start, self._config_file)
 
-    def after_train(self) -> None:
-        """Record its time and memory."""
-        # Detectron2 calls it after an error too.
-        if self.trainer.iter == self.trainer.max_iter:
-            journal.end(self._cfg.train.output_dir)
-
 
 def _images(loader: Iterable) -> int:
     """Number of images behind a loader, whose batches Detectron2 wraps several times."""

@@ -25,7 +25,7 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from backbones import CheckpointError
-from dense import files
+from dense import files, journal
 from dense.backbone import revert_sync_batchnorm
 from dense.detection.announcing import Announce
 from dense.detection.backbone import PyramidBackbone
@@ -197,6 +197,8 @@ def train(
     except StoppedEarly as stopped:
         _logger.info(str(stopped))
         checkpointer.save("model_final", iteration=trainer.iter)
+    if is_main:
+        journal.end(folder)
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:

@@ -54,6 +54,25 @@ def test_browsing_counts_as_numpy(shapes, tmp_path):
     assert "no pixel of these masks is of none" in odd
 
 
+def test_browsing_reads_coloured_masks_as_the_training(shapes, tmp_path):
+    colours = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0]], np.uint8)
+    folders = dict(shapes)
+    for split in ("train", "val"):
+        folder = tmp_path / split
+        folder.mkdir()
+        for path in Path(shapes[f"{split}_masks"]).iterdir():
+            Image.fromarray(colours[np.asarray(Image.open(path))]).save(folder / path.name)
+        folders[f"{split}_masks"] = str(folder)
+    names = ("ground", "box", "bar")
+    lines = [f"{name} {' '.join(map(str, c))}" for name, c in zip(names, colours, strict=True)]
+    (tmp_path / "classes.txt").write_text("\n".join(lines))
+    folders["classes"] = str(tmp_path / "classes.txt")
+    page = browse(tmp_path / "data.html", CONFIG, *own_data(folders), "--images", "2")
+    plain = browse(tmp_path / "plain.html", CONFIG, *own_data(shapes), "--images", "2")
+    assert all(page.row(name) == plain.row(name) for name in names)
+    assert all(f"rgb({', '.join(map(str, colour))})" in page.source for colour in colours.tolist())
+
+
 def test_browsing_shows_what_the_pipeline_makes(shapes, tmp_path):
     arguments = [CONFIG, *own_data(shapes), "--images", "6"]
     page = browse(tmp_path / "short.html", *arguments, "--short-side", "40")
