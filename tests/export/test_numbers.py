@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dense.export import files, numbers
+from tests.export.conftest import exported
 from tests.support import load_tool
 
 pytest.importorskip("onnxruntime")
@@ -71,6 +72,23 @@ def test_layers_return_to_float_until_the_bar_is_met(tmp_path, monkeypatch):
     ]
     found = numbers.quantise_within(tmp_path, tmp_path, [], cosine_of, 0.7)
     assert not found.kept and found.lines() == ["int8: all convolutions and linears"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("kind, precision", [("openvino", "fp16"), ("openvino", "int8")])
+def test_by_the_tool(kind, precision, classifier, photos, tmp_path, capsys):
+    pytest.importorskip("openvino")
+    from dense.export.sources import read_source
+
+    source = read_source(classifier)
+    file = exported(classifier, photos, tmp_path, kind, f"--{precision}")
+    run, printed = files.Runner(file), capsys.readouterr().out
+    assert (run.about["precision"], run.about["format"]) == (precision, kind)
+    assert ("int8: " in printed) == (precision == "int8")
+    assert {path.name for path in tmp_path.iterdir()} == {"file.xml", "file.bin"}
+    # A weight of float32 has 4 bytes.
+    weights = sum(p.numel() for p in source.network.parameters())
+    assert (tmp_path / "file.bin").stat().st_size < {"fp16": 2.2, "int8": 1.7}[precision] * weights
 
 
 @pytest.mark.parametrize(
