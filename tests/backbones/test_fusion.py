@@ -37,6 +37,7 @@ def test_norms_are_folded(family):
     before = norms(model)
     fused = backbones.fuse(model)
     assert norms(model) == before
+    assert not any(module.training for module in fused.modules())
     left = [name for name in norms(fused) if not name.endswith("mid_norm")]
     assert not left and (family == "i_d_dw_conv" or not norms(fused))
 
