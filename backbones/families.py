@@ -39,5 +39,20 @@ TABLE = {
     "d_dw_conv": Family(mixers.DynamicDepthwiseConv),
     "i_d_dw_conv": Family(mixers.InhomogeneousDynamicDepthwiseConv),
 }
+
+
+def map_channels(name: str) -> tuple[int, ...]:
+    """The channels of a model's maps, of strides 4, 8, 16 and 32.
+
+    >>> map_channels("swin_tiny")
+    (96, 192, 384, 768)
+
+    Args:
+        name: one of ``backbones.MODEL_NAMES``.
+    """
+    size = SIZES[name.rpartition("_")[2]]
+    return tuple(size["embed_dim"] * 2**stage for stage in range(len(size["depths"])))
+
+
 FAMILIES = tuple(TABLE)
 MODEL_NAMES = tuple(f"{name}_{size}" for name, family in TABLE.items() for size in family.sizes)

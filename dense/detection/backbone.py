@@ -10,6 +10,7 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
 from backbones import MODEL_NAMES
+from backbones.families import map_channels
 from dense.backbone import DenseBackbone
 
 FEATURES = ("res2", "res3", "res4", "res5")
@@ -168,3 +169,13 @@ def _register(name: str) -> None:
 
 for _name in MODEL_NAMES:
     _register(_name)
+
+
+def last_level_p6p7(name: str, out_channels: int) -> LastLevelP6P7:
+    """RetinaNet's levels P6 and P7, on the last map of one of our backbones.
+
+    Args:
+        name: the backbone's, one of ``backbones.MODEL_NAMES``.
+        out_channels: the feature pyramid's.
+    """
+    return LastLevelP6P7(map_channels(name)[-1], out_channels)

@@ -8,6 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 import backbones
+from backbones.families import map_channels
 from dense.backbone import DenseBackbone
 
 _INIT_CFG_KEYS = {"type", "checkpoint", "prefix", "map_location"}
@@ -58,6 +59,37 @@ def register() -> None:
     """Register all backbones in MMEngine's root registry, which all OpenMMLab packages search."""
     for name in backbones.MODEL_NAMES:
         MODELS.register_module(name=name, module=partial(OpenMMLabBackbone, name))
+
+
+def fit_channels(model: dict[str, Any]) -> None:
+    """Set the ``in_channels`` of a model's neck, or heads without one, to our backbone's maps.
+
+    One config thereby serves all backbones: ``model.backbone.type`` alone names another.
+
+    Args:
+        model: the config of a model, with test-time augmentation around it or not; changed in
+            place. One with another backbone stays as it is.
+    """
+    model = model.get("module", model)
+    backbone = model.get("backbone")
+    if not isinstance(backbone, dict) or backbone.get("type") not in backbones.MODEL_NAMES:
+        return
+    channels = map_channels(backbone["type"])
+    maps = [channels[i] for i in backbone.get("out_indices", range(len(channels)))]
+    neck = model.get("neck")
+    neck = neck[0] if isinstance(neck, list) else neck
+    if neck:
+        if isinstance(neck.get("in_channels"), list | tuple):
+            neck["in_channels"] = maps
+        return
+    for key in ("decode_head", "auxiliary_head"):
+        heads = model.get(key) or []
+        for head in heads if isinstance(heads, list) else [heads]:
+            places = head.get("in_index", range(len(maps)))
+            if isinstance(head.get("in_channels"), list | tuple):
+                head["in_channels"] = [maps[i] for i in places]
+            elif isinstance(places, int):
+                head["in_channels"] = maps[places]
 
 
 def _pretrained_checkpoint(init_cfg: dict | None) -> str | None:

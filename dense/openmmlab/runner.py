@@ -1,5 +1,6 @@
 """MMEngine's Runner with CPU fallbacks, safe resuming and safe checkpoint files."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dense import files
 from dense.amp import warn_of_float16
 from dense.backbone import revert_sync_batchnorm
 from dense.openmmlab import checkpoints
+from dense.openmmlab.backbone import fit_channels
 from dense.runs import earlier
 from dense.seeding import SeededDataset
 from dense.waiting import waiting
@@ -68,6 +70,14 @@ class DenseRunner(Runner):
                     module.init = None
         if self.distributed and not torch.cuda.is_available():
             self.logger.info(f"no CUDA: {self.world_size} processes on the CPU over gloo")
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> "DenseRunner":
+        """As in MMEngine; necks and heads take the channels of the backbone that is named."""
+        cfg = copy.deepcopy(cfg)
+        if isinstance(cfg.get("model"), dict):
+            fit_channels(cfg["model"])
+        return super().from_cfg(cfg)
 
     def setup_env(self, env_cfg: dict) -> None:
         """As in MMEngine, with gloo instead of NCCL if there is no CUDA.

@@ -21,7 +21,7 @@ _MODULES = ["dense.segmentation.dataset", "dense.segmentation.losses"]
 _OWN_DATA = ("train_images", "train_masks", "val_images", "val_masks", "classes")
 _OWN_DATA_OPTIONS = ("test_images", "test_masks", "ignore_index", "reduce_zero_label")
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
-_RESIZING = ("RandomChoice", "RandomResize", "Resize")
+_RESIZING = ("RandomChoice", "RandomChoiceResize", "RandomResize", "Resize")
 # Of the training images' short side; the long side is at most four times as long.
 _RATIOS = (0.75, 1.5)
 _TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -144,6 +144,9 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
         cfg.tta_pipeline = [_of_own_data(step, colours) for step in cfg.tta_pipeline]
     for head in _heads(cfg):
         head.num_classes = len(classes)
+        # Mask2Former's; the last weight is of no object.
+        if weights := (head.get("loss_cls") or {}).get("class_weight"):
+            head.loss_cls.class_weight = [1.0] * len(classes) + [weights[-1]]
         losses = head.get("loss_decode") or []
         for loss in losses if isinstance(losses, list) else [losses]:
             if loss.type == "CrossEntropyLoss" and loss.get("class_weight"):
