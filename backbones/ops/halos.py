@@ -22,7 +22,9 @@ _SCORES_ELSEWHERE = 2**26
 def pad_to_blocks(qkv: Tensor, window_size: Size) -> Tensor:
     """Zeros to whole blocks and half a window around: ``(B, nH*rows + rows - 1, ..., 3*C)``."""
     (height, width), (rows, columns) = qkv.shape[1:3], window_size
-    right, bottom = -width % columns + columns // 2, -height % rows + rows // 2
+    # Not by a remainder: torch.export knows of quotients which slices fit.
+    right = ((width - 1) // columns + 1) * columns - width + columns // 2
+    bottom = ((height - 1) // rows + 1) * rows - height + rows // 2
     return F.pad(qkv, (0, 0, columns // 2, right, rows // 2, bottom))
 
 
