@@ -104,7 +104,8 @@ def to_openvino(graph: Path, path: Path, half: bool = False) -> list[Path]:
 
     props = load_model(graph, load_external_data=False).metadata_props
     about = next(entry.value for entry in props if entry.key == KEY)
-    model = openvino.convert_model(graph)
+    # Not convert_model, which tells OpenVINO's makers over the network that it was called.
+    model = openvino.Core().read_model(graph)
     model.set_rt_info(about, KEY)
     openvino.save_model(model, path, compress_to_fp16=half)
     return [path, path.with_suffix(".bin")]
