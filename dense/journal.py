@@ -36,7 +36,7 @@ class Start:
         device: from :func:`device_name`.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         batch: images of an optimizer step, over all processes.
-        images: images of the training data.
+        images: images of the training data; None if they have no number.
         steps: optimizer steps of the whole training.
         weights: from :func:`weights`, or where a resumed training goes on.
     """
@@ -44,15 +44,18 @@ class Start:
     device: str
     precision: str
     batch: int
-    images: int
+    images: int | None
     steps: int
     weights: str
 
     def __str__(self) -> str:
-        epochs = self.steps * self.batch / max(1, self.images)
+        images = " images"
+        if self.images is not None:
+            epochs = self.steps * self.batch / max(1, self.images)
+            images = f" of {self.images} images ({epochs:.3g} epochs)"
         return (
-            f"training on {self.device} in {self.precision}: {self.steps} steps of {self.batch} "
-            f"of {self.images} images ({epochs:.3g} epochs), {self.weights}"
+            f"training on {self.device} in {self.precision}: {self.steps} steps of {self.batch}"
+            f"{images}, {self.weights}"
         )
 
 

@@ -80,7 +80,10 @@ def configured(args: argparse.Namespace) -> "DictConfig":
         set_length(cfg, args.iters)
     if args.output_dir:
         cfg.train.output_dir = args.output_dir
-    classes = None if args.classes is None else listed_classes(args.classes)[0]
+    try:
+        classes = None if args.classes is None else listed_classes(args.classes)[0]
+    except ValueError as error:
+        raise LazyConfigError(f"--classes: {error}") from error
     if classes is not None and not all(classes):
         raise LazyConfigError(f"--classes {args.classes!r}: a name is empty")
     given = {

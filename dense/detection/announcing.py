@@ -51,10 +51,13 @@ class Announce(HookBase):
         journal.begin(cfg.train.output_dir, start, self._config_file)
 
 
-def _images(loader: Iterable) -> int:
-    """Number of images behind a loader, whose batches Detectron2 wraps several times."""
+def _images(loader: Iterable) -> int | None:
+    """Number of images behind a loader, whose batches Detectron2 wraps several times.
+
+    None if it has no length.
+    """
     while isinstance(
         loader, DataLoader | AspectRatioGroupedDataset | ToIterableDataset | SeededDataset
     ):
         loader = loader.dataset
-    return len(loader)
+    return len(loader) if hasattr(loader, "__len__") else None

@@ -100,7 +100,12 @@ def _use_json(cfg: DictConfig, data: DictConfig, training: bool) -> list[str]:
         )
     if training and "val" not in needed:
         _logger.warning("no validation data (--val-json): training without evaluation")
-        cfg.dataloader.pop("evaluator", None)
+        evaluator = cfg.dataloader.pop("evaluator", None)
+        if evaluator is not None and "test" in needed:
+            # For --eval-only with the saved config.
+            cfg.dataloader.test_evaluator = evaluator
+    if not training and "test_evaluator" in cfg.dataloader:
+        cfg.dataloader.evaluator = cfg.dataloader.pop("test_evaluator")
     return classes
 
 

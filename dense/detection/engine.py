@@ -198,7 +198,10 @@ def train(
         _logger.info(str(stopped))
         checkpointer.save("model_final", iteration=trainer.iter)
     if is_main:
-        journal.end(folder)
+        try:
+            journal.end(folder)
+        except OSError as error:
+            _logger.warning(f"run.json has no end: {error}")
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:

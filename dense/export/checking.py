@@ -46,10 +46,10 @@ class Comparison:
     def missed(self, precision: str) -> str | None:
         """Why the file may not be kept, None if it may."""
         if precision == "float32":
-            worst = max(self.errors.values())
+            worst = np.max(list(self.errors.values()))
             bar = f"the largest relative error is {worst:.1e}, {BAR:.0e} is allowed"
             return None if worst <= BAR else bar
-        worst = min(self.cosines.values())
+        worst = np.min(list(self.cosines.values()))
         return None if worst >= COSINE else f"a cosine is {worst:.4f}, {COSINE} is needed"
 
     def lines(self, engine: str) -> list[str]:
@@ -130,8 +130,9 @@ def compare(
         for name, ours, true in zip(names, run(batch), eager(source, batch), strict=True):
             if ours.shape != true.shape:
                 raise ExportError(f"{name} is {ours.shape} at {size}, eager's is {true.shape}")
-            errors[name] = max(errors[name], _error(ours, true))
-            cosines[name] = min(cosines[name], _cosine(ours, true))
+            # NumPy's keep a NaN, which Python's max and min drop.
+            errors[name] = float(np.maximum(errors[name], _error(ours, true)))
+            cosines[name] = float(np.minimum(cosines[name], _cosine(ours, true)))
     image = normalised(photos[0], source.about, sizes[0])
     latency = tuple(_seconds(f, image, repeats) for f in (run, lambda x: eager(source, x)))
     return Comparison((*sizes, (least, least)), errors, cosines, latency)
@@ -143,7 +144,7 @@ def cosines_with(source: Source, photos: Sequence[np.ndarray]) -> Callable[[Path
     expected = eager(source, batch)
 
     def smallest(path: Path) -> float:
-        return min(map(_cosine, Runner(path)(batch), expected))
+        return float(np.min([*map(_cosine, Runner(path)(batch), expected)]))
 
     return smallest
 

@@ -38,8 +38,11 @@ def is_exported(path: str | os.PathLike) -> bool:
     return Path(path).suffix in FORMATS.values()
 
 
+_ENGINES = {"onnx": "onnxruntime", "openvino": "openvino"}
+
+
 def require_engine(kind: str) -> None:
-    """Raise an ImportError with install instructions if the engine of a format is missing.
+    """Raise an ImportError with install instructions if what writes a format is missing.
 
     Raises:
         ExportError: there is no such format.
@@ -137,7 +140,8 @@ class Runner:
         kind = next((k for k, suffix in FORMATS.items() if suffix == self.path.suffix), None)
         if kind is None:
             raise ExportError(f"{path}: {', '.join(FORMATS.values())} are the exported files")
-        require_engine(kind)
+        if package := _ENGINES.get(kind):
+            require(package, "export")
         try:
             about, self._run = _READERS[kind](self.path, threads)
         except Exception as error:

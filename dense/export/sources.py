@@ -62,12 +62,12 @@ def read_source(
 def _file_of(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
         return checkpoint
-    # All frameworks write the name of the newest one there; MMEngine its path, which may be moved.
-    marker = checkpoint / "last_checkpoint"
-    named = checkpoint / Path(marker.read_text().strip()).name if marker.is_file() else None
-    if named is None or not named.is_file():
+    from dense.openmmlab.checkpoints import newest_whole
+
+    newest, _ = newest_whole(checkpoint)
+    if newest is None:
         raise ExportError(f"{checkpoint} holds no finished checkpoint: name the .pth file")
-    return named
+    return newest
 
 
 def _classifier(config: str, checkpoint: str, part: str) -> Source:

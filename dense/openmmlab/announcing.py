@@ -22,14 +22,21 @@ class Announce(Hook):
     @master_only
     def before_train(self, runner: Runner) -> None:
         """Log what the training starts with."""
-        start = started(runner)
-        runner.logger.info(str(start))
-        journal.begin(runner.work_dir, start, runner.cfg.filename)
+        try:
+            start = started(runner)
+            runner.logger.info(str(start))
+            journal.begin(runner.work_dir, start, runner.cfg.filename)
+        # Of a runner with parts of its own; it trains all the same.
+        except (AttributeError, TypeError, OSError) as error:
+            runner.logger.warning(f"no run.json is written: {error}")
 
     @master_only
     def after_train(self, runner: Runner) -> None:
         """Record its time and memory."""
-        journal.end(runner.work_dir)
+        try:
+            journal.end(runner.work_dir)
+        except OSError as error:
+            runner.logger.warning(f"run.json has no end: {error}")
 
 
 def started(runner: Runner) -> journal.Start:

@@ -74,8 +74,11 @@ def fit_channels(model: dict[str, Any]) -> None:
     backbone = model.get("backbone")
     if not isinstance(backbone, dict) or backbone.get("type") not in backbones.MODEL_NAMES:
         return
+    if "embed_dim" in backbone:
+        # Its widths are not the name's: the config has to say them.
+        return
     channels = map_channels(backbone["type"])
-    maps = [channels[i] for i in backbone.get("out_indices", range(len(channels)))]
+    maps = [c for i, c in enumerate(channels) if i in backbone.get("out_indices", range(4))]
     neck = model.get("neck")
     neck = neck[0] if isinstance(neck, list) else neck
     if neck:
@@ -86,6 +89,10 @@ def fit_channels(model: dict[str, Any]) -> None:
         heads = model.get(key) or []
         for head in heads if isinstance(heads, list) else [heads]:
             places = head.get("in_index", range(len(maps)))
+            indices = [places] if isinstance(places, int) else places
+            if not set(indices) <= set(range(-len(maps), len(maps))):
+                # The backbone or the head says what is wrong.
+                continue
             if isinstance(head.get("in_channels"), list | tuple):
                 head["in_channels"] = [maps[i] for i in places]
             elif isinstance(places, int):

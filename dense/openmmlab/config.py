@@ -117,7 +117,8 @@ def set_length(cfg: Config, unit: str, length: int) -> None:
         raise ConfigError(f"--{unit}: {cfg.filename} has no train_cfg.{key}")
     factor = length / loop[key]
     loop[key] = length
-    loop.val_interval = scaled(loop.get("val_interval", 1), factor)
+    if "val_interval" in loop:
+        loop.val_interval = scaled(loop.val_interval, factor)
     if changes := loop.get("dynamic_intervals"):
         loop.dynamic_intervals = [tuple(scaled(n, factor) for n in pair) for pair in changes]
     hook = cfg.default_hooks.get("checkpoint")
@@ -209,5 +210,5 @@ def build_runner(cfg: Config) -> Runner:
     try:
         with waiting("building the model"):
             return DenseRunner.from_cfg(cfg)
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{cfg.filename}: {error.args[0] if error.args else error}") from error

@@ -154,7 +154,9 @@ class EarlyStop(Hook):
         self._monitor, self._patience = monitor, patience
         self._values: list[float] = []
 
-    # Before ValidateOnResume, which may add an evaluation.
+    # After EMAHook, which has the averaged weights in the model during an evaluation.
+    priority = "LOW"
+
     def before_train(self, runner: Runner) -> None:
         """Read the evaluations of the run that is resumed."""
         values = [evaluated(runner.work_dir, self._monitor, runner.iter) if runner.iter else []]

@@ -19,11 +19,15 @@ from backbones.reading import not_finite, refuse_not_finite
 from dense import files
 from dense.amp import warn_of_float16
 from dense.backbone import revert_sync_batchnorm
+from dense.openmmlab import announcing as announcing  # registers a hook of every saved config
 from dense.openmmlab import checkpoints
 from dense.openmmlab.backbone import fit_channels
 from dense.runs import earlier
 from dense.seeding import SeededDataset
 from dense.waiting import waiting
+
+# Attributes of schedules that are numbers of iterations or epochs.
+_TIMES = {"begin", "end", "T_max", "total_iters", "step_size", "milestones", "warmup"}
 
 
 @RUNNERS.register_module()
@@ -210,6 +214,35 @@ class DenseRunner(Runner):
             lambda partial: save(out_dir, partial.name, *args, **kwargs),
             size=size,
         )
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """As in MMEngine; :meth:`resume` keeps the times of what is built."""
+        built = super().build_param_scheduler(scheduler)
+        lists = built.values() if isinstance(built, dict) else [built]
+        self._times = [
+            (one, {key: vars(one)[key] for key in _TIMES & set(vars(one))})
+            for schedulers in lists
+            for one in schedulers
+        ]
+        return built
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """As in MMEngine, with a warning if the checkpoint's schedules have another length.
+
+        MMEngine goes on with theirs: a training that had ended learns nothing more.
+        """
+        super().resume(*args, **kwargs)
+        changed = {
+            f"{type(scheduler).__name__}.{key} is {vars(scheduler)[key]}, the config's is {value}"
+            for scheduler, times in getattr(self, "_times", ())
+            for key, value in times.items()
+            if vars(scheduler)[key] != value
+        }
+        if changed:
+            self.logger.warning(
+                f"the checkpoint's schedule stays ({'; '.join(sorted(changed))}): for another "
+                "length begin a training from its weights, load_from=CHECKPOINT without --resume"
+            )
 
     def load_or_resume(self) -> None:
         """As in MMEngine; then write the config over an earlier run's, whose checkpoint fits."""

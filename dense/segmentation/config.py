@@ -3,6 +3,7 @@
 This module does not import MMSegmentation.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def set_short_side(cfg: Config, pixels: int) -> None:
                 [dict(type="Resize", scale=size, keep_ratio=True) for size in sizes],
                 *others,
             ]
+    # What predicts a photo reads.
+    cfg.test_pipeline = copy.deepcopy(cfg.test_dataloader.dataset.pipeline)
 
 
 def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
@@ -208,26 +211,33 @@ def check(cfg: Config, training: bool) -> None:
 
     Args:
         cfg: the final config.
-        training: True checks the data of training, validation and test, False the test's.
+        training: True checks the data of training and validation, and own folders of the test's;
+            False the test's.
 
     Raises:
         ConfigError: the first fault found.
     """
     all_pairs = []
     loaders = list(_LOADERS if training else _LOADERS[2:])
-    if training and cfg.val_dataloader.dataset == cfg.test_dataloader.dataset:
+    test = cfg.get("test_dataloader")
+    # A training reads no test data; that of own folders is checked all the same.
+    own = test and test.dataset.type == "FolderDataset"
+    if training and (not own or test.dataset == cfg.val_dataloader.dataset):
         loaders.pop()
     for loader in loaders:
         dataset = cfg[loader].dataset
         pairs = check_folders(dataset, loader)
         all_pairs.append(pairs)
         if dataset.type == "FolderDataset":
+            # A palette may be for drawing alone, over masks of indices.
+            coloured = any(step["type"] == "ReadColouredMask" for step in _pipeline(dataset))
+            info = dataset.metainfo
             check_masks(
                 pairs,
-                dataset.metainfo["classes"],
+                info["classes"],
                 dataset.ignore_index,
                 dataset.reduce_zero_label,
-                [*(dataset.metainfo.get("palette") or []), *dataset.metainfo.get("ignored", [])],
+                [*info["palette"], *info.get("ignored", [])] if coloured else [],
             )
     if training:
         check_overlap(*all_pairs[:2])

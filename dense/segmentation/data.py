@@ -61,7 +61,9 @@ def image_mask_pairs(
             stem = name[: -len(suffix)]
             stems = dict.fromkeys((stem, stem.removesuffix(_CITYSCAPES_IMAGE)))
             called = [f"{each}{ending}" for each in stems for ending in mask_suffixes]
-            mask = next((c for c in called if c in there and c != name), called[0])
+            # Where images and masks lie together, an image is not its own mask.
+            taken = {name} if together else set()
+            mask = next((c for c in called if c in there - taken), called[0])
             pairs.append((Path(folder, name), beside / mask))
     return sorted(pairs)
 

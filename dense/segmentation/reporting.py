@@ -78,7 +78,8 @@ def judged(run: Path, images: int) -> Verdict:
     for index in tqdm(wanted, "judging validation images", delay=2, leave=False):
         info = dataset.get_data_info(index)
         image, labels = read_image(info["img_path"]), read(info)["gt_seg_map"]
-        found = predict(image)
+        # As small as the masks: the arrays of all images are kept.
+        found = predict(image).astype(labels.dtype)
         score = _miou(found, labels, len(predict.classes))
         if score is None:
             continue

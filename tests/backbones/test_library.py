@@ -273,5 +273,5 @@ def test_one_openmp_is_loaded():
     )
     ran = run_bare(partial(run_code, code))
     assert ran.returncode == 0, ran.stderr
-    mapped = {path for path in ran.stdout.split() if re.search(r"/lib[a-z]*omp[^/]*$", path)}
-    assert mapped == set(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))
+    mapped = {Path(p) for p in ran.stdout.split() if re.search(r"/lib[a-z]*omp[^/]*$", p)}
+    assert mapped == set(Path(torch.__file__).resolve().parent.glob("lib/libgomp*"))

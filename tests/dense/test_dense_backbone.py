@@ -99,7 +99,7 @@ def test_init_that_is_nothing_is_named():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(name="swin_small"), "no backbone 'swin_small': swin_nano, swin_tiny"),
+        (dict(name="swin_huge"), "no backbone 'swin_huge': swin_nano, swin_tiny"),
         (dict(name="swin_nano", out_indices=(0, 4)), r"out_indices=\(0, 4\): .*0, 1, 2, 3"),
         (dict(name="swin_nano", out_indices=(2, 1)), "ascending"),
         (dict(name="swin_nano", out_indices=()), "one or more"),

@@ -178,6 +178,6 @@ def written_plainly(tree: ast.AST) -> Iterator[ast.Call]:
         opened = name == "open" and "'w" in text and "lock" not in text
         saved = name in WRITERS and isinstance(call.func, ast.Attribute) and call.args
         # The checkpointer's own method calls files.write.
-        kept = any(word in text for word in ("partial", "_checkpointer", "buffer"))
+        kept = any(word in text for word in ("partial", "checkpointer.", "buffer"))
         if (opened or saved) and not kept and call not in inside:
             yield call

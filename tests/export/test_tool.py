@@ -109,14 +109,23 @@ def test_classes_are_the_checkpoints(classifier, photos, tmp_path):
             assert one["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
-def test_nothing_is_kept_of_a_wrong_file(classifier, photos, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("BAR", 0.0, "0e+00 is allowed: nothing is kept"),
+        ("_error", lambda ours, true: float("nan"), "the largest relative error is nan, 1e-03 is"),
+    ],
+)
+def test_nothing_is_kept_of_a_wrong_file(
+    name, wrong, said, classifier, photos, tmp_path, monkeypatch, capsys
+):
     from dense.export import checking
 
-    monkeypatch.setattr(checking, "BAR", 0.0)
+    monkeypatch.setattr(checking, name, wrong)
     out = tmp_path / "file.pt2"
     words = [str(classifier), "--to", "torch-export", "--photos", str(photos), "--out", str(out)]
     assert tool.main(words) == 1
-    assert "0e+00 is allowed: nothing is kept" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

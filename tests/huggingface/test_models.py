@@ -129,7 +129,7 @@ def test_a_segmentor_of_transformers_trains_with_it():
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        (dict(backbone="swin_small"), "no backbone 'swin_small': swin_nano, swin_tiny"),
+        (dict(backbone="swin_huge"), "no backbone 'swin_huge': swin_nano, swin_tiny"),
         (dict(ablation="swin_slidin"), "no ablation 'swin_slidin'; near it are swin_sliding"),
         (dict(ablation="volo_d1_dw_conv"), "classifier alone"),
         (dict(out_features=["stage5"]), "out_features must be a subset of stage_names"),

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from inspect import signature
 from pathlib import Path
 
 import mmseg
@@ -10,11 +11,13 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
+from mmseg.datasets import CityscapesDataset
 from mmseg.registry import MODELS
+from PIL import Image
 
 from dense.openmmlab.backbone import fit_channels
 from dense.recipes import RECIPES
-from dense.segmentation.config import load_config
+from dense.segmentation.config import check, load_config, set_data_root
 from tests.support import flat, losses
 
 METHODS = RECIPES / "segmentation/methods"
@@ -47,11 +50,29 @@ def test_there_are_no_others():
     assert {path.stem for path in METHODS.glob("*.py")} == {UPERNET, FPN, MASK2FORMER}
 
 
+def test_cityscapes_folders_pass_the_check(tmp_path):
+    for part, ending in (("leftImg8bit", "_leftImg8bit"), ("gtFine", "_gtFine_labelTrainIds")):
+        for split, number in (("train", 1), ("train", 2), ("val", 3)):
+            folder = tmp_path / part / split / "aachen"
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.new("L", (8, 8), number)
+            image.save(folder / f"aachen_{number}{ending}.png")
+    cfg = ours(UPERNET)
+    set_data_root(cfg, str(tmp_path))
+    check(cfg, training=True)
+    check(cfg, training=False)
+
+
 def test_upernet_on_cityscapes():
     """The data and the length are those of UPerNet's config, the rates Swin's."""
     mine, other = ours(UPERNET), theirs("upernet/upernet_r50_4xb2-80k_cityscapes-512x1024")
     assert pipeline(mine) == pipeline(other)
-    assert mine.test_dataloader.dataset == other.test_dataloader.dataset
+    # MMSegmentation's data set has the endings as defaults, which checks before it do not see.
+    own = dict(mine.test_dataloader.dataset)
+    assert own.pop("img_suffix") == signature(CityscapesDataset).parameters["img_suffix"].default
+    masks = signature(CityscapesDataset).parameters["seg_map_suffix"].default
+    assert own.pop("seg_map_suffix") == masks
+    assert own == other.test_dataloader.dataset
     assert mine.train_dataloader.batch_size == other.train_dataloader.batch_size
     for key in ("type", "data_root", "data_prefix"):
         assert mine.train_dataloader.dataset[key] == other.train_dataloader.dataset[key]

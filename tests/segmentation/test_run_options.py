@@ -44,6 +44,21 @@ def train(nano_cfg):
     return call
 
 
+def test_another_length_on_resuming_is_said(nano_cfg):
+    def run(length, resume):
+        cfg = nano_cfg("dw_conv", **{"train_cfg.max_iters": length})
+        for schedule in cfg.param_scheduler:
+            schedule.end = max(schedule.get("begin", 0) + 1, length)
+        cfg.resume = resume
+        build_runner(cfg).train()
+        return "".join(path.read_text() for path in sorted(Path(cfg.work_dir).glob("*/*.log")))
+
+    run(2, resume=False)
+    assert "the checkpoint's schedule stays" not in run(2, resume=True)
+    said = run(4, resume=True)
+    assert "the checkpoint's schedule stays" in said and ".end is 2, the config's is 4" in said
+
+
 def test_half_of_160k_is_mmsegmentations_80k():
     """But for warm-up, which is halved too."""
     import mmseg
