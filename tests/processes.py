@@ -80,6 +80,9 @@ def run_code(
         first: a folder that comes first on its path.
     """
     warnings.simplefilter("ignore")
+    for name in list(sys.modules):
+        if name.partition(".")[0] in without:
+            del sys.modules[name]
     sys.modules.update(dict.fromkeys(without))
     sys.argv = ["-c", *map(str, words)]
     if first is not None:

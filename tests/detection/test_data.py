@@ -296,6 +296,12 @@ def test_a_test_split_is_evaluated_after_training(cfg, coco_files):
     assert len(instantiate(cfg.dataloader.test)) == 6
 
     cfg.data.val_json = cfg.data.val_images = None
+    trained = cfg.copy()
+    resolve_data(trained, training=True)
+    assert "evaluator" not in trained.dataloader
+    # Its saved config evaluates.
+    resolve_data(trained, training=False)
+    assert trained.dataloader.evaluator == cfg.dataloader.evaluator
     resolve_data(cfg, training=False)
     cfg.data.test_images = None
     with pytest.raises(DataError, match="data.test_images is not set .--test-images"):

@@ -3,11 +3,14 @@
 import pytest
 import timm
 import torch
+from mmengine.config import Config
 from mmengine.registry import MODELS, Registry
 from mmseg.registry import MODELS as MMSEG_MODELS
 
 import backbones
 import dense.segmentation  # noqa: F401
+from dense.openmmlab import config
+from dense.recipes import RECIPES
 from tests.support import run_without
 
 
@@ -48,6 +51,19 @@ def test_mmengine_alone_suffices():
     done = run_without(("detectron2", "mmseg", "mmcv", "mmdet"), code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("4")
+
+
+@pytest.mark.parametrize("task", ["segmentation", "pretraining"])
+def test_a_saved_config_imports_its_hooks(task):
+    """The frameworks' own tools import what the config names, and no more of ours."""
+    cfg = Config.fromfile(RECIPES / task / "_base_/default_runtime.py", lazy_import=False)
+    code = (
+        "import importlib\nfrom mmengine.registry import HOOKS\n"
+        f"for name in {list(cfg.custom_imports.imports)}: importlib.import_module(name)\n"
+        f"print([name for name in {list(config._HOOKS)} if HOOKS.get(name) is None])"
+    )
+    done = run_without((), code)
+    assert done.stdout.endswith("[]\n"), done.stderr
 
 
 def test_public_names_of_the_adapter_and_of_the_errors():
