@@ -6,6 +6,7 @@
 """
 
 import json
+import logging
 import os
 import platform
 import resource
@@ -22,6 +23,8 @@ from torch import nn
 
 from dense import files
 from dense.report import versions
+
+_logger = logging.getLogger(__name__)
 
 FILE = "run.json"
 # When the process's training began, by folder.
@@ -102,7 +105,7 @@ def begin(folder: str | os.PathLike, start: Start, config: str | os.PathLike | N
         "versions": {"python": platform.python_version(), **versions()},
         **asdict(start),
     }
-    _write(folder, [*read(folder), entry])
+    _try_to_write(folder, [*read(folder), entry])
 
 
 def end(folder: str | os.PathLike) -> None:
@@ -111,7 +114,7 @@ def end(folder: str | os.PathLike) -> None:
     if parts and str(folder) in _BEGAN:
         seconds = time.monotonic() - _BEGAN[str(folder)]
         parts[-1] |= {"seconds": round(seconds, 1), "peak_memory_mb": round(peak_memory())}
-        _write(folder, parts)
+        _try_to_write(folder, parts)
 
 
 def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
@@ -132,5 +135,9 @@ def peak_memory() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _write(folder: str | os.PathLike, entries: list[dict[str, Any]]) -> None:
-    files.write(Path(folder, FILE), json.dumps(entries, indent=1))
+def _try_to_write(folder: str | os.PathLike, entries: list[dict[str, Any]]) -> None:
+    """Write ``run.json``; no training ends because it cannot be written."""
+    try:
+        files.write(Path(folder, FILE), json.dumps(entries, indent=1))
+    except OSError as error:
+        _logger.warning(f"{FILE} is not written: {error}")

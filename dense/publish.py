@@ -24,12 +24,6 @@ from dense.metrics import read_run
 from dense.recipes import config_beside, framework_of
 
 WEIGHTS = ("averaged", "model")
-# Keys of a pretraining config's model that its network, once trained, is not built with.
-_NOT_OF_THE_NETWORK = (
-    *("type", "name", "num_classes", "classes", "mixup", "label_smoothing", "init"),
-    *("compile", "grad_checkpointing"),
-    *("drop_rate", "drop_path_rate"),
-)
 _BEGIN, _END = "<!-- Published models, by tools/publish_checkpoint.py. -->", "<!-- End of them. -->"
 _HEAD = (
     "| model | recipe | image | classes | top-1 | top-5 | file |",
@@ -165,10 +159,13 @@ def _with_hash(file: Path) -> Path:
 
 def _of_the_classifier(config: Path) -> dict[str, Any]:
     from dense.openmmlab.config import load_config
+    from dense.pretraining.model import network_options
 
     cfg = load_config(config)
     transform = cfg.val_dataloader.dataset.transform
-    options = {key: value for key, value in cfg.model.items() if key not in _NOT_OF_THE_NETWORK}
+    # Trained, it drops nothing.
+    dropping = ("drop_rate", "drop_path_rate")
+    options = {k: v for k, v in network_options(cfg.model).items() if k not in dropping}
     return {
         "model": cfg.model.name,
         "image_size": transform.input_size,

@@ -90,14 +90,18 @@ def write(
         logs = metrics.log_files(run)
     except ValueError as error:
         raise ReportError(str(error)) from error
+    try:
+        found = metrics.read_run(run)
+    except ValueError as error:
+        found = str(error)
     if framework not in _PROVIDERS:
         raise ReportError(f"{run} is a training of MMDetection, of which there is no report")
     provider = import_module(_PROVIDERS[framework])
     parts = journal.read(run)
     title, introduction = run.absolute().name, _introduction(config, parts, logs)
     sections = [
-        page.Section("Result", _result(run)),
-        page.Section("Curves", _curves(run, framework)),
+        page.Section("Result", _result(found)),
+        page.Section("Curves", _curves(found, run, framework)),
         page.Section("Classes", _per_class(provider, run)),
         page.Section("Best and worst validation images", _verdict(provider, run, images)),
         page.Section("Time and memory", [page.Facts(_costs(logs, parts))]),
@@ -157,18 +161,17 @@ def _introduction(config: Path, parts: list[dict], logs: list[Path]) -> str:
     last = parts[-1]
     state = "finished" if "seconds" in last else "not finished, or stopped"
     starts = f", in {len(parts)} starts" if len(parts) > 1 else ""
+    images = "" if last["images"] is None else f" of {last['images']:,}"
     return (
-        f"{last['steps']:,} steps of {last['batch']} of {last['images']:,} images on "
+        f"{last['steps']:,} steps of {last['batch']}{images} images on "
         f"{last['device']} in {last['precision']}, {parts[0]['weights']}; begun "
         f"{parts[0]['began'].replace('T', ' at ')}{starts}, {state}."
     )
 
 
-def _result(run: Path) -> list[page.Block]:
-    try:
-        found = metrics.read_run(run)
-    except ValueError as error:
-        return [page.Text(str(error))]
+def _result(found: metrics.Run | str) -> list[page.Block]:
+    if isinstance(found, str):
+        return [page.Text(found)]
     rows = []
     for name, points in found.metrics.items():
         # Detectron2 logs NaN where nothing was detected.
@@ -181,10 +184,8 @@ def _result(run: Path) -> list[page.Block]:
     return [page.Table(["measure (%)", "last", "iteration", "best", "at iteration"], rows)]
 
 
-def _curves(run: Path, framework: str) -> list[page.Block]:
-    try:
-        found = metrics.read_run(run)
-    except ValueError:
+def _curves(found: metrics.Run | str, run: Path, framework: str) -> list[page.Block]:
+    if isinstance(found, str):
         return []
     if framework == "detection":
         losses = report.detectron2_losses(run / "metrics.json")

@@ -13,6 +13,7 @@ you measure.
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -70,6 +71,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out} is a file; a folder is needed")
     if args.engines and (args.device != "cpu" or "inference" not in args.modes):
         parser.error("--engines is for inference on a CPU: --device cpu --modes inference")
+    if args.engines and not (find_spec("onnxruntime") or find_spec("openvino")):
+        parser.error("--engines: neither onnxruntime nor openvino is installed")
     if args.dtype and not set(args.suites) <= {"networks", "scaling"}:
         parser.error("--dtype is for the suites networks and scaling")
     for option in ("sizes", "batch", "scale", "compiled", "engines", "limit"):

@@ -73,9 +73,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_classes", "batch_size", "accumulate"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: 1 or more is needed")
-    for name in ("resume", "overwrite"):
+    for name in ("resume", "overwrite", "epochs", "early_stop"):
         if args.eval_only and getattr(args, name):
-            parser.error(f"--{name} is for training, but --eval-only does not train")
+            option = name.replace("_", "-")
+            parser.error(f"--{option} is for training, but --eval-only does not train")
     return args
 
 

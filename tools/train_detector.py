@@ -50,7 +50,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--machine-rank", type=int, default=0, help="0 on the first machine")
     add("--dist-url", default="auto", help="tcp://<first machine>:<port>, with several machines")
     add("overrides", nargs="*", metavar="key=value", help="changes to the config")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    for name in ("iters", "early_stop"):
+        if args.eval_only and getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} is for training, but --eval-only has none")
+    return args
 
 
 def main() -> None:

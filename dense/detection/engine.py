@@ -198,10 +198,7 @@ def train(
         _logger.info(str(stopped))
         checkpointer.save("model_final", iteration=trainer.iter)
     if is_main:
-        try:
-            journal.end(folder)
-        except OSError as error:
-            _logger.warning(f"run.json has no end: {error}")
+        journal.end(folder)
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:

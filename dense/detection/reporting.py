@@ -81,20 +81,22 @@ def judged(run: Path, images: int) -> Verdict:
     colours = dict(zip(names, drawing.class_colours(len(names)), strict=True))
     detections = json.loads(found.read_text())
     chosen = [dicts[index] for index in browsing.chosen(len(dicts), images, seed=0)]
+    # loadRes would give boxes a segmentation.
+    kind = "segm" if detections and "segmentation" in detections[0] else "bbox"
     # pycocotools prints what it does.
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(metadata.json_file)
         results = coco.loadRes(detections) if detections else None
-    kind = "segm" if detections and "segmentation" in detections[0] else "bbox"
     verdicts = []
     for entry in tqdm(chosen, "judging validation images", delay=2, leave=False):
         score = _ap50(coco, results, entry["image_id"], kind)
         if score is None:
             continue
-        own = [d for d in detections if d["image_id"] == entry["image_id"] and d["score"] >= SCORE]
+        own = results.imgToAnns[entry["image_id"]] if results else []
+        own = [d for d in own if d["score"] >= SCORE]
         pictures = {
             "truth": partial(_draw_truth, entry, colours),
-            "prediction": partial(_draw_found, entry, own, colours, contiguous),
+            "prediction": partial(_draw_found, entry, own, kind, colours, contiguous),
         }
         verdicts.append(Judged(Path(entry["file_name"]).name, score, pictures))
     noun = {"segm": "mask", "bbox": "box"}[kind]
@@ -131,6 +133,7 @@ def _draw_truth(entry: dict[str, Any], colours: drawing.Colours) -> np.ndarray:
 def _draw_found(
     entry: dict[str, Any],
     detections: list[dict[str, Any]],
+    kind: str,
     colours: drawing.Colours,
     contiguous: dict[int, int],
 ) -> np.ndarray:
@@ -139,7 +142,7 @@ def _draw_found(
     boxes[:, 2:] += boxes[:, :2]
     instances = Instances(image.shape[:2], gt_boxes=Boxes(torch.from_numpy(boxes)))
     instances.gt_classes = torch.tensor([contiguous[d["category_id"]] for d in detections])
-    if detections and "segmentation" in detections[0]:
+    if detections and kind == "segm":
         masks = np.stack([rle.decode(d["segmentation"]).astype(bool) for d in detections])
         instances.gt_masks = BitMasks(torch.from_numpy(masks))
     return drawn(image, instances, colours)

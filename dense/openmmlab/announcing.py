@@ -22,21 +22,14 @@ class Announce(Hook):
     @master_only
     def before_train(self, runner: Runner) -> None:
         """Log what the training starts with."""
-        try:
-            start = started(runner)
-            runner.logger.info(str(start))
-            journal.begin(runner.work_dir, start, runner.cfg.filename)
-        # Of a runner with parts of its own; it trains all the same.
-        except (AttributeError, TypeError, OSError) as error:
-            runner.logger.warning(f"no run.json is written: {error}")
+        start = started(runner)
+        runner.logger.info(str(start))
+        journal.begin(runner.work_dir, start, runner.cfg.filename)
 
     @master_only
     def after_train(self, runner: Runner) -> None:
         """Record its time and memory."""
-        try:
-            journal.end(runner.work_dir)
-        except OSError as error:
-            runner.logger.warning(f"run.json has no end: {error}")
+        journal.end(runner.work_dir)
 
 
 def started(runner: Runner) -> journal.Start:
@@ -46,7 +39,8 @@ def started(runner: Runner) -> journal.Start:
     if isinstance(wrapper, AmpOptimWrapper):
         # Without a dtype, it is autocast's default.
         precision = str(wrapper.cast_dtype or torch.float16).removeprefix("torch.")
-    world, accumulated = get_world_size(), wrapper._accumulative_counts
+    # An OptimWrapperDict has no number of its own.
+    world, accumulated = get_world_size(), getattr(wrapper, "_accumulative_counts", 1)
     loader = runner.train_dataloader
     per_process = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 1
     if runner.iter:
@@ -59,7 +53,7 @@ def started(runner: Runner) -> journal.Start:
         device=journal.device_name(next(runner.model.parameters()).device, world),
         precision=precision,
         batch=per_process * world * accumulated,
-        images=len(loader.dataset),
+        images=len(loader.dataset) if hasattr(loader.dataset, "__len__") else None,
         steps=runner.max_iters // accumulated,
         weights=weights,
     )

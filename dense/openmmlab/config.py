@@ -13,11 +13,9 @@ from dense.openmmlab import checking
 from dense.openmmlab import hooks as hooks
 from dense.openmmlab import resuming as resuming
 from dense.openmmlab.runner import DenseRunner
+from dense.openmmlab.schedule import TIMES
 from dense.options import scaled
 from dense.waiting import waiting
-
-# Arguments of MMEngine's schedules, and of ours, that are numbers of iterations or epochs.
-_TIMES = {"begin", "end", "T_max", "total_iters", "step_size", "milestones", "warmup"}
 
 
 class ConfigError(ValueError):
@@ -97,6 +95,11 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic" if scaled else 1.0)
 
 
+def config_values(path: Path) -> dict[str, Any]:
+    """A config as plain dicts and lists."""
+    return Config.fromfile(path).to_dict()
+
+
 def set_length(cfg: Config, unit: str, length: int) -> None:
     """Train for another number of iterations or epochs.
 
@@ -128,7 +131,7 @@ def set_length(cfg: Config, unit: str, length: int) -> None:
     for schedule in schedulers if isinstance(schedulers, list) else [schedulers]:
         # Parts of an epoch are whole iterations after the conversion.
         exact = schedule.get("convert_to_iter_based")
-        for name in _TIMES & set(schedule):
+        for name in TIMES & set(schedule):
             value = schedule[name]
             if name == "milestones":
                 schedule[name] = [scaled(n, factor) for n in value]

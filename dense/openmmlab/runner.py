@@ -22,12 +22,10 @@ from dense.backbone import revert_sync_batchnorm
 from dense.openmmlab import announcing as announcing  # registers a hook of every saved config
 from dense.openmmlab import checkpoints
 from dense.openmmlab.backbone import fit_channels
+from dense.openmmlab.schedule import TIMES
 from dense.runs import earlier
 from dense.seeding import SeededDataset
 from dense.waiting import waiting
-
-# Attributes of schedules that are numbers of iterations or epochs.
-_TIMES = {"begin", "end", "T_max", "total_iters", "step_size", "milestones", "warmup"}
 
 
 @RUNNERS.register_module()
@@ -220,7 +218,7 @@ class DenseRunner(Runner):
         built = super().build_param_scheduler(scheduler)
         lists = built.values() if isinstance(built, dict) else [built]
         self._times = [
-            (one, {key: vars(one)[key] for key in _TIMES & set(vars(one))})
+            (one, {key: vars(one)[key] for key in TIMES & set(vars(one))})
             for schedulers in lists
             for one in schedulers
         ]

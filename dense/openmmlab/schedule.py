@@ -7,6 +7,10 @@ from mmengine.optim import _ParamScheduler
 from mmengine.registry import PARAM_SCHEDULERS
 from torch.optim import Optimizer
 
+# Arguments of MMEngine's schedules, and of ours, that are numbers of iterations or epochs; the
+# schedules keep them as attributes.
+TIMES = {"begin", "end", "T_max", "total_iters", "step_size", "milestones", "warmup"}
+
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(_ParamScheduler):

@@ -1,5 +1,7 @@
 """mmengine model of a classifier and its loss."""
 
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import timm
@@ -111,3 +113,13 @@ class ImageClassifier(BaseModel):
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
         rows = zip(labels.cpu().tolist(), indices.cpu().tolist(), best, strict=True)
         return [{"label": label, "index": index, "best": row} for label, index, row in rows]
+
+
+def network_options(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config's ``model`` that its network is built with, beside name and classes.
+
+    >>> network_options(dict(type="ImageClassifier", name="swin_nano", num_classes=3, img_size=64))
+    {'img_size': 64}
+    """
+    own = {"type", *signature(ImageClassifier).parameters}
+    return {key: value for key, value in model.items() if key not in own}

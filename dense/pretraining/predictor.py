@@ -12,6 +12,7 @@ from backbones.checkpoints import fit
 from backbones.reading import read_with_classes
 from dense.images import check_rgb
 from dense.openmmlab.config import load_config
+from dense.pretraining.model import network_options
 
 
 class Predictor:
@@ -66,11 +67,8 @@ def _network(
     cfg: Config, weights: dict[str, torch.Tensor], checkpoint: str, classes: tuple | None
 ) -> tuple[torch.nn.Module, LoadReport]:
     """Build the config's network with the file's number of classes and load the weights."""
-    own = "type name num_classes classes mixup label_smoothing init compile".split()
-    own.append("grad_checkpointing")
-    options = {key: value for key, value in cfg.model.items() if key not in own}
     count = len(classes) if classes else cfg.model.num_classes
-    model = timm.create_model(cfg.model.name, num_classes=count, **options)
+    model = timm.create_model(cfg.model.name, num_classes=count, **network_options(cfg.model))
     state_dict, report = fit(weights, model, checkpoint)
     lacking = [name for name in report.missing if not name.endswith("num_batches_tracked")]
     if lacking:

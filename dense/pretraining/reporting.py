@@ -15,16 +15,12 @@ from tqdm import tqdm
 from dense import browsing, page
 from dense.images import to_rgb
 from dense.openmmlab.checkpoints import newest_whole
+from dense.openmmlab.config import config_values as config_values
 from dense.pretraining.data import ImageStream
 from dense.pretraining.predictor import Predictor, readable
 from dense.recipes import config_in
 from dense.run_report import Judged, Verdict
 from dense.waiting import waiting
-
-
-def config_values(path: Path) -> dict[str, Any]:
-    """A config as plain dicts and lists."""
-    return Config.fromfile(path).to_dict()
 
 
 def per_class(run: Path) -> page.Table | None:

@@ -14,6 +14,7 @@ from dense import browsing, drawing, page
 from dense.browsing import Split
 from dense.images import UnreadableImage
 from dense.seeding import seeded
+from dense.segmentation.config import pipeline_of
 from dense.segmentation.data import check_folders
 from dense.waiting import waiting
 
@@ -68,9 +69,7 @@ def mask_reader(dataset: Any) -> Any:
     Args:
         dataset: the config of a data set.
     """
-    while "pipeline" not in dataset:
-        dataset = dataset["datasets"][0] if "datasets" in dataset else dataset["dataset"]
-    steps = [s for s in dataset["pipeline"] if s["type"] in _READS_MASKS]
+    steps = [s for s in pipeline_of(dataset) if s["type"] in _READS_MASKS]
     load = TRANSFORMS.build(steps[0] if steps else dict(type="LoadAnnotations"))
     return lambda info: load(dict(info, seg_fields=[]))
 

@@ -140,7 +140,7 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
             metainfo=meta,
             ignore_index=data.get("ignore_index", 255),
             reduce_zero_label=bool(data.get("reduce_zero_label", False)),
-            pipeline=[_of_own_data(step, colours) for step in _pipeline(cfg[loader].dataset)],
+            pipeline=[_of_own_data(step, colours) for step in pipeline_of(cfg[loader].dataset)],
         )
         cfg[loader].dataset = dataset
     if cfg.get("tta_pipeline"):
@@ -160,7 +160,7 @@ def use_own_data(cfg: Config, given: dict[str, Any] | None = None) -> None:
     import_modules_from_strings(_MODULES)
 
 
-def _pipeline(dataset: dict) -> list[dict]:
+def pipeline_of(dataset: dict) -> list[dict]:
     """The pipeline of a data set, or of the first one that it concatenates or repeats."""
     while "pipeline" not in dataset:
         dataset = dataset["datasets"][0] if "datasets" in dataset else dataset["dataset"]
@@ -230,7 +230,7 @@ def check(cfg: Config, training: bool) -> None:
         all_pairs.append(pairs)
         if dataset.type == "FolderDataset":
             # A palette may be for drawing alone, over masks of indices.
-            coloured = any(step["type"] == "ReadColouredMask" for step in _pipeline(dataset))
+            coloured = any(step["type"] == "ReadColouredMask" for step in pipeline_of(dataset))
             info = dataset.metainfo
             check_masks(
                 pairs,

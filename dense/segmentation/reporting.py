@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dense import browsing, drawing, page
 from dense.images import read_image
 from dense.openmmlab.checkpoints import newest_whole
+from dense.openmmlab.config import config_values as config_values
 from dense.recipes import config_in
 from dense.run_report import Judged, Verdict
 from dense.segmentation.browsing import IGNORED, mask_reader
@@ -25,11 +26,6 @@ from dense.waiting import waiting
 
 # A line of MMSegmentation's table in the log.
 _ROW = re.compile(r"^\|\s*(.+?)\s*\|\s*(nan|[\d.]+)\s*\|\s*(nan|[\d.]+)\s*\|$")
-
-
-def config_values(path: Path) -> dict[str, Any]:
-    """A config as plain dicts and lists."""
-    return Config.fromfile(path).to_dict()
 
 
 def per_class(run: Path) -> page.Table | None:

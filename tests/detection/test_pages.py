@@ -117,6 +117,7 @@ def test_a_training_ends_with_its_report(coco_files, tmp_path, monkeypatch, repo
     assert load_tool("report").main([str(out), "--out", str(tmp_path / "other.html")]) == 0
     page = Page((tmp_path / "other.html").read_text())
     assert page.row("bar") == ["75.50"] and page.row("block") == ["25.00"]
+    assert "by box AP50 on the image alone" in page.text
     assert "best 1: 0.png, 100.0" in page.text and "worst 1: 1.png, 0.0" in page.text
     assert page.captions == ["truth", "prediction"] * 2
     best_truth, best, worst_truth, worst = (p.astype(int) for p in page.pictures)
