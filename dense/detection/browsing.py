@@ -55,14 +55,15 @@ def splits(
         own = bool(data.get("train_json"))
         if name == "validation" and "evaluator" not in cfg.dataloader:
             continue
-        split = _split(cfg, name, loader, names, check, seed)
+        with waiting(f"reading the {name} annotations"):
+            dicts = instantiate(cfg.dataloader[loader].dataset)
+        split = _split(name, dicts, names, check, seed)
         if own:
             content = json.loads(Path(data[f"{key}_json"]).read_text())
             faults = annotations.faults(content, data[f"{key}_images"])
             split.odd = [f"{fault.name}: {fault.reason}" for fault in faults]
         found.append(split)
         mapper = instantiate(cfg.dataloader.train.mapper) if loader == "train" else None
-        dicts = instantiate(cfg.dataloader[loader].dataset)
         wanted = browsing.chosen(len(dicts), images if mapper else images // 2, seed)
         for index in tqdm(wanted, f"drawing {name} samples", delay=2, leave=False):
             with seeded(seed + index):
@@ -78,11 +79,7 @@ def splits(
     return found, colours
 
 
-def _split(
-    cfg: DictConfig, name: str, loader: str, names: list[str], check: int, seed: int
-) -> Split:
-    with waiting(f"reading the {name} annotations"):
-        dicts = instantiate(cfg.dataloader[loader].dataset)
+def _split(name: str, dicts: list[dict], names: list[str], check: int, seed: int) -> Split:
     split = Split(name, total=len(dicts))
     per_class, images_of = Counter(), Counter()
     sides, crowds, empty = [], 0, 0
