@@ -52,20 +52,20 @@ demo-chain: setup
 
 # The tests run small networks: parallel processes are faster than threads.
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not (e2e or chain or kernels or peers or ecosystem)" -n $(WORKERS) --durations=15
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not (slow or e2e or chain or kernels or peers or ecosystem)" -n $(WORKERS) --durations=15
 
 test-e2e: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "e2e and not peers" -n $(WORKERS) --dist loadfile -v -rP --durations=0
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "(slow or e2e) and not (kernels or peers)" -n $(WORKERS) --dist loadfile -v -rfEP --durations=40
 
 test-chain: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m chain -v -rP
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m chain -v -rfEP
 
 test-kernels: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m kernels -n $(WORKERS) -v -rP --durations=0
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m kernels -n $(WORKERS) -v -rfEP --durations=40
 
 # All of timm's tests run in one process, which a fixture of the module starts.
 test-peers: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m peers -n $(WORKERS) --dist loadfile -v -rP --durations=0
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m peers -n $(WORKERS) --dist loadfile -v -rfEP --durations=40
 
 test-floors: setup
 	OMP_NUM_THREADS=1 .venv/bin/python tools/test_versions.py

@@ -72,6 +72,7 @@ def count(name: str) -> complexity.Count:
     return complexity.classifier(model, window_size=window, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts(name):
     parameters, flops = COUNTS[name]

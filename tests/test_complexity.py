@@ -150,6 +150,7 @@ def built():
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", tables.SECTIONS)
 def test_parameters_are_exactly_the_papers(section, built):
     rows = [row for table in built(section) for row in table.rows]
@@ -244,6 +245,7 @@ def test_a_block_is_written_once(tmp_path):
         tables.write_block(readme, [table])
 
 
+@pytest.mark.slow
 def test_the_tool_writes_numbers_and_tables(tmp_path):
     out, page = tmp_path / "counts.json", tmp_path / "counts.md"
     done = run_tool(

@@ -226,6 +226,7 @@ INSTALL = "import runpy; runpy.run_module('dense.openmmlab.mmcv_lite', run_name=
 WHERE = "import mmcv._ext; print(mmcv._ext.__file__)"
 
 
+@pytest.mark.slow
 def test_our_import_offers_it_where_there_is_none(bare_mmcv):
     assert "No module named 'mmcv._ext'" in python(bare_mmcv, WHERE).stderr
     done = python(bare_mmcv, f"import dense.segmentation\n{WHERE}")

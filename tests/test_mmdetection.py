@@ -332,6 +332,7 @@ def test_names_outside_the_backbone_are_mmdetection_2s():
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nano_trains_and_predicts_at_any_size(family):
     cfg = config(NANO, type=f"{family}_nano")
@@ -374,6 +375,7 @@ def augmented(cfg, model, image, *transforms):
     return found.pred_instances
 
 
+@pytest.mark.slow
 def test_augmented_boxes_of_a_detector_with_masks():
     """Of one size, the plain ones; of a photo and its mirror image, the mirrored ones of these."""
     cfg = config(NANO, type="dw_conv_nano")
@@ -506,6 +508,7 @@ def test_roi_features_are_torchvisions(monkeypatch, memory_format):
             assert error < 1e-3, name
 
 
+@pytest.mark.slow
 @LAYOUTS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_head_is_given_contiguous_maps(monkeypatch, family, memory_format):
@@ -531,6 +534,7 @@ def test_a_map_of_one_position_has_contiguous_strides():
         assert out.stride() == torch.empty(out.shape).stride()
 
 
+@pytest.mark.slow
 def test_mmsegmentation_and_detectron2_are_not_needed():
     code = (
         "from mmengine.config import Config\n"

@@ -10,6 +10,8 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from tests.support import ROOT, run_bare, run_code
 
+pytestmark = pytest.mark.slow
+
 FILE = '''
 """A depth-wise 3x3 convolution between two linears, normalised by the block."""
 

@@ -73,6 +73,7 @@ def test_importing_the_networks_costs_what_timm_costs():
     assert more <= {"torch.utils.flop_counter", "torch.utils.module_tracker"}
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_finds_its_recipes(tmp_path):
     build = ["egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path / "lib"]
     done = run_python(ROOT / "setup.py", "-q", *build)

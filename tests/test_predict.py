@@ -362,6 +362,7 @@ def mmdetector(tmp_path_factory):
     return folder / "iter_1.pth"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["classifier", "detector", "mmdetector", "segmentor", "bgr"])
 def test_networks_see_red_green_and_blue(trained, request, detector, tmp_path, monkeypatch):
     """Normalised by ImageNet's figures, in the order of the config (blue first: "bgr")."""
@@ -388,6 +389,7 @@ def test_networks_see_red_green_and_blue(trained, request, detector, tmp_path, m
     np.testing.assert_allclose(seen[0][0, :, 5, 5].numpy(), expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_tool_detects_beside_an_unreadable_photo(detector, tmp_path, quadrants):
     photos = write_photos(tmp_path / "photos", quadrants)
     (photos / "broken.jpg").write_bytes(b"\xff\xd8 no")

@@ -314,6 +314,7 @@ def load_without_mmengine(file: str) -> None:
     print(len(backbones.load_checkpoint(model, file).matched))
 
 
+@pytest.mark.slow
 def test_mmengine_checkpoints_are_read_where_it_is_not_installed(tmp_path):
     history_buffer = pytest.importorskip("mmengine.logging").HistoryBuffer
     log = history_buffer()

@@ -62,6 +62,7 @@ def test_dilated(name, output_stride):
             assert [m.shape[2:] for m in maps] == [sides(size, s) for s in strides]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NANO)
 def test_compiled(name):
     model = scattered(encoder(name, output_stride=16))

@@ -18,6 +18,8 @@ import backbones
 from dense.backbone import DenseBackbone
 from dense.recipes import RECIPES
 
+pytestmark = pytest.mark.slow
+
 SIZES = ((64, 100), (101, 68), (112, 224))
 WHOLE_SIZES = ((256, 288), (301, 450), (448, 448))
 

@@ -137,6 +137,7 @@ def test_layers_that_somebody_changed_stay(family):
         torch.testing.assert_close(backbones.fuse(model)(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_the_network_itself():
     model = spread(DenseBackbone("dw_conv_nano", fuse=True))
     x = torch.randn(1, 3, 64, 64)

@@ -263,6 +263,7 @@ def test_the_packaged_library_comes_first_and_the_compiler_is_behind_it(
         native._build.cache_clear()
 
 
+@pytest.mark.slow
 def test_one_openmp_is_loaded():
     """PyTorch's; a second one would start as many threads again."""
     code = (

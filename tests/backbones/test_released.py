@@ -153,6 +153,7 @@ def test_addresses_of_swin_are_timms(name):
         assert released.num_classes == cfg.num_classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", ["ms_in1k", "ms_in22k"])
 def test_swin_small_takes_its_released_file(tmp_path, tag):
     classes = RELEASED["swin_small"][tag].num_classes

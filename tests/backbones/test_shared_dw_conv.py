@@ -173,6 +173,7 @@ def test_fused_outputs_stay_and_the_norm_after_the_kernels_too(form):
     assert len(left) == 5 and all(name.endswith("mid_norm") for name in left)
 
 
+@pytest.mark.slow
 def test_compiled_for_all_sizes():
     model = build("dw_conv_nano", **FORMS[1]).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)

@@ -149,6 +149,7 @@ CAPTURED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", CAPTURED, ids=str)
 def test_one_compiled_graph_for_changing_sizes(options):
     backbone = two_stages(**options)
@@ -162,6 +163,7 @@ def changing() -> dict:
     return {2 + i: torch.export.Dim(f"side{i}", min=60, max=4096) for i in range(2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", CAPTURED, ids=str)
 def test_torch_export(options):
     backbone = two_stages(**options)

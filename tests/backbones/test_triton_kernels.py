@@ -16,6 +16,8 @@ from dense.analysis.kernels.offsets import overflows  # noqa: E402
 from tests import support  # noqa: E402
 from tests.support import OperatorCases, at_length, outputs_and_gradients, randn  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",

@@ -308,6 +308,7 @@ def decide() -> None:
     print(dispatch.choose("local_mlp", torch.ones(1)))
 
 
+@pytest.mark.slow
 def test_processes_decide_each_by_itself_and_share_the_files(gpu):
     assert [done.stdout for done in run_forked(decide, decide)] == ["triton\n"] * 2
     (path,) = gpu.glob("*/*")
@@ -381,6 +382,7 @@ def test_every_registered_operator_has_a_torch_form(operator):
 # The command
 
 
+@pytest.mark.slow
 def test_a_check_of_cpu_backends_passes_and_is_kept(gpu, monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "GPUS", ("cuda",))
     monkeypatch.setattr(command, "_cases", small)

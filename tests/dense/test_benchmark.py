@@ -106,6 +106,7 @@ def test_the_tool_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert "training, 64x64, batch 1" in table and "**i_d_dw_conv_nano**" in table
 
 
+@pytest.mark.slow
 def test_engines_compute_what_the_network_does():
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     model = build("dw_conv_nano").eval()
@@ -118,6 +119,7 @@ def test_engines_compute_what_the_network_does():
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_speed_beside_a_product():
     """Three forward passes' multiply-adds for a training step; the product's rate is 100%."""
     (contest,) = networks.contests([(64, 64)], 2, CPU, False, "nano", ["training"], limit=True)

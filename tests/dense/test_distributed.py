@@ -57,6 +57,7 @@ def two_steps(rank: int, meeting: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """No unused parameters, none marked ready twice; what is frozen keeps its bits, buffers too."""
     for done in run_forked(*(partial(two_steps, rank, tmp_path / "meet") for rank in range(2))):

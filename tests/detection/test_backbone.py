@@ -38,6 +38,7 @@ def stock(yaml: str, name: str, **dense):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("yaml", [MASK_RCNN, RETINANET])
 def test_stock_yaml_trains_a_step(yaml, family):

@@ -209,6 +209,7 @@ def first_ones(monkeypatch):
     monkeypatch.setattr(torch, "randperm", lambda n, **kwargs: torch.arange(n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [300, 1600], ids=["all are sampled", "some are sampled"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared heads", "the paper's heads"])
 def test_training_is_mmdetections(first_ones, shared, count):

@@ -47,6 +47,7 @@ def test_there_is_a_config_for_every_family_and_size():
     assert {p.name for p in CONFIGS.glob("*.py")} == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size_has_the_papers_parameters(name):
     cfg = config(name)
@@ -70,6 +71,7 @@ def test_the_two_differences_from_the_papers_heads():
     assert boxes / 1e6 == pytest.approx(CLASS_SPECIFIC_BOXES, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_the_papers_heads_are_an_option(name):
     """With them, parameters are the paper's, and to the last one MMDetection's."""

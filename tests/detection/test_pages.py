@@ -85,6 +85,7 @@ def test_browsing_refuses_in_one_line(coco_files, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_its_report(coco_files, tmp_path, monkeypatch, reports):
     out = tmp_path / "mine"
     arguments = ["--config-file", NANO, "--output-dir", str(out), *coco_files.arguments(), *SMALL]

@@ -24,6 +24,8 @@ from tests.support import assert_same, load_tool
 
 from .test_train import NANO, SMALL, main
 
+pytestmark = pytest.mark.slow
+
 IMAGES = [
     {"file_name": str(i), "width": 40 + 20 * (i % 3 == 0), "height": 50, "id": i} for i in range(11)
 ]

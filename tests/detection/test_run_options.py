@@ -14,6 +14,8 @@ from dense.recipes import RECIPES
 
 from .test_train import NANO, SMALL, losses, main
 
+pytestmark = pytest.mark.slow
+
 FULL_SIZE = str(RECIPES / "detection/cascade_mask_rcnn_dw_conv_tiny_3x_coco.py")
 
 

@@ -101,6 +101,7 @@ def test_train_resume_evaluate_predict(coco_files, tmp_path, monkeypatch):
         predict(image.astype("float32"))
 
 
+@pytest.mark.slow
 def test_a_predictor_has_the_classes_of_its_checkpoint(coco_files, tmp_path, monkeypatch):
     out = tmp_path / "out"
     data = coco_files.arguments()[:2]
@@ -122,6 +123,7 @@ def test_a_predictor_has_the_classes_of_its_checkpoint(coco_files, tmp_path, mon
         )
 
 
+@pytest.mark.slow
 def test_a_row_of_the_ablations(coco_files, tmp_path, monkeypatch):
     """In place of the config's backbone; what is saved builds it again."""
     out = tmp_path / "out"

@@ -90,6 +90,7 @@ def test_sizes_are_detectron2s():
     assert (tta.max_size, tta.flip) == (4000, True)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(coco_files, tmp_path, monkeypatch, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
     torch.save({"model": detector(config()).state_dict()}, tmp_path / "net.pth")

@@ -12,6 +12,8 @@ from dense.export.graphs import ExactPool, captured, exact_pooling
 from tests.backbones.test_export import scattered
 from tests.support import NANO, build
 
+pytestmark = pytest.mark.slow
+
 # Maps of a single position or window in every stage or in some, odd sides, larger than the example.
 SIZES = ((1, 32, 32), (3, 33, 64), (1, 225, 50), (2, 101, 300), (1, 449, 330))
 # The windowed and the convolutional family whose graphs have the most in them.

@@ -9,6 +9,8 @@ from tests.support import load_tool
 
 pytest.importorskip("onnxruntime")
 
+pytestmark = pytest.mark.slow
+
 
 def images(count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)

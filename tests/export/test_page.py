@@ -14,6 +14,7 @@ def snippet(heading: str) -> str:
     return re.search(rf"^## {heading}.*?^```python\n(.*?)^```", PAGE, re.S | re.M)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heading", ["ONNX Runtime", "OpenVINO"])
 def test_without_pytorch(heading, segmentor_file, photos, tmp_path):
     pytest.importorskip("openvino")

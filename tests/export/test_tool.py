@@ -93,6 +93,7 @@ def test_predictions_are_the_checkpoints(segmentor, segmentor_file, photos, tmp_
     assert len(seen) > 1
 
 
+@pytest.mark.slow
 def test_classes_are_the_checkpoints(classifier, photos, tmp_path):
     predict = load_tool("predict")
     file = exported(classifier, photos, tmp_path, "torch-export")
@@ -109,6 +110,7 @@ def test_classes_are_the_checkpoints(classifier, photos, tmp_path):
             assert one["score"] == pytest.approx(other["score"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wrong", "said"),
     [

@@ -42,6 +42,7 @@ def test_browsing_counts_the_folders(tmp_path):
     assert mixed.captions.count("mixed") == 2 and "mixed" not in page.captions
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_its_report(run, tmp_path, monkeypatch, reports):
     work = run()
     (log,) = work.glob("*/*.log")

@@ -11,6 +11,8 @@ from dense.recipes import RECIPES
 from tests.pretraining import two_processes
 from tests.support import free_port, run_forked
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("swin", "i_d_dw_conv")
 WAYS = {
     "one": ["--batch-size", "8"],

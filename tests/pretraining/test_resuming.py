@@ -15,6 +15,8 @@ from dense.pretraining.hooks import ProgressBar
 from dense.seeding import Place, SeededDataset
 from tests.support import assert_same, losses
 
+pytestmark = pytest.mark.slow
+
 SAVE = ["default_hooks.checkpoint.by_epoch=False", "default_hooks.checkpoint.interval=1"]
 SAVE += ["default_hooks.checkpoint.max_keep_ckpts=-1", "default_hooks.checkpoint.save_best=None"]
 SAVE += ["default_hooks.logger.interval=1", "randomness.seed=3"]

@@ -78,6 +78,7 @@ def test_the_released_names_are_evaluated_too(run, tmp_path, capsys):
         run("--eval-only", tmp_path / "headless.pth")
 
 
+@pytest.mark.slow
 def test_options_of_a_run(run, tmp_path):
     """EMA, accumulation, fine-tuning from a checkpoint."""
     first = run(work_dir=tmp_path / "first")
@@ -296,6 +297,7 @@ def test_a_tenth_of_300_epochs():
     assert schedule.warmup == pytest.approx(2) and "end" not in schedule
 
 
+@pytest.mark.slow
 def test_a_training_that_no_longer_gains_ends(run, monkeypatch):
     left = iter([50.0, 40.0, 50.0])
     monkeypatch.setattr(

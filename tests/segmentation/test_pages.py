@@ -14,6 +14,8 @@ from tests.pages import Page
 from tests.segmentation.test_tools import FAST, own_data
 from tests.support import load_tool
 
+pytestmark = pytest.mark.slow
+
 CONFIG = RECIPES / "segmentation/dw_conv_nano_upernet.py"
 
 

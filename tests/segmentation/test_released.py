@@ -13,6 +13,8 @@ from dense.segmentation import load_predictor
 from dense.segmentation.config import load_config
 from tests.support import ROOT
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = (96, 192, 384, 768)
 
 

@@ -15,6 +15,8 @@ from dense.runs import Stopped
 from dense.segmentation.config import build_runner
 from tests.support import assert_same, losses
 
+pytestmark = pytest.mark.slow
+
 
 def test_stopped_and_resumed(nano_cfg, tmp_path, workers=2):
     def train(name: str, resume: bool = False) -> Path:

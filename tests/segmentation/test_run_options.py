@@ -14,6 +14,8 @@ from dense.recipes import RECIPES
 from dense.segmentation.config import build_runner, load_config
 from tests.support import losses
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = RECIPES / "segmentation"
 FULL_SIZE = "dw_conv_tiny_upernet_8xb2-160k_ade20k-512x512"
 

@@ -31,6 +31,7 @@ def train(cfg):
     return runner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nano_twin_trains_and_evaluates(family, nano_cfg):
     cfg = nano_cfg(family, max_iters=1)
@@ -46,6 +47,7 @@ def test_nano_twin_trains_and_evaluates(family, nano_cfg):
     assert list(Path(cfg.work_dir).rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_syncbn_and_amp_step_back_without_cuda_and_say_so(nano_cfg, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = nano_cfg(max_iters=1)
@@ -107,6 +109,7 @@ def test_amp_of_an_unknown_wrapper_is_refused(nano_cfg):
         use_amp(cfg)
 
 
+@pytest.mark.slow
 def test_init_fills_the_backbone_and_reports(nano_cfg, tmp_path):
     classifier = timm.create_model("i_d_dw_conv_nano")
     torch.save({"model": classifier.state_dict()}, tmp_path / "init.pth")
@@ -120,6 +123,7 @@ def test_init_fills_the_backbone_and_reports(nano_cfg, tmp_path):
     assert " matched, " in log_of(runner)
 
 
+@pytest.mark.slow
 def test_resuming_is_as_if_never_stopped(nano_cfg, tmp_path):
     classifier = timm.create_model("i_d_dw_conv_nano")
     init = tmp_path / "init.pth"
@@ -151,6 +155,7 @@ def test_resuming_is_as_if_never_stopped(nano_cfg, tmp_path):
     assert resumed["meta"]["iter"] == 4
 
 
+@pytest.mark.slow
 def test_nothing_to_resume_starts_afresh_and_says_so(nano_cfg):
     cfg = nano_cfg(max_iters=1)
     cfg.resume = True
@@ -159,6 +164,7 @@ def test_nothing_to_resume_starts_afresh_and_says_so(nano_cfg):
     assert Path(cfg.work_dir, "iter_1.pth").is_file()
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_the_last_checkpoint(nano_cfg, monkeypatch):
     cfg = nano_cfg(max_iters=1)
     runner = train(cfg)
@@ -246,6 +252,7 @@ def test_code_in_a_checkpoint_is_refused(content, tmp_path):
         checkpoints.read(tmp_path / "a.pth")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(nano_cfg, tmp_path):
     cfg = nano_cfg("dw_conv", max_iters=1)
     train(cfg)
@@ -258,6 +265,7 @@ def test_a_checkpoint_of_another_model_is_refused(nano_cfg, tmp_path):
         build_runner(other).test()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_and_is_named(nano_cfg, value):
     cfg = nano_cfg(max_iters=3)

@@ -67,6 +67,7 @@ def test_train_test_and_predict_agree(monkeypatch, tools, shapes, tmp_path):
         predict(np.zeros((64, 80), np.uint8))
 
 
+@pytest.mark.slow
 def test_a_row_of_the_ablations(monkeypatch, tools, shapes, tmp_path):
     work = tmp_path / "work"
     run(

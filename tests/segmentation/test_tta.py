@@ -57,6 +57,7 @@ def trained(nano_cfg, tmp_path):
     return tmp_path / "net.py", tmp_path / "net.pth", model
 
 
+@pytest.mark.slow
 def test_it_is_the_mean_over_sizes_and_mirrors(monkeypatch, tools, trained, shapes, tmp_path):
     config, checkpoint, model = trained
     argv = ["tool", str(config), str(checkpoint), "--tta", "--out", str(tmp_path / "out")]
