@@ -51,7 +51,7 @@ def test_operators_and_their_peers_compute_the_same(make):
 def test_whole_models_take_a_step():
     pytest.importorskip("mmseg")
     pytest.importorskip("detectron2")
-    contests = models.contests(CPU)
+    contests = models.contests(CPU, sizes=((96, 128), (160, 224)))
     assert len(contests) == 2
     for contest in contests:
         for contender in (contest.contenders[0], contest.contenders[3]):

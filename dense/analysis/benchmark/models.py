@@ -13,14 +13,19 @@ from dense.recipes import RECIPES
 _SWIN_TINY = dict(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
 
 
-def contests(device: torch.device) -> list[Contest]:
-    """UPerNet at 512x512 and Cascade Mask R-CNN at 800x1344, if their frameworks are installed."""
+_SIZES = ((512, 512), (800, 1344))
+
+
+def contests(
+    device: torch.device, sizes: tuple[tuple[int, int], tuple[int, int]] = _SIZES
+) -> list[Contest]:
+    """UPerNet and Cascade Mask R-CNN, if their frameworks are installed, each at its (H, W)."""
     on_gpu = device.type == "cuda"
     found = []
     for package, framework, model, size, images, make in (
         # At least 2: UPerNet pools to 1x1, where batch norm needs a second image.
-        ("mmseg", "MMSegmentation", "UPerNet", (512, 512), 8 if on_gpu else 2, _segmentor),
-        ("detectron2", "Detectron2", "Cascade Mask R-CNN", (800, 1344), 1 + on_gpu, _detector),
+        ("mmseg", "MMSegmentation", "UPerNet", sizes[0], 8 if on_gpu else 2, _segmentor),
+        ("detectron2", "Detectron2", "Cascade Mask R-CNN", sizes[1], 1 + on_gpu, _detector),
     ):
         if not find_spec(package):
             continue
@@ -69,6 +74,7 @@ def _segmentor(name: str | None, size: tuple[int, int], images: int, device: tor
 
     config = "swin_tiny_upernet_8xb2-160k_ade20k-512x512.py"
     cfg = load_config(RECIPES / "segmentation" / config)
+    cfg.model.data_preprocessor.size = size
     if name is None:
         cfg.model.backbone = dict(type="mmseg.SwinTransformer", embed_dims=96, **_SWIN_TINY)
     else:
