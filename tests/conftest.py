@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def loggers_as_found() -> Iterator[None]:
             if type(handler) is logging.StreamHandler:
                 log.removeHandler(handler)
         log.propagate = propagate
+
+
+@pytest.fixture(autouse=True)
+def visualizers_forgotten() -> Iterator[None]:
+    """MMEngine gives a training the visualizer of one that began in the same second.
+
+    It would write into that training's folder, which is gone when its test has passed.
+    """
+    yield
+    if module := sys.modules.get("mmengine.visualization"):
+        for kind in (module.Visualizer, *module.Visualizer.__subclasses__()):
+            kind._instance_dict.clear()
 
 
 @pytest.fixture

@@ -161,6 +161,7 @@ def test_parameters_are_exactly_the_papers(section, built):
     assert differ == (NO_READING if section == "ablations" else {})
 
 
+@pytest.mark.slow
 def test_detectron2_differs_from_the_paper_by_two_things(built):
     """Its own parameters and those two are, to the last one, what MMDetection's cascade has."""
     (ours,), (papers,) = built("detection"), built("mmdetection")
@@ -211,6 +212,7 @@ def cells(markdown):
     return [[cell.strip() for cell in line] for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", tables.SECTIONS)
 def test_the_readmes_tables_are_current(section, built):
     """Everything but the FLOPs, which are only looked at for being there."""
@@ -261,6 +263,7 @@ def test_the_tool_writes_numbers_and_tables(tmp_path):
     assert "swin_tiny" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, said",
     [

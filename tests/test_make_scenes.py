@@ -150,6 +150,7 @@ def test_rerun_writes_nothing_and_other_options_replace(tmp_path):
     assert len(list((tmp_path / "coco" / "train2017").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["coco", "ADEChallengeData2016"])
 def test_foreign_folders_are_kept_unless_told(tmp_path, folder):
     foreign = tmp_path / folder / "precious.txt"
@@ -194,6 +195,7 @@ def test_a_kill_leaves_no_half_set(tmp_path):
     assert (tmp_path / "ADEChallengeData2016").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -210,6 +212,7 @@ def test_bad_options_are_named_before_anything_is_written(tmp_path, args, messag
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_file_as_target_is_refused(tmp_path):
     target = tmp_path / "file"
     target.write_text("mine")

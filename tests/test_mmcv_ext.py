@@ -240,6 +240,7 @@ def test_our_import_leaves_a_compiled_one_alone(bare_mmcv):
     assert done.stdout.strip() == str(bare_mmcv / "_ext.py"), done.stderr
 
 
+@pytest.mark.slow
 def test_installing_it_serves_programs_that_do_not_import_us(bare_mmcv, tmp_path):
     for _ in range(2):
         done = python(bare_mmcv, INSTALL)
@@ -252,6 +253,7 @@ def test_installing_it_serves_programs_that_do_not_import_us(bare_mmcv, tmp_path
     assert "_ext" not in (tmp_path / "cached").read_text()
 
 
+@pytest.mark.slow
 def test_installing_it_leaves_a_compiled_one_alone(bare_mmcv):
     compiled = bare_mmcv / f"_ext{EXTENSION_SUFFIXES[0]}"
     compiled.touch()
@@ -260,6 +262,7 @@ def test_installing_it_leaves_a_compiled_one_alone(bare_mmcv):
     assert not (bare_mmcv / "_ext.py").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

@@ -462,6 +462,7 @@ def test_tool_takes_a_released_detector_of_mmdetection(tmp_path, quadrants):
     assert "missing: neck.fpn_convs.0.conv.bias" in result.stderr
 
 
+@pytest.mark.slow
 def test_tool_segments(segmentor, tmp_path, quadrants):
     photos = write_photos(tmp_path / "photos", quadrants)
     out = tmp_path / "out"
@@ -493,6 +494,7 @@ def classifier(tmp_path_factory):
     return folder / "epoch_1.pth"
 
 
+@pytest.mark.slow
 def test_tool_classifies(classifier, tmp_path, quadrants):
     photos = write_photos(tmp_path / "photos", quadrants)
     out = tmp_path / "out"

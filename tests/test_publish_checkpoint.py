@@ -117,6 +117,7 @@ def test_what_does_not_fill_its_network_leaves_no_file(trained, tmp_path, capsys
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_a_detector_without_mmengine(tmp_path):
     backbone = timm.create_model("dw_conv_nano", num_classes=0).state_dict()
     weights = {f"backbone.bottom_up.{name}": value for name, value in backbone.items()}

@@ -207,6 +207,7 @@ def test_the_c_library_is_in_the_key(monkeypatch):
     assert library._key(["cc"]) != key
 
 
+@pytest.mark.slow
 def test_the_kernels_themselves_load(cache):
     for real in ("float", "double"):
         assert isinstance(library.load(["cc"], real), ctypes.CDLL)

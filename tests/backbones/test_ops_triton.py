@@ -132,6 +132,7 @@ def registered():
     yield dense.sliding_attention, leaf(1, 2, 3, 12), leaf(2, 3), 2, [1, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(6))
 def test_registration_is_sound(case):
     """Schemas, fakes and autograd are what they say, with gradients and with changing sizes."""

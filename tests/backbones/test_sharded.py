@@ -49,6 +49,7 @@ def compare(family: str, meeting: Path, rank: int) -> None:
 
 
 # Windows, and a predictor beside depth-wise kernels: all kinds of linears there are.
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["swin", "i_d_dw_conv"])
 def test_sharded_weights_have_the_same_gradients(family, tmp_path):
     ranks = (partial(compare, family, tmp_path / "meet", rank) for rank in range(2))

@@ -87,6 +87,7 @@ def compare_with_the_whole_batch(count: int, rank: int, meeting: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.e2e)])
 def test_processes_have_the_gradients_of_the_whole_batch(count, tmp_path):
     ranks = (

@@ -36,6 +36,7 @@ def work(rank: int, meeting: Path) -> None:
         stop_if_not_finite({"loss": torch.tensor(value)}, iteration, optimizer(), "")
 
 
+@pytest.mark.slow
 def test_all_processes_stop_together(tmp_path):
     ranks = (partial(work, rank, tmp_path / "meet") for rank in range(2))
     first, second = (done.stderr for done in run_forked(*ranks))

@@ -222,6 +222,7 @@ def test_init_that_does_not_exist():
         PyramidBackbone("dw_conv_nano", init="nowhere.pth").init_weights()
 
 
+@pytest.mark.slow
 def test_import_needs_no_openmmlab_package():
     result = run_without(
         ("mmcv", "mmengine", "mmseg", "mmdet"),
@@ -239,11 +240,13 @@ def test_public_names_of_the_adapter_and_of_the_error():
     assert config.ConfigError is config.LazyConfigError
 
 
+@pytest.mark.slow
 def test_missing_detectron2_is_named_with_the_command():
     result = run_without(("detectron2",), "import dense.detection")
     assert "ImportError: detectron2 is not installed: run pip install" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_operators_read_our_layout(family):
     """Maps stay channels-last in Detectron2: its compiled operators must not misread them."""

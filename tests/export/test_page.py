@@ -27,6 +27,7 @@ def test_without_pytorch(heading, segmentor_file, photos, tmp_path):
     assert done.stdout.startswith("(150, 200) ['")
 
 
+@pytest.mark.slow
 def test_pythons_api(segmentor_file):
     import numpy as np
     import torch

@@ -70,6 +70,7 @@ def test_a_folder_and_a_backbone(classifier, photos, tmp_path):
         np.testing.assert_allclose(ours, true, atol=1e-4 * float(true.abs().max()))
 
 
+@pytest.mark.slow
 def test_predictions_are_the_checkpoints(segmentor, segmentor_file, photos, tmp_path, capsys):
     """Also of a photo that is resized before and after."""
     predict = load_tool("predict")
@@ -187,6 +188,7 @@ def test_another_onnx_file_is_told(tmp_path):
         files.Runner(tmp_path / "other.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
 def test_a_missing_engine_names_the_extra(package):
     code = (
@@ -200,6 +202,7 @@ def test_a_missing_engine_names_the_extra(package):
     assert f"{package} is not installed: run pip install 'dense-backbones[export]'" in last
 
 
+@pytest.mark.slow
 def test_a_file_runs_without_pytorch(segmentor_file):
     code = (
         "import numpy as np\nfrom dense.export.files import Runner\n"

@@ -42,6 +42,7 @@ def test_a_config_builds_what_timm_builds():
     assert [o.shape[1] for o in backbone(torch.rand(1, 3, 50, 60))] == [32, 64, 128, 256]
 
 
+@pytest.mark.slow
 def test_mmengine_alone_suffices():
     code = (
         "import dense.segmentation, torch\n"
@@ -53,6 +54,7 @@ def test_mmengine_alone_suffices():
     assert done.stdout.strip().endswith("4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["segmentation", "pretraining"])
 def test_a_saved_config_imports_its_hooks(task):
     """The frameworks' own tools import what the config names, and no more of ours."""
@@ -76,6 +78,7 @@ def test_public_names_of_the_adapter_and_of_the_errors():
     assert data.ConfigError is ConfigError
 
 
+@pytest.mark.slow
 def test_missing_frameworks_are_named_with_the_command():
     done = run_without(("mmengine",), "import dense.segmentation")
     assert "mmengine is not installed" in done.stderr
