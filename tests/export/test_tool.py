@@ -155,6 +155,7 @@ def test_refused_in_one_line(words, message, classifier, tmp_path, capsys):
     assert line.startswith("export: ") and message in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words", "message"),
     [
