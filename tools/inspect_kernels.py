@@ -33,6 +33,8 @@ import argparse
 import os
 import sys
 
+from tqdm import tqdm
+
 from dense.analysis.kernels.accesses import Emulation, accesses
 from dense.analysis.kernels.launches import (
     DTYPES,
@@ -93,26 +95,33 @@ def main(argv: list[str] | None = None) -> int:
     archs = ", ".join(f"sm_{arch}" for arch in args.arch)
     print(f"Triton {triton.__version__}, {archs}\n")
     failed, header = False, True
+    compiling = tqdm(planned(args), "compiling", delay=2, leave=False, unit="kernel")
+    for dtype, one, same in compiling:
+        rows = [inspect(one, same, arch, args.only) for arch in args.arch]
+        failed |= any(row.get("spilled", 0) for row in rows) and dtype != "fp32"
+        failed |= any(row.get("shared", 0) > SHARED for row in rows)
+        if header:
+            names = ["kernel", "dtype", *rows[0]]
+            tqdm.write("| " + " | ".join(names) + " |\n" + "| --- " * len(names) + "|")
+            header = False
+        cells = [[str(row[name]) for row in rows] for name in rows[0]]
+        cells = [c[0] if len(set(c)) == 1 else " / ".join(c) for c in cells]
+        tqdm.write(f"| {one.label} | {dtype} | " + " | ".join(cells) + " |")
+    return int(failed)
+
+
+def planned(args: argparse.Namespace) -> list[tuple[str, Launch, Launch]]:
+    """The launches that are compiled, each with its dtype and the same launch on a large map."""
     stages = list(STAGES) if args.tiles else ["stage 1", "stage 4"]
+    found = []
     for dtype in args.dtypes:
         small, large = (
             launches(dtype, {stage: sizes[stage] for stage in stages}, args.tiles)
             for sizes in (STAGES, LARGE)
         )
-        for one, same in zip(small, large, strict=True):
-            if args.kernels not in one.label:
-                continue
-            rows = [inspect(one, same, arch, args.only) for arch in args.arch]
-            failed |= any(row.get("spilled", 0) for row in rows) and dtype != "fp32"
-            failed |= any(row.get("shared", 0) > SHARED for row in rows)
-            if header:
-                names = ["kernel", "dtype", *rows[0]]
-                print("| " + " | ".join(names) + " |\n" + "| --- " * len(names) + "|")
-                header = False
-            cells = [[str(row[name]) for row in rows] for name in rows[0]]
-            cells = [c[0] if len(set(c)) == 1 else " / ".join(c) for c in cells]
-            print(f"| {one.label} | {dtype} | " + " | ".join(cells) + " |", flush=True)
-    return int(failed)
+        pairs = zip(small, large, strict=True)
+        found += [(dtype, one, same) for one, same in pairs if args.kernels in one.label]
+    return found
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from backbones import mixers, ops
 from dense.analysis import paper
@@ -327,7 +328,8 @@ def modules() -> dict[str, nn.Module]:
 
 def measure() -> dict[str, Properties]:
     """The properties of every module of :func:`modules`; seconds on one core."""
-    return {name: Measured(module).properties() for name, module in modules().items()}
+    measuring = tqdm(modules().items(), "measuring", delay=2, leave=False, unit="module")
+    return {name: Measured(module).properties() for name, module in measuring}
 
 
 # The tables of the README
