@@ -117,7 +117,7 @@ def build(name: str, seed: int = 0, **kwargs: Any) -> nn.Module:
 
 
 def at_length(*values: Any) -> list:
-    """Values that ``make test-kernels`` adds: Triton's interpreter takes seconds for each."""
+    """Values that ``make test-kernels`` adds: interpreters and exporters take long for each."""
     return [
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.kernels)
         for value in values

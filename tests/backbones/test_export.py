@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import backbones
 from dense.backbone import DenseBackbone
 from dense.recipes import RECIPES
+from tests.support import at_length
 
 pytestmark = pytest.mark.slow
 
@@ -125,7 +126,9 @@ def test_copies_and_pickles(family):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("family", backbones.FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["swin", "d_dw_conv", *at_length("swin_local_mlp", "dw_conv", "i_d_dw_conv")]
+)
 def test_whole_pyramids(family):
     backbone = whole(family)
     agree(exported(backbone, 232).module(), backbone, WHOLE_SIZES)
@@ -134,7 +137,9 @@ def test_whole_pyramids(family):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("family", backbones.FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["swin", "i_d_dw_conv", *at_length("swin_local_mlp", "dw_conv", "d_dw_conv")]
+)
 def test_compiled_training(family):
     """Gradients too, through AOTAutograd, two sizes by one graph."""
     backbone = two_stages(family).train()
