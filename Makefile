@@ -26,7 +26,7 @@ help:
 	@echo "make test       the test suite, $(WORKERS) processes (WORKERS=n)"
 	@echo "make test-e2e   the long tests; DENSE_SAMPLE_DATA=folder names the photos"
 	@echo "make test-chain  make demo-chain through its own checks, 20 minutes; DENSE_SAMPLE_DATA=folder"
-	@echo "make test-kernels  all tiles of the Triton kernels, compiled for four GPUs; the operators' whole check"
+	@echo "make test-kernels  all tiles of the Triton kernels, compiled for four GPUs; the operators' whole check; more exports"
 	@echo "make test-peers  timm's own tests of models, from its sdist on PyPI, with our names"
 	@echo "make test-floors  tests/backbones with the oldest and newest torch and timm: .venv-floor, .venv-newest"
 	@echo "make test-ecosystem  the page of other libraries, dense/README.md, with them: .venv-ecosystem"

@@ -11,8 +11,6 @@ from dense.backbone import revert_sync_batchnorm
 from dense.recipes import RECIPES
 
 _SWIN_TINY = dict(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
-
-
 _SIZES = ((512, 512), (800, 1344))
 
 
