@@ -144,6 +144,7 @@ def run_all(
     lock: int,
     cwd: Path,
     jobs: int = 1,
+    keep: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the steps that are not done, with progress on the terminal and one log file for each.
 
@@ -156,6 +157,7 @@ def run_all(
         cwd: working directory of the commands.
         jobs: how many run in parallel; above 1 none may need another's result, but those of a
             sequence the results of earlier ones in it.
+        keep: called after each entry of ``steps``, to write what is known so far.
 
     Raises:
         StepError: a step failed; the message has the end of its log. Parallel steps are terminated.
@@ -186,6 +188,7 @@ def run_all(
         try:
             for done in as_completed(running):
                 done.result()
+                keep()
         finally:
             stop.set()
 

@@ -234,6 +234,23 @@ def run(steps_to_run, out, digest="code", fresh=False, jobs=1):
 COUNTING = "import sys, pathlib; open(pathlib.Path(sys.argv[1], 'made'), 'a').write('x')"
 
 
+def test_what_is_known_is_kept_before_the_last_step_ends(tmp_path):
+    """The second step ends only after the first one's result is kept."""
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    wait = (
+        "import time, pathlib\n"
+        "end = time.monotonic() + 60\n"
+        f"while not pathlib.Path({str(kept)!r}).exists():\n"
+        "    assert time.monotonic() < end\n"
+        "    time.sleep(0.05)\n"
+    )
+    todo = [script(tmp_path, "first", COUNTING), script(tmp_path, "second", wait)]
+    with runs.locked(out) as lock:
+        state = steps.prepare(out, ("made",), "code", False)
+        steps.run_all(todo, out, {"out": str(out)}, state, lock, out, keep=kept.touch)
+    assert all(map(state.done, todo))
+
+
 def test_sequences_run_side_by_side_each_in_order(tmp_path):
     """The first step of either sequence waits for the other's, the second for its own first."""
     out = tmp_path / "out"

@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
                     done.add((r.network.name, r.seed))
 
         try:
-            steps.run_all([r.step for r in open_], out, places, state, lock, ROOT, args.jobs)
+            steps.run_all([r.step for r in open_], out, places, state, lock, ROOT, args.jobs, keep)
         finally:
             keep()
             unique = list({r.network.name: r.network for r in planned}.values())
