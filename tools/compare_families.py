@@ -6,11 +6,11 @@
 
 All use the recipe configs/pretraining/_base_/nano.py: 64x64 pixels, AdamW, cosine schedule. The
 accuracy is that of the last epoch. OUT/<data>_<size>_<epochs>e gets comparison.md (parameters,
-FLOPs, minutes, top-1 with its standard deviation over seeds, and the difference to the network's
-family with the same seeds, with its 95% interval), comparison.png, and a JSON file for every
-finished run in results/ (--results names another folder). After a kill the same command continues;
-a larger --seeds adds runs. A run is repeated if its recipe, or what its own network computes, has
-changed since.
+FLOPs, minutes, top-1 with its standard deviation over seeds, the difference to the network's family
+with the same seeds, with its 95% interval, and the paper's top-1 of the tiny network),
+comparison.png, and a JSON file for every finished run in results/ (--results names another folder).
+After a kill the same command continues; a larger --seeds adds runs. A run is repeated if its
+recipe, or what its own network computes, has changed since.
 """
 
 import argparse

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from backbones import ops
+from backbones.ablations import ABLATIONS
 from dense import files, metrics
 from dense.analysis import complexity
 
 HEAD = (
     "| network | parameters | FLOPs | minutes a run | top-1, mean ± spread | difference |"
-    " 95% interval | seeds |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    " 95% interval | seeds | paper, ImageNet-1K |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 # Two-sided 95% quantiles of Student's t distribution for 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -191,9 +192,13 @@ class Entry:
         return mean(found) - half, mean(found) + half
 
     def row(self) -> str:
-        """A row of the Markdown table; the spread is the standard deviation over seeds."""
+        """A row of the Markdown table, with the paper's top-1 of the network in tiny.
+
+        The spread is the standard deviation over seeds.
+        """
         spread = f" ± {stdev(self.top1):.1f}" if len(self.top1) > 1 else ""
         first, interval = self.results[0], self.interval
+        paper = ABLATIONS[first.network].top1 if first.network in ABLATIONS else None
         cells = (
             f"`{first.network}`",
             f"{first.parameters / 1e6:.2f}M",
@@ -203,6 +208,7 @@ class Entry:
             f"{mean(self.differences):+.1f}" if self.differences else "-",
             f"{interval[0]:+.1f} to {interval[1]:+.1f}" if interval else "-",
             " ".join(f"{value:.1f}" for value in self.top1),
+            f"{paper:.1f}" if paper else "-",
         )
         return f"| {' | '.join(cells)} |"
 

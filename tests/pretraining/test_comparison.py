@@ -75,11 +75,11 @@ def test_mean_spread_and_paired_difference():
     assert sorted(entry.differences) == [1.0, 2.0, 3.0]
     assert entry.interval == pytest.approx((-0.4841, 4.4841), abs=1e-3)
     assert (
-        "| 1.25M | 0.016G | 2.0 | 52.0 ± 9.0 | +2.0 | -0.5 to +4.5 | 43.0 52.0 61.0 |"
+        "| 1.25M | 0.016G | 2.0 | 52.0 ± 9.0 | +2.0 | -0.5 to +4.5 | 43.0 52.0 61.0 | - |"
         in entry.row()
     )
     alone = Entry(base[:1])
-    assert alone.interval is None and "| 50.0 | - | - | 50.0 |" in alone.row()
+    assert alone.interval is None and "| 50.0 | - | - | 50.0 | 81.3 |" in alone.row()
     # A seed that the baseline lacks has no pair.
     assert Entry(ours, base[:2]).differences == [2.0, 1.0]
 
