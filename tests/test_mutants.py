@@ -4,6 +4,7 @@ import pytest
 
 from tests.mutants.mistakes import Mistake, draw, possible
 from tests.mutants.parts import TESTS
+from tests.mutants.touched import Touched, measure, statement_of
 from tests.support import ROOT
 
 PYTHON = b'''"""A text, 1 < 2."""
@@ -64,3 +65,44 @@ def test_a_seed_draws_the_same_over_all_files(tmp_path):
 
 def test_the_tests_of_each_part_are_there():
     assert not [test for tests in TESTS.values() for test in tests if not (ROOT / test).exists()]
+
+
+# Which tests run a line
+
+SOURCE = b"""def sign(
+    x,
+):
+    if x < 0:
+        return (
+            -1
+        )
+    return 1
+"""
+
+
+@pytest.mark.parametrize(("line", "first"), [(2, 1), (4, 4), (6, 5), (7, 5), (8, 8)])
+def test_a_statement_begins(line, first):
+    assert statement_of(SOURCE, line) == first
+
+
+@pytest.mark.slow
+def test_the_tests_of_a_line(tmp_path):
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    (tree / "tests").mkdir(parents=True)
+    (tree / "signed").mkdir()
+    (tree / "signed/signs.py").write_bytes(SOURCE)
+    (tree / "tests/test_signs.py").write_text(
+        "from signed.signs import sign\n\n"
+        "def test_less():\n    assert sign(-2) == -1\n\n"
+        "def test_more():\n    assert sign(2) == 1\n"
+    )
+    (tree / "signed/__init__.py").touch()
+    measure(tree, out, ["signed/signs.py"], "not slow", 1)
+    touched, files = Touched(tree, out), ("tests/test_signs.py",)
+    less, more = (f"tests/test_signs.py::test_{name}" for name in ("less", "more"))
+    at = {name: SOURCE.index(name.encode()) for name in ("x <", "-1", "return 1", "def")}
+    found = {name: touched.tests("signed/signs.py", place, files) for name, place in at.items()}
+    assert found == {"x <": [less, more], "-1": [less], "return 1": [more], "def": []}
+    assert touched.tests("signed/signs.py", at["x <"], ("tests/other",)) == []
+    (tree / "signed/signs.py").write_bytes(SOURCE + b"\n")
+    assert touched.tests("signed/signs.py", at["x <"], files) == []

@@ -3,6 +3,7 @@
     python -m tests.mutants --seed 1                  # 150 mistakes, OUT/report.md
     python -m tests.mutants --seed 1 --resume         # go on after a kill of this command
     python -m tests.mutants --seed 1 --again          # the survivors once more, after mending
+    python -m tests.mutants --measure                 # which tests run each line: once, and faster
 
 The tests run in a copy of the tree, in forks of a process that has the frameworks imported.
 """
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +29,7 @@ from tqdm import tqdm  # noqa: E402
 
 from tests.mutants.mistakes import Mistake, draw  # noqa: E402
 from tests.mutants.parts import covering  # noqa: E402
+from tests.mutants.touched import Touched, measure  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("backbones", "dense", "configs", "tools")
@@ -51,9 +54,13 @@ def main() -> int:
     add("--limit", type=int, default=1200, help="seconds of the tests of one (%(default)s)")
     add("--resume", action="store_true", help="keep the outcomes in OUT")
     add("--again", action="store_true", help="as --resume, and run the survivors again")
+    add("--measure", action="store_true", help="write which tests run each line into OUT, and end")
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.measure:
+        measure(ROOT, args.out, tracked(args.only), SHORT, args.jobs)
+        return 0
     outcomes = Outcomes(args.out / f"seed{args.seed}.jsonl", args.resume or args.again)
     drawn = drawn_over(tracked(args.only), args.count, args.seed)
     missing = [
@@ -143,11 +150,17 @@ def run_some(
 ) -> None:
     tree = copied(args.out.resolve() / f"tree{job}")
     log = args.out / f"last{job}.log"
+    touched = Touched(ROOT, args.out) if (args.out / "digests.json").exists() else None
     for mistake in tqdm(mistakes, f"job {job}", position=job, unit="mistake"):
         since = time.monotonic()
         text = (ROOT / mistake.path).read_bytes()
         (tree / mistake.path).write_bytes(mistake.made(text))
-        outcome, failed = tested(tree, covering(mistake.path), log, args.limit)
+        part, outcome, failed = covering(mistake.path), "survived", ""
+        if touched and (few := touched.tests(mistake.path, mistake.start, part)):
+            outcome, failed = tested(tree, few, log, args.limit)
+        # Others of the part may notice what a started process does, or an import.
+        if outcome == "survived":
+            outcome, failed = tested(tree, part, log, args.limit)
         (tree / mistake.path).write_bytes(text)
         if failed and tested(tree, (failed,), log, args.limit)[0] != "survived":
             outcome = "unsound"
@@ -156,7 +169,7 @@ def run_some(
             tqdm.write(f"{outcome} {failed}\n{mistake.diff(text)}")
 
 
-def tested(tree: Path, tests: tuple[str, ...], log: Path, limit: int) -> tuple[str, str]:
+def tested(tree: Path, tests: Sequence[str], log: Path, limit: int) -> tuple[str, str]:
     """Run tests of a tree in a fork; returns ``OUTCOMES``' word and the first that failed."""
     first = log.with_suffix(".failed")
     first.write_text("")
@@ -180,7 +193,7 @@ OUTCOMES = {0: "survived", 5: "survived"}
 """By pytest's exit status."""
 
 
-def in_fork(tree: Path, tests: tuple[str, ...], log: Path, first: Path) -> None:
+def in_fork(tree: Path, tests: Sequence[str], log: Path, first: Path) -> None:
     """Leads a group of processes, and never returns."""
     status = 1
     try:
