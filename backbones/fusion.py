@@ -4,11 +4,12 @@ from copy import deepcopy
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from backbones import ops
-from backbones.folding import foldable, linear_after, parameter
+from backbones.folding import foldable, linear_after
+from backbones.inference import InferenceBlock, InferenceLinear, InferenceMlp
 from backbones.layers import Mlp, is_plain
+from backbones.mixers.conv import ConvMixer
 from backbones.pyramid import Block, PatchMerging
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,50 +38,12 @@ def fuse(model: Model, inplace: bool = False) -> Model:
             if isinstance(module, Block):
                 _fold(module)
                 _replace_linears(module)
+                _join_activation(module.mixer)
+                if type(module) is Block:
+                    InferenceBlock.become(module)
             elif isinstance(module, PatchMerging):
                 _replace_linears(module)
     return model
-
-
-class InferenceLinear(nn.Module):
-    """``nn.Linear`` for inference, computed by :func:`backbones.ops.linear`.
-
-    Attributes:
-        weight_t: ``(C, D)``, the transposed weight, contiguous for the matrix product.
-        bias: ``(D,)`` or None.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight_t = parameter(linear.weight.t().contiguous(), linear.weight)
-        self.bias = linear.bias
-
-    @property
-    def weight(self) -> Tensor:
-        """``(D, C)``, a view of ``weight_t``."""
-        return self.weight_t.t()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., C)`` to ``(..., D)``."""
-        return ops.linear(x, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        """The sizes, in the format of :class:`torch.nn.Linear`."""
-        rows, columns = self.weight_t.shape
-        return f"in_features={rows}, out_features={columns}, bias={self.bias is not None}"
-
-
-class InferenceMlp(nn.Module):
-    """:class:`~backbones.layers.Mlp` for inference, computed by :func:`backbones.ops.mlp`."""
-
-    def __init__(self, mlp: Mlp):
-        super().__init__()
-        self.fc1, self.fc2 = InferenceLinear(mlp.fc1), InferenceLinear(mlp.fc2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., C)`` to ``(..., C)``."""
-        first, second = self.fc1, self.fc2
-        return ops.mlp(x, first.weight, first.bias, second.weight, second.bias)
 
 
 def _fold(block: Block) -> None:
@@ -102,6 +65,15 @@ def _replace_linears(parent: nn.Module) -> None:
             setattr(parent, name, InferenceMlp(child).eval())
         else:
             _replace_linears(child)
+
+
+def _join_activation(mixer: nn.Module) -> None:
+    """Let the product before a mixer's first ReLU compute it."""
+    if not isinstance(mixer, ConvMixer) or not is_plain(mixer.in_act, nn.ReLU):
+        return
+    if is_plain(mixer.in_proj, InferenceLinear) and is_plain(mixer.in_norm, nn.Identity):
+        mixer.in_proj.activation = "relu"
+        mixer.in_act = nn.Identity().eval()
 
 
 def _is_of_plain_layers(mlp: Mlp) -> bool:

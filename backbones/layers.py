@@ -8,7 +8,8 @@ from backbones.ops.common import leaf, without_autocast
 
 Size = tuple[int, int]
 
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 
 
 class Mlp(nn.Module):
@@ -71,11 +72,10 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     True for exactly ``kind``, without hooks (global ones included), a patched ``forward``, a
     parametrization, or parameters of a tensor subclass (quantised or sharded weights).
     """
-    if type(layer) is not kind or "forward" in vars(layer):
+    own = vars(layer)
+    if type(layer) is not kind or "forward" in own or any(map(own.__getitem__, _HOOKS)):
         return False
-    if any(getattr(layer, f"_{hooks}") for hooks in _HOOKS):
-        return False
-    if any(getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks in _HOOKS):
+    if any(map(vars(torch.nn.modules.module).__getitem__, _GLOBAL_HOOKS)):
         return False
     return all(p is None or type(p) is nn.Parameter for p in layer._parameters.values())
 

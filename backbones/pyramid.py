@@ -389,14 +389,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        x = self.mixed(x)
+        return x + self.drop_path(self.mlp(normalise(self.norm2, x)))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """All before ``norm2``, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
         mixed = self.mixer(normalise(self.norm1, x))
         if self.se is not None:
             mixed = self.se(mixed)
         x = x + self.drop_path(mixed)
-        if self.local is not None:
-            # Without drop path, as in Shuffle Transformer.
-            x = x + self.local(x)
-        return x + self.drop_path(self.mlp(normalise(self.norm2, x)))
+        # Without drop path, as in Shuffle Transformer.
+        return x if self.local is None else x + self.local(x)
 
 
 class LocalConv(nn.Module):

@@ -39,6 +39,7 @@ class ConvMixer(Mixer):
         self.kernel_size = square(kernel_size)
         self.in_proj = nn.Linear(dim, dim, bias=False)
         self.in_norm = nn.BatchNorm2d(dim)
+        self.in_act = nn.ReLU()
         self.mid_norm = nn.BatchNorm2d(dim)
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.out_norm = nn.BatchNorm2d(dim)
@@ -59,9 +60,12 @@ class ConvMixer(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
-        x = F.relu(normalise(self.in_norm, self.in_proj(x)))
-        x = F.relu(normalise(self.mid_norm, self.mix(x)))
-        return normalise(self.out_norm, self.out_proj(x))
+        return normalise(self.out_norm, self.out_proj(self.hidden(x)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """All before ``out_proj``, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        x = self.in_act(normalise(self.in_norm, self.in_proj(x)))
+        return F.relu(normalise(self.mid_norm, self.mix(x)))
 
     def mix(self, x: Tensor) -> Tensor:
         """Apply the depth-wise operator, ``(B, H, W, C)`` to ``(B, H, W, C)``."""

@@ -26,7 +26,7 @@ from backbones.ops import native, verdicts
 from backbones.ops.cases import Case, first_case, normal, small_cases, stage_cases
 from backbones.ops.common import forced_here
 from backbones.ops.dispatch import OPERATORS, explain
-from backbones.ops.linear import linear
+from backbones.ops.linear import ACTIVATIONS, Kept, linear
 
 HALVES = (torch.bfloat16, torch.float16)
 # By which factor Triton's time must exceed that of torch before torch is preferred.
@@ -100,8 +100,9 @@ def _subjects(interpreted: bool) -> Iterator[tuple[str, str, str, torch.dtype]]:
                 yield "cpu", operator, "native", dtype
         if "onednn" in backends:
             with torch.no_grad():
-                if explain(operator, "cpu", torch.float32)[0] == "onednn":
-                    yield "cpu", operator, "onednn", torch.float32
+                for dtype in (torch.float32, torch.bfloat16):
+                    if explain(operator, "cpu", dtype)[0] == "onednn":
+                        yield "cpu", operator, "onednn", dtype
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not interpreted:
         return
@@ -151,15 +152,23 @@ def _cases(operator: str, batch: int = 1) -> tuple[list[Case], list[Case]]:
     if operator != "linear":
         small = [*small_cases(operator), first_case(operator)]
         return small, stage_cases(operator, batch)
-    small = [_linear(*size, gelu) for size in ((1, 3, 5), (50, 96, 384)) for gelu in (False, True)]
-    return small, [_linear(batch * side**2, c, 4 * c, True) for side, c in ((56, 96), (14, 384))]
+    sizes = (1, 3, 5), (50, 96, 384)
+    small = [
+        _linear(*size, then, p) for size in sizes for then in ACTIVATIONS for p in (False, True)
+    ]
+    stages = [(56, 96), (14, 384)]
+    return small, [_linear(batch * side**2, c, 4 * c, "gelu", True) for side, c in stages]
 
 
-def _linear(rows: int, channels: int, out: int, gelu: bool) -> Case:
+def _linear(rows: int, channels: int, out: int, activation: str, pack: bool) -> Case:
     """The linear layer of fused models, which has no backward pass of its own."""
-    tensors = normal(1, rows, channels), normal(2, out, channels), normal(3, out)
-    label = f"{rows} rows, {channels} to {out}{', GELU' if gelu else ''}"
-    return Case("linear", label, lambda *given: linear(*given, gelu=gelu), None, tensors)
+    tensors, packed = (normal(1, rows, channels), normal(2, out, channels), normal(3, out)), Kept()
+    label = f"{rows} rows, {channels} to {out}, {activation}{', packed' if pack else ''}"
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        return linear(*given, activation, packed if pack else None)
+
+    return Case("linear", label, run, None, tensors)
 
 
 def _milliseconds(cases: list[Case], backend: str, device: str, dtype: torch.dtype) -> float:

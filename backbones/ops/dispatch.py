@@ -2,8 +2,8 @@
 
 ``reference`` is plain PyTorch with autograd, the standard of the tests; ``torch`` is faster PyTorch
 without a compiler; ``native`` is C for CPUs; ``onednn`` has the linear layers of compiled graphs,
-for float32 on CPUs; ``triton`` is for GPUs, and for CPUs in Triton's interpreter. Before Triton
-computes an operator on a GPU by default, it is compared once with ``torch``
+for float32 and bfloat16 on CPUs; ``triton`` is for GPUs, and for CPUs in Triton's interpreter.
+Before Triton computes an operator on a GPU by default, it is compared once with ``torch``
 (:mod:`backbones.ops.verdicts`).
 """
 
@@ -51,6 +51,8 @@ ON_GPUS = (
     "sliding_attention",
 )
 
+# What oneDNN's linear computes of its result before it stores it: name, algorithm, the same here.
+_EPILOGUES = (("none", "", Tensor.clone), ("relu", "", F.relu), ("gelu", "none", F.gelu))
 T = TypeVar("T")
 _forced: str | None = None
 # From the RuntimeErrors by which LLVM's passes and the builds of Triton's launchers fail.
@@ -172,7 +174,7 @@ def explain(operator: str, device: torch.device | str, dtype: torch.dtype) -> tu
     """The backend of ``operator`` on a device, and the reason; nothing is compared.
 
     >>> explain("linear", "cpu", torch.float64)
-    ('torch', 'oneDNN is used for float32 on a CPU without autocast only')
+    ('torch', 'oneDNN is used for float32 and bfloat16 on a CPU only')
 
     Raises:
         ValueError: ``DENSE_OPS`` names an unknown backend or one that cannot run on this machine.
@@ -181,8 +183,10 @@ def explain(operator: str, device: torch.device | str, dtype: torch.dtype) -> tu
         return "torch", "exported graphs use PyTorch's operators only"
     device = torch.device(device)
     known = OPERATORS[operator]
-    if "onednn" in known and (reason := _no_onednn(device.type, dtype)) is not None:
-        return "torch", reason
+    if "onednn" in known:
+        dtype = _computed_in(dtype)
+        if (reason := _no_onednn(device.type, dtype)) is not None:
+            return "torch", reason
     wanted, by = (_forced, "ops.force") if _forced is not None else _environment()
     if wanted == "triton" and wanted in known:
         reason = _no_triton_for(device.type, dtype)
@@ -252,37 +256,60 @@ def _no_triton(device: str) -> str | None:
     return None
 
 
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a linear on a CPU: autocast's if it is on, which leaves float64 alone."""
+    if dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
+        return dtype
+    return torch.get_autocast_dtype("cpu")
+
+
 def _no_onednn(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cpu" or dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return "oneDNN is used for float32 on a CPU without autocast only"
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return "oneDNN is used for float32 and bfloat16 on a CPU only"
     if torch.compiler.is_compiling():
         return "torch.compile chooses its own kernels"
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
     if type(torch.empty(0, device="cpu")) is not Tensor:
         return "under a mode of fake tensors nothing can be compared"
-    return _no_linear_pointwise()
+    return _no_linear_pointwise(dtype)
 
 
 @cache
-def _no_linear_pointwise() -> str | None:
+def _no_linear_pointwise(dtype: torch.dtype) -> str | None:
     """Why oneDNN's linear, which is private in PyTorch, cannot be used; None if it agrees."""
+    return _differs(lambda weight: weight, dtype, "_linear_pointwise", "F.linear is used")
 
+
+@cache
+def no_packing(dtype: torch.dtype) -> str | None:
+    """Why oneDNN's own layout of weights, private too, cannot be used; None if it agrees."""
+
+    def pack(weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    return _differs(pack, dtype, "_reorder_linear_weight", "weights keep their layout")
+
+
+def _differs(
+    pack: Callable[[Tensor], Tensor], dtype: torch.dtype, name: str, instead: str
+) -> str | None:
     def values(*shape: int) -> Tensor:
-        return torch.linspace(-2, 2, prod(shape), dtype=torch.float32, device="cpu").view(shape)
+        return torch.linspace(-2, 2, prod(shape), device="cpu").view(shape).to(dtype)
 
     x, weight, bias = values(5, 7), values(3, 7), values(3)
+    near = dict.fromkeys(("rtol", "atol"), 1e-5 if dtype == torch.float32 else 4e-2)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             expected = F.linear(x, weight, bias)
-            plain = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-            gelu = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-        torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(gelu, F.gelu(expected), rtol=1e-5, atol=1e-5)
+            for activation, algorithm, then in _EPILOGUES:
+                given = x, pack(weight), bias, activation, [], algorithm
+                got = torch.ops.mkldnn._linear_pointwise(*given)
+                torch.testing.assert_close(got, then(expected), **near)
     except (AttributeError, AssertionError, TypeError, RuntimeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = f"mkldnn._linear_pointwise does not do what F.linear does here: {said}"
-        warnings.warn(f"{reason}; F.linear is used", RuntimeWarning, stacklevel=2)
+        reason = f"mkldnn.{name} does not do what F.linear does here: {said}"
+        warnings.warn(f"{reason}; {instead}", RuntimeWarning, stacklevel=2)
         return reason
     return None
 

@@ -102,12 +102,12 @@ def _centred_windows(x: Tensor, window_size: Size) -> Tensor:
 
 
 def local_mlp(
-    value: Tensor, weight: Tensor, bias: Tensor, window_size: Size, shift: Size
+    value: Tensor, weight: Tensor, bias: Tensor | None, window_size: Size, shift: Size
 ) -> Tensor:
     """:func:`backbones.ops.local_mlp` with the weights of all windows in memory."""
     height, width = value.shape[1:3]
     same = region_mask(height, width, window_size, shift, value.device)
-    mixing = (weight + bias) * same[:, :, None]
+    mixing = (weight if bias is None else weight + bias) * same[:, :, None]
     value = roll(value, (-shift[0], -shift[1]))
     windows = partition(value, window_size, mixing.shape[-3])
     return roll(reverse(mixing @ windows, window_size), shift)

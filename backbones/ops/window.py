@@ -106,7 +106,7 @@ def _masks(bias: Tensor, window_size: Size, shift: Size) -> tuple[Tensor | None,
 
 
 def local_mlp(
-    value: Tensor, weight: Tensor, bias: Tensor, window_size: Size, shift: Size
+    value: Tensor, weight: Tensor, bias: Tensor | None, window_size: Size, shift: Size
 ) -> Tensor:
     """Learned static mixing inside (shifted) windows: ``out = (weight + bias) v``.
 
@@ -121,14 +121,14 @@ def local_mlp(
         value: ``(B, H, W, C)``, as the result; H and W are multiples of the window size.
         weight: ``(heads, N, N)`` for all windows, or ``(nH, nW, heads, N, N)`` with one for each
             window of the image; N is the positions of a window.
-        bias: ``(heads, N, N)`` relative position bias.
+        bias: ``(heads, N, N)`` relative position bias, None if ``weight`` contains it.
         window_size: rows and columns of a window.
         shift: rows and columns of the cyclic shift; 0 for an axis that one window covers.
     """
     backend = choose("local_mlp", value, weight, bias)
     if backend == "reference":
         return reference.local_mlp(value, weight, bias, window_size, shift)
-    mixing = weight + bias
+    mixing = weight if bias is None else weight + bias
     if backend == "native" or (backend == "triton" and _fits(window_size)):
         value = value.to(autocast_dtype(value))
         return torch.ops.dense.local_mlp(value, mixing, [*window_size], [*shift])

@@ -1,7 +1,9 @@
 """Folding changes no output and leaves no norm that could have gone."""
 
 import pickle
+import threading
 from copy import deepcopy
+from importlib import import_module
 
 import pytest
 import safetensors.torch
@@ -148,3 +150,129 @@ def test_a_compiler_sees_the_network_itself():
         exported = torch.export.export(model, (x,))
     assert len(exported.constants) == 0
     assert len(pickle.dumps(model)) < 1.1 * len(pickle.dumps(DenseBackbone("dw_conv_nano")))
+
+
+SIZES = [(64, 64), (97, 131), (230, 64)]
+
+
+@pytest.fixture(params=[2**22, 2**14], ids=["whole", "pieces"])
+def pieces(request, monkeypatch):
+    """How many bytes of a hidden map the fused networks compute at a time."""
+    monkeypatch.setattr(import_module("backbones.ops.linear"), "_HIDDEN", request.param)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", backbones.FAMILIES)
+@pytest.mark.usefixtures("pieces")
+def test_pieces_of_maps_in_both_dtypes(family, size):
+    """Windows that wrap around, that are padded, and that one piece has or many; two images."""
+    given = dict(num_classes=0, img_size=size, depths=(2, 2))
+    model = spread(timm.create_model(f"{family}_nano", **given))
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = deepcopy(model).double().forward_features(x.double())
+        fused = backbones.fuse(model)
+
+        def error(network: nn.Module, image: torch.Tensor) -> float:
+            out = network.forward_features(image)
+            return (out - expected).abs().max() / expected.abs().max()
+
+        assert error(fused, x) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            assert error(fused, x) < 3e-2
+            assert fused.forward_features(x).dtype == torch.bfloat16
+        assert error(fused, x) < 1e-5
+        assert error(fused.bfloat16(), x.bfloat16()) < 3e-2
+
+
+@pytest.mark.parametrize(
+    "options", [dict(se_ratio=0.25), dict(local_kernel=3), dict(output_stride=8)]
+)
+@pytest.mark.parametrize("family", ["swin", "dw_conv"])
+@pytest.mark.usefixtures("pieces")
+def test_pieces_of_other_blocks(family, options):
+    model = spread(timm.create_model(f"{family}_nano", num_classes=0, **options)).double()
+    x = torch.randn(1, 3, 97, 131)
+    with torch.no_grad():
+        expected = model.forward_features(x.double())
+        got = backbones.fuse(model).float().forward_features(x)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", backbones.FAMILIES)
+def test_a_network_that_has_run_follows_its_weights(family):
+    model = spread(timm.create_model(f"{family}_nano", num_classes=7))
+    other, x = (
+        backbones.fuse(timm.create_model(f"{family}_nano", num_classes=7)),
+        torch.randn(1, 3, 64, 64),
+    )
+    with torch.no_grad():
+        expected = model(x)
+        other(x)
+        other.load_state_dict(backbones.fuse(model).state_dict())
+        torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
+        for tensor in other.parameters():
+            tensor.mul_(1.1)
+        torch.testing.assert_close(other(x), deepcopy(other)(x), rtol=0, atol=0)
+        other.bfloat16()(x.bfloat16())
+        torch.testing.assert_close(other.float()(x), deepcopy(other)(x), rtol=0, atol=0)
+    assert not any(t.is_mkldnn for t in other.state_dict().values())
+    pickle.loads(pickle.dumps(other))
+
+
+@pytest.mark.parametrize("family", backbones.FAMILIES)
+def test_two_threads_call_one_network(family):
+    """Both find nothing packed, or what the other packed."""
+    fused = backbones.fuse(spread(timm.create_model(f"{family}_nano", num_classes=7)))
+    images = torch.randn(2, 2, 3, 64, 64)
+    start, got = threading.Barrier(2), {}
+
+    def call(number: int) -> None:
+        start.wait()
+        with torch.no_grad():
+            got[number] = [fused(images[number]) for _ in range(3)]
+
+    with torch.no_grad():
+        expected = [deepcopy(fused)(x) for x in images]
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, wanted in enumerate(expected):
+        for out in got[number]:
+            torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["swin", "dw_conv"])
+def test_hooks_of_a_fused_network_see_whole_maps(family):
+    fused = backbones.fuse(spread(timm.create_model(f"{family}_nano", num_classes=7)))
+    block, x, seen = fused.stages[0].blocks[0], torch.randn(1, 3, 64, 64), []
+    with torch.no_grad():
+        expected = fused(x)
+        for part in (block.norm2, block.mlp, block.mixer):
+            handle = part.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+            torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
+            handle.remove()
+    assert seen == [(1, 16, 16, block.mlp.fc2.bias.numel())] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", backbones.FAMILIES)
+def test_graphs_of_a_fused_network_have_pytorchs_operators_only(family):
+    fused = backbones.fuse(spread(timm.create_model(f"{family}_nano", num_classes=7)))
+    x, calls = torch.randn(1, 3, 64, 64), []
+
+    def recorded(graph: torch.fx.GraphModule, _):
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = fused(x)
+        compiled = torch.compile(fused, backend=recorded, fullgraph=True)(x)
+        exported = torch.export.export(fused, (x,))
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(exported.module()(x), expected, rtol=1e-4, atol=1e-5)
+    calls.extend(str(node.target) for node in exported.graph.nodes)
+    assert calls and not any("mkldnn" in call for call in calls)
+    assert all("dense" not in str(node.target) for node in exported.graph.nodes)

@@ -1,6 +1,10 @@
 """Products for inference by oneDNN: values, and what is left to PyTorch's own functions."""
 
+import pickle
+from copy import deepcopy
 from importlib import import_module
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -9,29 +13,47 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import ops
-from backbones.fusion import InferenceLinear, InferenceMlp
+from backbones.inference import InferenceLinear, InferenceMlp
 from backbones.layers import Mlp
 from backbones.ops import dispatch
 from backbones.ops.dispatch import explain
+from backbones.ops.linear import Kept
 
 BACKENDS = ["torch", "onednn"]
+THEN = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("activation", THEN)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (1, 7, 9, 5), (0, 4, 5)])
-def test_values(backend, bias, gelu, shape):
+def test_values(backend, bias, activation, shape):
     torch.manual_seed(0)
     x, weight = torch.randn(*shape), torch.randn(11, 5)
     b = torch.randn(11) if bias else None
     expected = F.linear(x.double(), weight.double(), b.double() if bias else None)
-    expected = F.gelu(expected) if gelu else expected
+    expected = THEN[activation](expected)
     with ops.force(backend):
-        for grad_mode in (True, False):
+        for grad_mode, packed in product((True, False), (Kept(), None)):
             with torch.set_grad_enabled(grad_mode):
-                got = ops.linear(x, weight, b, gelu)
+                got = ops.linear(x, weight, b, activation, packed)
             torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", THEN)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_values_in_bfloat16(backend, activation, autocast):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(40, 50), torch.randn(30, 50) / 7, torch.randn(30)
+    expected = THEN[activation](F.linear(x.double(), weight.double(), bias.double()))
+    given = (x, weight, bias) if autocast else [t.bfloat16() for t in (x, weight, bias)]
+    half = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with ops.force(backend), torch.no_grad(), half:
+        for packed in (Kept(), None):
+            got = ops.linear(*given, activation, packed)
+            assert got.dtype == torch.bfloat16
+            assert (got - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -45,16 +67,17 @@ def test_views_give_the_same(backend):
         )
 
 
-@pytest.mark.parametrize("gelu", [True, False])
-def test_few_rows_by_a_large_weight(gelu):
+@pytest.mark.parametrize("activation", THEN)
+def test_few_rows_by_a_large_weight(activation):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 1, 1, 512), torch.randn(2100, 512), torch.randn(2100)
     with ops.force("onednn"), torch.no_grad():
-        for b in (bias, None):
+        for b, packed in product((bias, None), (Kept(), None)):
             expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
-            expected = F.gelu(expected) if gelu else expected
-            got = ops.linear(x, weight, b, gelu)
-            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+            got = ops.linear(x, weight, b, activation, packed)
+            torch.testing.assert_close(
+                got.double(), THEN[activation](expected), rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("pieces", [True, False])
@@ -63,7 +86,7 @@ def test_few_rows_by_a_large_weight(gelu):
 def test_mlp_by_pieces(shape, bias, pieces, monkeypatch):
     """Pieces of two rows: the outputs of PyTorch's own layers in float64."""
     if pieces:
-        monkeypatch.setattr(import_module("backbones.ops.linear"), "_HIDDEN", 2 * 21)
+        monkeypatch.setattr(import_module("backbones.ops.linear"), "_HIDDEN", 4 * 2 * 21)
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(8, 21, bias), nn.GELU(), nn.Linear(21, 6, bias))
     parts = [layers[0].weight, layers[0].bias, layers[2].weight, layers[2].bias]
@@ -101,13 +124,18 @@ def test_what_does_not_fit_is_named(grad_mode):
 
 @pytest.mark.usefixtures("unforced")
 def test_what_takes_which():
-    assert explain("linear", "cpu", torch.float32)[0] == "onednn"
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert explain("linear", "cpu", dtype)[0] == "onednn"
+    for dtype in (torch.float64, torch.float16):
         assert explain("linear", "cpu", dtype)[0] == "torch"
-    with torch.autocast("cpu", torch.bfloat16):
-        assert explain("linear", "cpu", torch.float32)[0] == "torch"
-        linear = InferenceLinear(nn.Linear(5, 4))
-        assert linear(torch.randn(2, 5)).dtype == torch.bfloat16
+    linear = InferenceLinear(nn.Linear(5, 4))
+    for dtype, backend in {torch.bfloat16: "onednn", torch.float16: "torch"}.items():
+        with torch.autocast("cpu", dtype):
+            assert explain("linear", "cpu", torch.float32)[0] == backend
+            assert explain("linear", "cpu", torch.float64)[0] == "torch"
+            for grad_mode in (True, False):
+                with torch.set_grad_enabled(grad_mode):
+                    assert linear(torch.randn(2, 5)).dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -132,10 +160,12 @@ def test_mlp_is_timms():
 @pytest.fixture
 def unknown(monkeypatch):
     """Nothing is known of oneDNN's linear yet."""
-    dispatch._no_linear_pointwise.cache_clear()
+    for known in (dispatch._no_linear_pointwise, dispatch.no_packing):
+        known.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    dispatch._no_linear_pointwise.cache_clear()
+    for known in (dispatch._no_linear_pointwise, dispatch.no_packing):
+        known.cache_clear()
 
 
 def wrong(x, weight, bias, name, *_):
@@ -158,7 +188,78 @@ def test_a_private_product_that_changed_is_said_once_and_left(unknown, recwarn, 
     with torch.no_grad():
         for _ in range(2):
             expected = F.gelu(F.linear(x, weight))
-            torch.testing.assert_close(ops.linear(x, weight, gelu=True), expected)
+            torch.testing.assert_close(ops.linear(x, weight, None, "gelu"), expected)
     said = [str(w.message) for w in recwarn if "mkldnn" in str(w.message)]
     assert len(said) == 1 and said[0].endswith("F.linear is used")
     assert "does not do what F.linear does" in dispatch.explain("linear", "cpu", x.dtype)[1]
+
+
+@pytest.mark.parametrize("given", [lambda weight: 2 * weight, None])
+@pytest.mark.usefixtures("unforced")
+def test_a_private_layout_that_changed_is_said_once_and_left(unknown, recwarn, given):
+    if given is None:
+        op = torch.ops.mkldnn._linear_pointwise
+        unknown.setattr(torch.ops, "mkldnn", SimpleNamespace(_linear_pointwise=op))
+    else:
+        unknown.setattr(torch.ops.mkldnn, "_reorder_linear_weight", given)
+    x, weight = torch.randn(4, 6), torch.randn(5, 6)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(ops.linear(x, weight, packed=Kept()), F.linear(x, weight))
+    said = [str(w.message) for w in recwarn if "mkldnn" in str(w.message)]
+    assert len(said) == 1 and said[0].endswith("weights keep their layout")
+
+
+@pytest.mark.usefixtures("unforced")
+def test_packed_weights_follow_the_weights():
+    """Changed in place, replaced, moved, loaded, in another dtype, and on another thread."""
+    torch.manual_seed(0)
+    layer, x = InferenceLinear(nn.Linear(6, 5)), torch.randn(4, 6)
+
+    def agrees(by: float = 1e-5):
+        with torch.no_grad():
+            expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+            got = layer(x.to(layer.bias.dtype))
+            assert (got - expected).abs().max() < by * expected.abs().max()
+
+    agrees()
+    with torch.no_grad():
+        for tensor in layer.parameters():
+            tensor.mul_(-3)
+            agrees()
+    layer.load_state_dict({name: t + 1 for name, t in layer.state_dict().items()})
+    agrees()
+    layer.load_state_dict({n: t + 1 for n, t in layer.state_dict().items()}, assign=True)
+    agrees()
+    layer.weight_t = nn.Parameter(torch.randn(6, 5))
+    agrees()
+    # Through bfloat16 and back, a tensor may lie where its unrounded values did.
+    layer.bfloat16()
+    agrees(1e-2)
+    layer.float()
+    agrees()
+    layer.weight_t.data = torch.randn(6, 5)
+    agrees()
+    with torch.inference_mode():
+        agrees()
+        layer.bias.add_(1)
+        agrees()
+    agrees()
+
+
+@pytest.mark.usefixtures("unforced")
+def test_packed_weights_are_kept_and_never_copied():
+    layer, x = InferenceLinear(nn.Linear(6, 5)), torch.randn(4, 6)
+    with torch.no_grad():
+        layer(x)
+        kept = layer.packed._kept
+        layer(x)
+        assert layer.packed._kept is kept and kept[2][0].layout == torch._mkldnn
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+            assert layer.packed._kept[2][0].dtype == torch.bfloat16
+    for twin in (deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.packed._kept is None and twin.state_dict().keys() == layer.state_dict().keys()
+        with torch.no_grad():
+            assert twin(x).equal(layer(x))
+    assert not any(t.is_mkldnn for t in layer.state_dict().values())

@@ -55,7 +55,9 @@ def test_a_fused_network_is_traced(name):
     model = backbones.fuse(scattered(build(name)))
     x = torch.randn(1, 3, 50, 70)
     with torch.no_grad():
-        assert torch.fx.symbolic_trace(model)(x).equal(model(x))
+        traced = torch.fx.symbolic_trace(model)(x)
+        # Outside of graphs its weights are packed.
+        torch.testing.assert_close(traced, model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_no_node_after_what_is_extracted():
@@ -83,7 +85,9 @@ def test_ablations_are_traced(ablation):
     model = scattered(build(name, **options))
     x = torch.randn(1, 3, 50, 70)
     with torch.no_grad():
-        assert torch.fx.symbolic_trace(model)(x).equal(model(x))
+        traced = torch.fx.symbolic_trace(model)(x)
+        # Outside of graphs its weights are packed.
+        torch.testing.assert_close(traced, model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NANO)
