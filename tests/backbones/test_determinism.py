@@ -22,7 +22,7 @@ def convolutional(size):
 
 
 def linear(size):
-    return "linear", [randn(2, *size, 24), randn(48, 24), randn(48)], (True,)
+    return "linear", [randn(2, *size, 24), randn(48, 24), randn(48)], ("gelu",)
 
 
 def mlp(size):

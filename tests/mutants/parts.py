@@ -15,7 +15,7 @@ TESTS = {
     "backbones/ops/cases": (f"{B}/test_verdicts.py",),
     "backbones/ops/library": (f"{B}/test_library.py",),
     "backbones/ops/native": (*OPERATORS, f"{B}/test_library.py"),
-    "backbones/ops/linear": (f"{B}/test_linear.py",),
+    "backbones/ops/linear": (f"{B}/test_linear.py", f"{B}/test_fusion.py"),
     "backbones/ops/flops": (f"{B}/test_sliding.py", "tests/test_complexity.py"),
     "backbones/ops/dispatch": (*OPERATORS, f"{B}/test_linear.py", f"{B}/test_verdicts.py"),
     "backbones/ops/": (*OPERATORS, f"{B}/test_determinism.py", f"{B}/test_ordinary_parts.py"),
@@ -26,6 +26,7 @@ TESTS = {
     "backbones/ablations": ("tests/test_ablations.py", "tests/test_complexity.py"),
     "backbones/hosts": (f"{B}/test_hosts.py",),
     "backbones/f": (f"{B}/test_references.py", f"{B}/test_fusion.py", f"{B}/test_models.py"),
+    "backbones/inference": (f"{B}/test_fusion.py", f"{B}/test_linear.py"),
     "backbones/models": (f"{B}/test_models.py", f"{B}/test_released.py"),
     "backbones/layers": (*NETWORKS, f"{B}/test_added_parts.py", f"{B}/test_ordinary_parts.py"),
     "backbones/pyramid": (
