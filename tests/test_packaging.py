@@ -126,9 +126,10 @@ library.INSTRUCTIONS = {sys.argv[1]: library.INSTRUCTIONS[sys.argv[1]]}
 assert native.missing() is None, native.missing()
 from tests.support import OperatorCases, agrees
 torch.manual_seed(0)
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 for kernel in 3, 7:
     for make in OperatorCases(kernel).all:
-        for dtype, tolerance in (torch.float32, 1e-5), (torch.float64, 1e-12):
+        for dtype, tolerance in TOLERANCES.items():
             agrees(make((9, 23), groups=3, shared=13), "native", dtype, tolerance)
 paths = {line.split()[-1] for line in open("/proc/self/maps")}
 print(native.origin())
@@ -147,15 +148,15 @@ def test_make_wheel_holds_the_kernels_compiled(tmp_path):
     assert int(minor) <= 28  # which PyTorch's own wheels need
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".so" in name} == {
-        f"backbones/ops/kernels/{real}-{instructions}.so"
-        for real in ("float", "double")
+        f"backbones/ops/kernels/{kind}-{instructions}.so"
+        for kind in library.TYPES
         for instructions in library.INSTRUCTIONS
     }
 
     lib, nowhere = tmp_path / "lib", tmp_path / "nowhere"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
     subprocess.run([*install, "--target", lib, wheel], check=True)
-    flags = library._processor().split()
+    flags = library._processor().replace("_", "").split()
     here = [name for name, needs in library.INSTRUCTIONS.items() if {*needs} <= {*flags}]
     print(f"{wheel.name}; this processor runs {here} of {[*library.INSTRUCTIONS]}")
     for instructions in here:
@@ -174,7 +175,7 @@ def test_make_wheel_holds_the_kernels_compiled(tmp_path):
             print(f"OpenMP {openmp}, {origin}; mapped {mapped}")
             assert origin == f"from the package: float-{instructions}.so"
             names = {Path(path).name for path in mapped.split()}
-            kernels = {f"{real}-{instructions}.so" for real in ("float", "double")}
+            kernels = {f"{kind}-{instructions}.so" for kind in library.TYPES}
             assert names == kernels | {"libgomp.so.1"}
     assert not nowhere.exists()
 

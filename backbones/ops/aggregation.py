@@ -51,13 +51,12 @@ def inhomogeneous_aggregation(x: Tensor, kernels: Tensor) -> Tensor:
     backend = choose(_NAME, x, kernels)
     if backend == "reference":
         return reference.aggregate(x, kernels)
-    shared = x.unflatten(-1, (groups, -1)).transpose(-1, -2)
-    given = kernels.flatten(-2)
+    shared, given = x.unflatten(-1, (groups, -1)), kernels.flatten(-2)
     if backend == "triton" and given.stride(-2) != 1:
         # The layout that the Triton kernels read, for forward and backward pass at once.
         given = given.mT.contiguous().mT
     out = _by_rows(shared, given, size) if exporting() else _aggregate(shared, given, size)
-    return out.transpose(-1, -2).flatten(-2)
+    return out.flatten(-2)
 
 
 def _check(x: Tensor, kernels: Tensor) -> None:
@@ -71,31 +70,42 @@ def _check(x: Tensor, kernels: Tensor) -> None:
 
 @torch.library.custom_op("dense::aggregate", mutates_args=())
 def _aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
-    """``x`` is ``(B, H, W, S, G)`` with C = G*S, ``kernels`` ``(B, H, W, G, K*K)``."""
-    backend = choose(_NAME, x)
+    """``x`` is ``(B, H, W, G, S)`` with C = G*S, ``kernels`` ``(B, H, W, G, K*K)``."""
+    backend, dtype = choose(_NAME, x), x.dtype
+    if backend == "native":
+        x, kernels = native.maps(x, kernels)
+        out = torch.empty_like(x)
+        native.call("aggregate", (x, kernels, out), (), (*_shape(x), size))
+        return out.to(dtype)
+    # The others' innermost axis is that of the groups, as in the kernels.
+    x = x.mT
     if backend == "triton":
         args = x.contiguous(), kernels, size
         out = attempt(_NAME, lambda: triton_kernels("aggregation").aggregate(*args))
         if out is not None:
-            return out
-    if backend != "native":
-        return _by_taps(promoted(x), kernels, size).to(x.dtype).contiguous()
-    padded = pad(promoted(x), size)
-    out = padded.new_empty(x.shape)
-    native.call("aggregate", padded, promoted(kernels), out, *x.shape, size)
-    return out.to(x.dtype)
+            return out.mT.contiguous()
+    return _by_taps(promoted(x), kernels, size).to(dtype).mT.contiguous()
+
+
+def _shape(x: Tensor) -> list[int]:
+    """B, H, W, S and G of ``(B, H, W, G, S)``."""
+    return [*x.shape[:3], x.shape[4], x.shape[3]]
 
 
 @torch.library.custom_op("dense::aggregate_backward", mutates_args=())
 def _backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    backend, grads = choose(_NAME, x), None
+    backend = choose(_NAME, x)
+    if backend == "native":
+        grads = _native_backward(grad, x, kernels, size)
+        return grads[0].to(x.dtype), _laid_out_like(grads[1].to(kernels.dtype), kernels)
+    grad, x, grads = grad.mT, x.mT, None
     if backend == "triton":
         args = grad.contiguous(), x.contiguous(), kernels, size
         grads = attempt(_NAME, lambda: triton_kernels("aggregation").aggregate_backward(*args))
     if grads is None:
-        backward = _native_backward if backend == "native" else _torch_backward
-        grads = backward(promoted(grad), promoted(x), kernels, size)
-    return grads[0].to(x.dtype), _laid_out_like(grads[1].to(kernels.dtype), kernels)
+        grads = _torch_backward(promoted(grad), promoted(x), kernels, size)
+    grad_x = grads[0].to(x.dtype).mT.contiguous()
+    return grad_x, _laid_out_like(grads[1].to(kernels.dtype), kernels)
 
 
 def _laid_out_like(grad: Tensor, kernels: Tensor) -> Tensor:
@@ -106,15 +116,13 @@ def _laid_out_like(grad: Tensor, kernels: Tensor) -> Tensor:
 
 
 def _native_backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    padded, kernels = pad(x, size), promoted(kernels)
-    grad_padded, grad_kernels = torch.zeros_like(padded), torch.empty_like(kernels)
+    x, grad, kernels = native.maps(x, grad, kernels)
+    grad_x, grad_kernels = torch.empty_like(x), torch.empty_like(kernels)
     # Threads take strips of rows; each needs at least K - 1, the rows that it shares with the next.
     strips = max(1, min(64, x.shape[1] // max(1, size - 1)))
-    native.call(
-        "aggregate_backward",
-        *(grad, padded, kernels, grad_padded, grad_kernels, strips, *x.shape, size),
-    )
-    return inside(grad_padded, x.shape, size), grad_kernels
+    maps = grad, x, kernels, grad_x, grad_kernels
+    native.call("aggregate_backward", maps, (), (strips, *_shape(x), size))
+    return grad_x, grad_kernels
 
 
 def _torch_backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -138,12 +146,12 @@ def _by_taps(x: Tensor, kernels: Tensor, size: int) -> Tensor:
 def _by_rows(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     """For export."""
     kernels = kernels.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (size, size))
-    out = 0
+    out, x = 0, x.transpose(-1, -2)
     for row, window in enumerate(rows_of_windows(pad(promoted(x), size), x.shape, size)):
         # (B, H, W, K, 1, G) of a row of taps.
         taps = kernels[..., row, :].transpose(-1, -2).unsqueeze(-2)
         out = out + (window * taps).sum(3)
-    return out.to(x.dtype)
+    return out.to(x.dtype).transpose(-1, -2)
 
 
 @_aggregate.register_fake

@@ -100,10 +100,10 @@ def inhomogeneous(
 ) -> Case:
     """Kernels predicted from ``depth`` channels; ``shared`` channels of a group have the same."""
     tensors = (
-        normal(1, batch, *size, shared, groups),
+        normal(1, batch, *size, groups, shared),
         normal(2, batch, *size, depth),
-        normal(3, kernel**2, groups, depth) * depth**-0.5,
-        normal(4, kernel**2, groups),
+        normal(3, groups * kernel**2, depth) * depth**-0.5,
+        normal(4, groups * kernel**2),
     )
     label = f"{batch}x{groups * shared}x{size[0]}x{size[1]}, {kernel}x{kernel}, {groups} groups"
     name = "inhomogeneous_dynamic_depthwise_conv"
@@ -115,7 +115,7 @@ def aggregation(
 ) -> Case:
     """Kernels that are given; ``shared`` channels of a group have the same."""
     tensors = (
-        normal(1, batch, *size, shared, groups),
+        normal(1, batch, *size, groups, shared),
         normal(2, batch, *size, groups, kernel**2),
     )
     label = f"{batch}x{groups * shared}x{size[0]}x{size[1]}, {kernel}x{kernel}, {groups} groups"

@@ -9,7 +9,7 @@
 
 /* N neighbouring outputs of row y from column `left` on, for the channels at c. */
 #define DEPTHWISE_BLOCK(T)                                                                        \
-  INLINE void depthwise_block_##T(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I H, \
+  INLINE void depthwise_block_##T(const Map *x, const REAL *w, const REAL *bias, Map *out, I H,   \
                                   I W, I C, I K, I before, int flip, I y, I left, I c,            \
                                   const int N) {                                                  \
     T sum[8];                                                                                     \
@@ -19,22 +19,22 @@
       for (I v = first; v < last; v++) {                                                          \
         I tap = u * K + v;                                                                        \
         T weight = AT(T, w + (flip ? K * K - 1 - tap : tap) * C + c);                             \
-        const REAL *row = x + ((y + u - before) * W + left + v - before) * C + c;                 \
-        for (int i = 0; i < N; i++) sum[i] += AT(T, row + i * C) * weight;                        \
+        const Map *row = x + ((y + u - before) * W + left + v - before) * C + c;                  \
+        for (int i = 0; i < N; i++) sum[i] += READ(T, row + i * C) * weight;                      \
       }                                                                                           \
-    for (int i = 0; i < N; i++) SET(T, out + (y * W + left + i) * C + c) = sum[i];                \
+    for (int i = 0; i < N; i++) WRITE(T, out + (y * W + left + i) * C + c, sum[i]);               \
   }
 DEPTHWISE_BLOCK(Vec)
 DEPTHWISE_BLOCK(One)
 
 /* K = 7: eight outputs of a row, fewer where it ends (`edge`). Each element of x is loaded once for
    the seven taps of a kernel row. */
-INLINE void depthwise_seven(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I H, I W, I C,
+INLINE void depthwise_seven(const Map *x, const REAL *w, const REAL *bias, Map *out, I H, I W, I C,
                             I before, int flip, I y, I left, I c, const int edge) {
   Vec sum[8];
   for (int i = 0; i < 8; i++) sum[i] = bias ? LOAD(bias + c) : (Vec){0};
   for (I u = most(0, before - y); u < least(7, H - y + before); u++) {
-    const REAL *row = x + ((y + u - before) * W + left - before) * C + c;
+    const Map *row = x + ((y + u - before) * W + left - before) * C + c;
     Vec weight[7];
     for (int v = 0; v < 7; v++) {
       I tap = u * 7 + v;
@@ -43,24 +43,25 @@ INLINE void depthwise_seven(const REAL *x, const REAL *w, const REAL *bias, REAL
 #pragma GCC unroll 14
     for (int i = 0; i < 14; i++) {
       if (edge && (left + i < before || left + i - before >= W)) continue;
-      Vec value = LOAD(row + i * C);
+      Vec value = READ(Vec, row + i * C);
 #pragma GCC unroll 7
       for (int v = 0; v < 7; v++)
         if (i - v >= 0 && i - v < 8) sum[i - v] += value * weight[v];
     }
   }
   for (int i = 0; i < (edge ? least(8, W - left) : 8); i++)
-    SET(Vec, out + (y * W + left + i) * C + c) = sum[i];
+    WRITE(Vec, out + (y * W + left + i) * C + c, sum[i]);
 }
 
 /* out[b, p, c] = bias[c] + sum over taps of x[b, p + tap, c] * w[b, tap, c]; bias may be NULL. */
-I depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H, I W, I C, I K,
+I depthwise(const Map *x, Map *out, const REAL *w, const REAL *bias, I B, I H, I W, I C, I K,
             I before, I step, I flip, I threads) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (I b = 0; b < B; b++)
     for (I y = 0; y < H; y++) {
-      const REAL *xb = x + b * H * W * C, *wb = w + b * step;
-      REAL *ob = out + b * H * W * C;
+      const Map *xb = x + b * H * W * C;
+      const REAL *wb = w + b * step;
+      Map *ob = out + b * H * W * C;
       I whole = K == 7 ? C / LANES * LANES : 0;
       for (I left = 0; whole && left < W; left += 8) {
         /* The last block overlaps the one before it and writes the same values again. */
@@ -90,11 +91,11 @@ I depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H,
 }
 
 #define DEPTHWISE_WEIGHT(T)                                                                       \
-  INLINE void depthwise_weight_##T(const REAL *x, const REAL *grad, REAL *dw, I H, I W, I C,      \
+  INLINE void depthwise_weight_##T(const Map *x, const Map *grad, REAL *dw, I H, I W, I C,        \
                                    const I K, I before, I c) {                                    \
     for (I u = 0; u < K; u++)                                                                     \
       for (I y = most(0, before - u); y < least(H, H + before - u); y++) {                        \
-        const REAL *row = x + (y + u - before) * W * C + c, *g = grad + y * W * C + c;            \
+        const Map *row = x + (y + u - before) * W * C + c, *g = grad + y * W * C + c;             \
         if (K == 7) {                                                                             \
           T sum[7];                                                                               \
           for (int v = 0; v < 7; v++) sum[v] = (T){0};                                            \
@@ -102,30 +103,30 @@ I depthwise(const REAL *x, const REAL *w, const REAL *bias, REAL *out, I B, I H,
           for (; p < least(before, W); p++)                                                       \
             for (int v = 0; v < 7; v++)                                                           \
               if (p + v - before >= 0 && p + v - before < W)                                      \
-                sum[v] += AT(T, row + (p + v - before) * C) * AT(T, g + p * C);                   \
+                sum[v] += READ(T, row + (p + v - before) * C) * READ(T, g + p * C);               \
           for (; p + 13 - before < W; p += 8) {                                                   \
             T given[8];                                                                           \
-            for (int i = 0; i < 8; i++) given[i] = AT(T, g + (p + i) * C);                        \
+            for (int i = 0; i < 8; i++) given[i] = READ(T, g + (p + i) * C);                      \
             _Pragma("GCC unroll 14") for (int i = 0; i < 14; i++) {                               \
-              T value = AT(T, row + (p + i - before) * C);                                        \
-              _Pragma("GCC unroll 7") for (int v = 0; v < 7; v++)                                                         \
+              T value = READ(T, row + (p + i - before) * C);                                      \
+              _Pragma("GCC unroll 7") for (int v = 0; v < 7; v++)                                 \
                 if (i - v >= 0 && i - v < 8) sum[v] += value * given[i - v];                      \
             }                                                                                     \
           }                                                                                       \
           for (; p + 6 - before < W; p++) {                                                       \
-            T value = AT(T, g + p * C);                                                           \
-            for (int v = 0; v < 7; v++) sum[v] += AT(T, row + (p + v - before) * C) * value;      \
+            T value = READ(T, g + p * C);                                                         \
+            for (int v = 0; v < 7; v++) sum[v] += READ(T, row + (p + v - before) * C) * value;    \
           }                                                                                       \
           for (; p < W; p++)                                                                      \
             for (int v = 0; v < 7; v++)                                                           \
               if (p + v - before < W)                                                             \
-                sum[v] += AT(T, row + (p + v - before) * C) * AT(T, g + p * C);                   \
+                sum[v] += READ(T, row + (p + v - before) * C) * READ(T, g + p * C);               \
           for (int v = 0; v < 7; v++) SET(T, dw + (u * 7 + v) * C + c) += sum[v];                 \
         } else                                                                                    \
           for (I v = 0; v < K; v++) {                                                             \
             T sum = (T){0};                                                                       \
             for (I p = most(0, before - v); p < least(W, W + before - v); p++)                    \
-              sum += AT(T, row + (p + v - before) * C) * AT(T, g + p * C);                        \
+              sum += READ(T, row + (p + v - before) * C) * READ(T, g + p * C);                    \
             SET(T, dw + (u * K + v) * C + c) += sum;                                              \
           }                                                                                       \
       }                                                                                           \
@@ -134,14 +135,14 @@ DEPTHWISE_WEIGHT(Vec)
 DEPTHWISE_WEIGHT(One)
 
 /* dw[b, tap, c] += sum over p of x[b, p + tap, c] * grad[b, p, c], also over b if step is 0. */
-I depthwise_weight(const REAL *x, const REAL *grad, REAL *dw, I B, I H, I W, I C, I K, I before,
+I depthwise_weight(const Map *x, const Map *grad, REAL *dw, I B, I H, I W, I C, I K, I before,
                    I step, I threads) {
   I blocks = C / LANES + C % LANES, kernels = step ? B : 1, shared = step ? 1 : B;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (I n = 0; n < kernels; n++)
     for (I block = 0; block < blocks; block++)
       for (I b = n * shared; b < (n + 1) * shared; b++) {
-        const REAL *xb = x + b * H * W * C, *gb = grad + b * H * W * C;
+        const Map *xb = x + b * H * W * C, *gb = grad + b * H * W * C;
         I c = block < C / LANES ? block * LANES : C - (blocks - block);
         if (block < C / LANES)
           depthwise_weight_Vec(xb, gb, dw + n * step, H, W, C, K, before, c);

@@ -8,7 +8,6 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
-    promoted,
     rows_of_windows,
     same_padding,
     triton_kernels,
@@ -104,25 +103,23 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 def _own(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     """By the C or Triton kernels; ``kernels`` is ``(B or 1, C, K, K)``."""
-    dtype = autocast_dtype(x)
-    taps = kernels.to(dtype).flatten(2).transpose(1, 2)
-    bias = None if bias is None else bias.to(dtype)
-    return torch.ops.dense.depthwise(x.to(dtype), taps, bias, kernels.shape[-1])
+    taps = kernels.flatten(2).transpose(1, 2)
+    return torch.ops.dense.depthwise(x.to(autocast_dtype(x)), taps, bias, kernels.shape[-1])
 
 
 @torch.library.custom_op("dense::depthwise", mutates_args=())
 def _depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
-    """``x`` is ``(B, H, W, C)``, ``taps`` ``(B or 1, K*K, C)``."""
+    """``x`` is ``(B, H, W, C)``, ``taps`` ``(B or 1, K*K, C)``, which may be of a wider dtype."""
     backend = choose(_NAME, x)
+    if backend == "native":
+        return _run(native.maps(x), taps, bias, size, flip=False).to(x.dtype)
+    taps, bias = taps.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if backend == "triton":
         args = x.contiguous(), taps.contiguous(), bias, size, same_padding(size)[0], False
         out = attempt(_NAME, lambda: triton_kernels("depthwise").convolve(*args))
         if out is not None:
             return out
-    if backend != "native":
-        return _plain(x, taps, bias, size).contiguous()
-    bias = None if bias is None else promoted(bias)
-    return _run(promoted(x), promoted(taps), bias, size, flip=False).to(x.dtype)
+    return _plain(x, taps, bias, size).contiguous()
 
 
 @torch.library.custom_op("dense::depthwise_backward", mutates_args=())
@@ -132,22 +129,21 @@ def _depthwise_backward(
     grad = grad.contiguous()
     grad_bias = grad.sum((0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
     backend, own = choose(_NAME, x), None
-    if backend == "triton":
-        own = attempt(_NAME, lambda: _triton_backward(grad, x, taps, size))
     if backend == "native":
         own = _native_backward(grad, x, taps, size)
-    elif own is None:
-        own = _plain_backward(grad, x, taps, size)
-    return own[0].to(x.dtype), own[1].to(taps.dtype), grad_bias.to(x.dtype)
+    elif backend == "triton":
+        own = attempt(_NAME, lambda: _triton_backward(grad, x, taps.to(x.dtype), size))
+    if own is None:
+        own = _plain_backward(grad, x, taps.to(x.dtype), size)
+    return own[0].to(x.dtype), own[1].to(taps.dtype), grad_bias.to(taps.dtype)
 
 
 def _native_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    grad = promoted(grad)
-    grad_x = _run(grad, promoted(taps), None, size, flip=True)
-    batch, height, width, channels = x.shape
-    grad_taps = torch.zeros(taps.shape, dtype=grad.dtype)
-    shape = (batch, height, width, channels, size, same_padding(size)[0], _step(taps))
-    native.call("depthwise_weight", promoted(x), grad, grad_taps, *shape)
+    grad, x = native.maps(grad, x)
+    grad_x = _run(grad, taps, None, size, flip=True)
+    grad_taps = torch.zeros(taps.shape, dtype=native.sums(x.dtype))
+    sizes = *x.shape, size, same_padding(size)[0], _step(taps)
+    native.call("depthwise_weight", (x, grad), (grad_taps,), sizes)
     return grad_x, grad_taps
 
 
@@ -185,9 +181,11 @@ def _plain_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[T
 
 
 def _run(x: Tensor, taps: Tensor, bias: Tensor | None, size: int, flip: bool) -> Tensor:
+    """By C; ``flip`` reverses the taps, for the gradient of the map."""
     out = torch.empty_like(x)
-    before = same_padding(size)[flip]
-    native.call("depthwise", x, taps, bias, out, *x.shape, size, before, _step(taps), int(flip))
+    given = native.weights(x.dtype, taps, *(() if bias is None else (bias,)))
+    sizes = *x.shape, size, same_padding(size)[flip], _step(taps), int(flip)
+    native.call("depthwise", (x, out), (*given, None)[:2], sizes)
     return out
 
 
@@ -203,7 +201,7 @@ def _(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
 
 @_depthwise_backward.register_fake
 def _(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), taps.new_empty(taps.shape), x.new_empty(x.shape[-1:])
+    return x.new_empty(x.shape), taps.new_empty(taps.shape), taps.new_empty(x.shape[-1:])
 
 
 def _save(ctx, inputs, output) -> None:

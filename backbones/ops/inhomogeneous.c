@@ -1,14 +1,67 @@
 /* Depth-wise convolution with a kernel at every position, compiled by backbones.ops.native.
 
-   Maps are (B, H, W, S, G), C = G * S; groups are innermost, as in kernels (K*K, G), so that both
-   are read as vectors. x and dx are zero-padded to (B, H + K - 1, W + K - 1, S, G), of width Wp.
-   The order of sums does not depend on the number of threads: results are bitwise reproducible.
-   Functions return 1 if malloc fails. */
+   Maps are (B, H, W, G, S), C = G * S. Inside, groups are innermost, (S, G), as in kernels (K*K, G),
+   so that both are read as vectors, and x and dx are zero-padded to (B, H + K - 1, W + K - 1, S, G),
+   of width Wp. The order of sums does not depend on the number of threads: results are bitwise
+   reproducible. Functions return 1 if malloc fails. */
 
 #include "matrix.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+/* Transpose n rows of m elements. */
+INLINE void turn_in(const Map *from, REAL *to, I n, I m) {
+  for (I i = 0; i < m; i++)
+    for (I j = 0; j < n; j++) to[i * n + j] = READ(One, from + j * m + i);
+}
+INLINE void turn_out(const REAL *from, Map *to, I n, I m) {
+  for (I i = 0; i < n; i++)
+    for (I j = 0; j < m; j++) WRITE(One, to + i * m + j, from[j * n + i]);
+}
+
+typedef struct {
+  I B, H, W, S, G, K, Hp, Wp, before;
+} Grid;
+static Grid grid(I B, I H, I W, I S, I G, I K) {
+  return (Grid){B, H, W, S, G, K, H + K - 1, W + K - 1, (K - 1) / 2};
+}
+/* The elements of a padded map before those of the window of position p. */
+INLINE I corner(const Grid *m, I p) {
+  I row = p / m->W;
+  return ((row / m->H * m->Hp + row % m->H) * m->Wp + p % m->W) * m->S * m->G;
+}
+
+/* Positions of an image before a strip of its rows; the last strip has what is left over. */
+INLINE I start_of(const Grid *m, I strip, I strips) {
+  return (strip < strips ? m->H / strips * strip : m->H) * m->W;
+}
+
+/* Pad a map, zero a padded one, take a map's part of it; all threads of a region call them. */
+static void pad(const Grid *m, const Map *x, REAL *to) {
+  I C = m->S * m->G;
+#pragma omp for schedule(static)
+  for (I row = 0; row < m->B * m->Hp; row++) {
+    I y = row % m->Hp - m->before;
+    REAL *at = to + row * m->Wp * C;
+    memset(at, 0, m->Wp * C * sizeof(REAL));
+    const Map *from = x + (row / m->Hp * m->H + y) * m->W * C;
+    for (I p = 0; y >= 0 && y < m->H && p < m->W; p++)
+      turn_in(from + p * C, at + (m->before + p) * C, m->G, m->S);
+  }
+}
+static void clear(const Grid *m, REAL *to) {
+#pragma omp for schedule(static)
+  for (I row = 0; row < m->B * m->Hp; row++)
+    memset(to + row * m->Wp * m->S * m->G, 0, m->Wp * m->S * m->G * sizeof(REAL));
+}
+static void crop(const Grid *m, const REAL *from, Map *dx) {
+  I C = m->S * m->G;
+#pragma omp for schedule(static)
+  for (I row = 0; row < m->B * m->H; row++)
+    for (I p = row * m->W; p < (row + 1) * m->W; p++)
+      turn_out(from + corner(m, p) + (m->before * m->Wp + m->before) * C, dx + p * C, m->G, m->S);
+}
 
 /* The output of one position for the groups at g and N of the S channels from j on. */
 #define AGGREGATE(T)                                                                              \
@@ -47,28 +100,146 @@ INLINE void aggregate_at(const REAL *x, const REAL *kernel, REAL *out, I Wp, I S
 
 /* Positions whose kernels are predicted at a time, so that they stay in a core's cache. */
 #define TOGETHER ((I)24)
+/* Parts of n positions that are nearly equal, and even: a product's last row of an odd number may
+   be rounded otherwise. */
+INLINE I step_of(I n) {
+  I parts = most(1, (n + TOGETHER - 1) / TOGETHER);
+  return most(2, (n + 2 * parts - 1) / (2 * parts) * 2);
+}
 
-/* Convolve x with the kernels hidden @ matrix + offset. hidden is (B, H, W, Dp), matrix (D, width),
-   offset (width); Dp and width are D and K*K*G padded to whole vectors. */
-I predict_and_aggregate(const REAL *x, const REAL *hidden, const REAL *matrix, const REAL *offset,
-                        REAL *out, I B, I H, I W, I S, I G, I K, I D, I Dp, I width, I threads) {
-  I Wp = W + K - 1, failed = 0;
+/* Products sum over channels of hidden, elements of kernels, or positions. Where the processor
+   multiplies pairs of bfloat16 numbers, two neighbours of a sum are one Factor. */
+#if defined BFLOAT16 && defined __AVX512BF16__ && defined __AVX512VL__
+#define PAIR 2
+typedef uint32_t Factor;
+#define ELEMENT Factor
+#define ELEMENTS Words
+#define NAME(name) name##_factors
+#define PLUS_TIMES(sum, a, b) \
+  (Vec) _mm256_dpbf16_ps((__m256)sum, (__m256bh)((Words){0} + a), (__m256bh)b)
+#include "product.h"
+INLINE Words join(Vec a, Vec b) {
+  return __builtin_convertvector(narrow(a), Words) | __builtin_convertvector(narrow(b), Words) << 16;
+}
+#else
+#define PAIR 1
+typedef REAL Factor;
+#define multiply_factors multiply
+#define multiply_from_factors multiply_from
+INLINE Vec join(Vec a, Vec b) { return a; }
+#endif
+INLINE I halved(I n) { return (n + PAIR - 1) / PAIR; }
+
+/* n rows of `width` numbers as factors, neighbours in a row joined; `to` is used if need be. */
+INLINE const Factor *along(const REAL *rows, I n, I width, Factor *to) {
+#if PAIR == 1
+  return rows;
+#else
+  write_row(rows, (Map *)to, n * width, 1);
+  return to;
+#endif
+}
+/* The same, neighbours in a column joined. */
+INLINE const Factor *across(const REAL *rows, I n, I width, Factor *to) {
+#if PAIR == 1
+  return rows;
+#else
+  for (I i = 0; i < n; i += 2)
+    for (I j = 0; j < width; j += LANES) {
+      const REAL *at = rows + i * width + j;
+      SET(Words, to + i / 2 * width + j) = join(LOAD(at), i + 1 < n ? LOAD(at + width) : (Vec){0});
+    }
+  return to;
+#endif
+}
+
+/* What predicts kernels, `width` numbers by tap, from D channels, padded Dp: the weight (G*K*K, D)
+   as matrix (D, width) and its transpose back (width, Dp), neighbours in a column joined, and the
+   bias as offset (width). */
+typedef struct {
+  I D, Dp, width;
+  Factor *matrix, *back;
+  REAL *offset;
+} Predictor;
+
+static int predictor(Predictor *w, const REAL *weight, const REAL *bias, I G, I taps, I D, int backward,
+                     I threads) {
+  I many = taps * G, width = padded(many), Dp = padded(D);
+  I size = halved(D) * width, back = backward ? halved(width) * Dp : 0;
+  *w = (Predictor){D, Dp, width, calloc(size + back + width, sizeof(Factor))};
+  w->back = w->matrix + size;
+  w->offset = (REAL *)(w->back + back);
+  if (!w->matrix) return 1;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (I t = 0; t < taps; t++)
+      for (I d = 0; d < D; d += PAIR)
+        for (I g = 0; g < G; g++) {
+          const REAL *at = weight + (g * taps + t) * D + d;
+          Vec one = {at[0]}, next = {PAIR > 1 && d + 1 < D ? at[1] : 0};
+          w->matrix[d / PAIR * width + t * G + g] = join(one, next)[0];
+        }
+#pragma omp for schedule(static)
+    for (I m = 0; m < many; m += PAIR) {
+      I after = PAIR > 1 && m + 1 < many ? m + 1 : 0;
+      const REAL *row = weight + (m % G * taps + m / G) * D;
+      const REAL *next = weight + (after % G * taps + after / G) * D;
+      for (I d = 0; d < D && backward; d++)
+        w->back[m / PAIR * Dp + d] = join((Vec){row[d]}, (Vec){after ? next[d] : 0})[0];
+    }
+  }
+  for (I m = 0; m < many; m++) w->offset[m] = bias[m % G * taps + m / G];
+  return 0;
+}
+
+/* Kernels (n, width) of n positions from hidden (n, D), which becomes rows (n, Dp); `factors` has
+   room for as many. */
+INLINE void predict(const Predictor *w, const Map *hidden, I n, REAL *rows, Factor *factors,
+                    REAL *kernels) {
+  for (I i = 0; i < n; i++) {
+    read_row(hidden + i * w->D, rows + i * w->Dp, w->D, 1);
+    for (I d = w->D; d < w->Dp; d++) rows[i * w->Dp + d] = 0;
+  }
+  multiply_from_factors(along(rows, n, w->Dp, factors), w->Dp / PAIR, 1, w->matrix, w->width, kernels,
+                        w->width, w->width, n, halved(w->D), 0, w->offset);
+}
+
+/* Convolve x (B, H, W, G, S) with the kernels hidden @ weight.T + bias: hidden is (B, H, W, D),
+   weight (G*K*K, D). */
+I predict_and_aggregate(const Map *x, const Map *hidden, Map *out, const REAL *weight,
+                        const REAL *bias, I B, I H, I W, I S, I G, I K, I D, I threads) {
+  Grid m = grid(B, H, W, S, G, K);
+  I C = S * G, all = B * H * W, failed = 0;
+  I step = step_of((all + threads - 1) / threads);
+  REAL *x_padded = malloc(B * m.Hp * m.Wp * C * sizeof(REAL));
+  Predictor w;
+  if (predictor(&w, weight, bias, G, K * K, D, 0, threads) || !x_padded) {
+    free(w.matrix);
+    free(x_padded);
+    return 1;
+  }
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernels = malloc(TOGETHER * width * sizeof(REAL));
+    REAL *kernels = malloc((TOGETHER * (w.width + 2 * w.Dp) + C) * sizeof(REAL));
+    REAL *rows = kernels + TOGETHER * w.width, *result = rows + TOGETHER * w.Dp;
+    Factor *factors = (Factor *)(result + C);
     failed = !kernels;
-#pragma omp for collapse(2) schedule(static)
-    for (I b = 0; b < B; b++)
-      for (I y = 0; y < H; y++)
-        for (I left = 0; left < W && !failed; left += TOGETHER) {
-          I n = least(TOGETHER, W - left), p = (b * H + y) * W + left;
-          const REAL *from = x + ((b * (H + K - 1) + y) * Wp + left) * S * G;
-          multiply_from(hidden + p * Dp, Dp, 1, matrix, width, kernels, width, width, n, D, 0, offset);
-          for (I i = 0; i < n; i++)
-            aggregate_at(from + i * S * G, kernels + i * width, out + (p + i) * S * G, Wp, S, G, K);
-        }
+    pad(&m, x, x_padded);
+#pragma omp for schedule(static)
+    for (I p = 0; p < all; p += step) {
+      I n = least(step, all - p);
+      if (failed) continue;
+      predict(&w, hidden + p * D, n, rows, factors, kernels);
+      for (I i = 0; i < n; i++) {
+        aggregate_at(x_padded + corner(&m, p + i), kernels + i * w.width, result, m.Wp, S, G, K);
+        turn_out(result, out + (p + i) * C, G, S);
+      }
+    }
     free(kernels);
   }
+  free(w.matrix);
+  free(x_padded);
   return failed;
 }
 
@@ -110,100 +281,121 @@ INLINE void spread_at(const REAL *x, const REAL *grad, REAL *dx, REAL *kernel, I
   for (; g < G; g++) spread_One(x, grad, dx, kernel, Wp, S, G, K, g, 0);
 }
 
-/* The gradients. dx must be zero on entry; back is matrix transposed, (width, Dp). dmatrix (groups,
-   strips, width, Dp) and doffset (groups, strips, width) are partial sums over groups of images and
-   strips of rows. A strip also writes K - 1 rows of dx that belong to the next strip, so even and
-   odd strips run one after the other; each has at least K - 1 rows. */
-I predict_and_aggregate_backward(const REAL *grad, const REAL *x, const REAL *hidden,
-                                 const REAL *matrix, const REAL *offset, const REAL *back, REAL *dx,
-                                 REAL *dhidden, REAL *dmatrix, REAL *doffset, I groups, I strips, I B,
-                                 I H, I W, I S, I G, I K, I D, I Dp, I width, I threads) {
-  I Wp = W + K - 1, failed = 0;
+/* The gradients. dweight (groups, strips, width, Dp) and dbias (groups, strips, width), by tap, are
+   partial sums over groups of images and strips of rows. A strip also writes K - 1 rows of dx that
+   belong to the next strip, so even and odd strips run one after the other; each has at least K - 1
+   rows. */
+I predict_and_aggregate_backward(const Map *grad, const Map *x, const Map *hidden, Map *dx,
+                                 Map *dhidden, const REAL *weight, const REAL *bias, REAL *dweight,
+                                 REAL *dbias, I groups, I strips, I B, I H, I W, I S, I G, I K, I D,
+                                 I threads) {
+  Grid m = grid(B, H, W, S, G, K);
+  I C = S * G, size = B * m.Hp * m.Wp * C, failed = 0;
+  Predictor w;
+  REAL *x_padded = malloc(2 * size * sizeof(REAL)), *dx_padded = x_padded + size;
+  if (predictor(&w, weight, bias, G, K * K, D, 1, threads) || !x_padded) {
+    free(w.matrix);
+    free(x_padded);
+    return 1;
+  }
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernels = malloc(TOGETHER * width * sizeof(REAL));
+    I Dp = w.Dp, width = w.width, narrow = TOGETHER * Dp, wide = TOGETHER * width;
+    REAL *kernels = malloc((2 * (wide + narrow) + C) * sizeof(REAL)), *rows = kernels + wide;
+    REAL *given = rows + narrow;
+    Factor *factors = (Factor *)(given + C), *others = factors + wide;
     failed = !kernels;
+    pad(&m, x, x_padded);
+    clear(&m, dx_padded);
     for (I parity = 0; parity < 2; parity++)
 #pragma omp for collapse(2) schedule(static, 1)
       for (I group = 0; group < groups; group++)
         for (I strip = parity; strip < strips; strip += 2) {
-          REAL *dm = dmatrix + (group * strips + strip) * width * Dp;
-          REAL *df = doffset + (group * strips + strip) * width;
-          memset(dm, 0, width * Dp * sizeof(REAL));
-          memset(df, 0, width * sizeof(REAL));
+          I part = group * strips + strip;
+          I first = start_of(&m, strip, strips), last = start_of(&m, strip + 1, strips);
+          I step = step_of(last - first);
+          REAL *dw = dweight + part * width * Dp, *db = dbias + part * width;
+          memset(dw, 0, width * Dp * sizeof(REAL));
+          memset(db, 0, width * sizeof(REAL));
           for (I b = B * group / groups; b < B * (group + 1) / groups; b++)
-            for (I y = H / strips * strip; y < (strip + 1 < strips ? H / strips * (strip + 1) : H); y++)
-              for (I left = 0; left < W && !failed; left += TOGETHER) {
-                I n = least(TOGETHER, W - left), p = (b * H + y) * W + left;
-                I place = ((b * (H + K - 1) + y) * Wp + left) * S * G;
-                const REAL *h = hidden + p * Dp;
-                multiply_from(h, Dp, 1, matrix, width, kernels, width, width, n, D, 0, offset);
-                for (I i = 0; i < n; i++)
-                  spread_at(x + place + i * S * G, grad + (p + i) * S * G, dx + place + i * S * G,
-                            kernels + i * width, Wp, S, G, K);
-                multiply(kernels, width, 1, back, Dp, dhidden + p * Dp, Dp, Dp, n, width, 0);
-                multiply(kernels, 1, width, h, Dp, dm, Dp, Dp, width, n, 1);
-                for (I i = 0; i < n; i++)
-                  for (I t = 0; t < width; t += LANES)
-                    STORE(df + t) += LOAD(kernels + i * width + t);
+            for (I at = first; at < last && !failed; at += step) {
+              I n = least(step, last - at), p = b * H * W + at;
+              predict(&w, hidden + p * D, n, rows, factors, kernels);
+              for (I i = 0; i < n; i++) {
+                I place = corner(&m, p + i);
+                turn_in(grad + (p + i) * C, given, G, S);
+                spread_at(x_padded + place, given, dx_padded + place, kernels + i * width, m.Wp, S, G, K);
               }
+              for (I i = 0; i < n; i++)
+                for (I t = 0; t < width; t += LANES) STORE(db + t) += LOAD(kernels + i * width + t);
+              const Factor *from = across(rows, n, Dp, others);
+              multiply_factors(across(kernels, n, width, factors), 1, width, from, Dp, dw, Dp, Dp, width,
+                               halved(n), 1);
+              multiply_factors(along(kernels, n, width, factors), width / PAIR, 1, w.back, Dp, rows, Dp,
+                               Dp, n, halved(width), 0);
+              for (I i = 0; i < n; i++) write_row(rows + i * Dp, dhidden + (p + i) * D, D, 1);
+            }
         }
+    crop(&m, dx_padded, dx);
     free(kernels);
   }
+  free(w.matrix);
+  free(x_padded);
   return failed;
-}
-
-/* Transpose one position's kernels, (G, K*K) to (K*K, G), and back. */
-INLINE void by_tap(const REAL *given, REAL *kernel, I G, I taps) {
-  for (I g = 0; g < G; g++)
-    for (I t = 0; t < taps; t++) kernel[t * G + g] = given[g * taps + t];
-}
-INLINE void by_group(const REAL *kernel, REAL *given, I G, I taps) {
-  for (I g = 0; g < G; g++)
-    for (I t = 0; t < taps; t++) given[g * taps + t] = kernel[t * G + g];
 }
 
 /* Convolve x with given kernels (B, H, W, G, K*K). */
-I aggregate(const REAL *x, const REAL *given, REAL *out, I B, I H, I W, I S, I G, I K, I threads) {
-  I Wp = W + K - 1, many = K * K * G, failed = 0;
+I aggregate(const Map *x, const Map *given, Map *out, I B, I H, I W, I S, I G, I K, I threads) {
+  Grid m = grid(B, H, W, S, G, K);
+  I C = S * G, many = K * K * G, failed = 0;
+  REAL *x_padded = malloc(B * m.Hp * m.Wp * C * sizeof(REAL));
+  if (!x_padded) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernel = malloc(many * sizeof(REAL));
+    REAL *kernel = malloc((many + C) * sizeof(REAL)), *result = kernel + many;
     failed = !kernel;
-#pragma omp for collapse(2) schedule(static)
-    for (I b = 0; b < B; b++)
-      for (I y = 0; y < H; y++)
-        for (I left = 0; left < W && !failed; left++) {
-          I p = (b * H + y) * W + left;
-          by_tap(given + p * many, kernel, G, K * K);
-          aggregate_at(x + ((b * (H + K - 1) + y) * Wp + left) * S * G, kernel, out + p * S * G, Wp,
-                       S, G, K);
-        }
+    pad(&m, x, x_padded);
+#pragma omp for schedule(static)
+    for (I p = 0; p < B * H * W; p++) {
+      if (failed) continue;
+      turn_in(given + p * many, kernel, G, K * K);
+      aggregate_at(x_padded + corner(&m, p), kernel, result, m.Wp, S, G, K);
+      turn_out(result, out + p * C, G, S);
+    }
     free(kernel);
   }
+  free(x_padded);
   return failed;
 }
 
-/* dx, zero on entry, and dgiven; strips as in predict_and_aggregate_backward. */
-I aggregate_backward(const REAL *grad, const REAL *x, const REAL *given, REAL *dx, REAL *dgiven,
-                     I strips, I B, I H, I W, I S, I G, I K, I threads) {
-  I Wp = W + K - 1, many = K * K * G, failed = 0;
+/* dx and dgiven; strips as in predict_and_aggregate_backward. */
+I aggregate_backward(const Map *grad, const Map *x, const Map *given, Map *dx, Map *dgiven, I strips,
+                     I B, I H, I W, I S, I G, I K, I threads) {
+  Grid m = grid(B, H, W, S, G, K);
+  I C = S * G, many = K * K * G, size = B * m.Hp * m.Wp * C, failed = 0;
+  REAL *x_padded = malloc(2 * size * sizeof(REAL)), *dx_padded = x_padded + size;
+  if (!x_padded) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernel = malloc(many * sizeof(REAL));
+    REAL *kernel = malloc((many + C) * sizeof(REAL)), *from = kernel + many;
     failed = !kernel;
+    pad(&m, x, x_padded);
+    clear(&m, dx_padded);
     for (I parity = 0; parity < 2; parity++)
 #pragma omp for collapse(2) schedule(static, 1)
       for (I b = 0; b < B; b++)
         for (I strip = parity; strip < strips; strip += 2)
-          for (I y = H / strips * strip; y < (strip + 1 < strips ? H / strips * (strip + 1) : H); y++)
-            for (I left = 0; left < W && !failed; left++) {
-              I p = (b * H + y) * W + left, place = ((b * (H + K - 1) + y) * Wp + left) * S * G;
-              by_tap(given + p * many, kernel, G, K * K);
-              spread_at(x + place, grad + p * S * G, dx + place, kernel, Wp, S, G, K);
-              by_group(kernel, dgiven + p * many, G, K * K);
-            }
+          for (I at = start_of(&m, strip, strips); at < start_of(&m, strip + 1, strips); at++) {
+            I p = b * H * W + at, place = corner(&m, p);
+            if (failed) continue;
+            turn_in(given + p * many, kernel, G, K * K);
+            turn_in(grad + p * C, from, G, S);
+            spread_at(x_padded + place, from, dx_padded + place, kernel, m.Wp, S, G, K);
+            turn_out(kernel, dgiven + p * many, G, K * K);
+          }
+    crop(&m, dx_padded, dx);
     free(kernel);
   }
+  free(x_padded);
   return failed;
 }

@@ -30,8 +30,6 @@ _NAME = "inhomogeneous_dynamic_depthwise_conv"
 _CHUNK = 2**17
 # Elements in all partial weight gradients of the C kernels together.
 _PARTS = 2**23
-# The C kernels' rows are whole vectors: 8 float32, or twice 4 float64.
-_LANES = 8
 
 
 def inhomogeneous_dynamic_depthwise_conv(
@@ -71,41 +69,38 @@ def inhomogeneous_dynamic_depthwise_conv(
         )
     backend = choose(_NAME, x, hidden, weight, bias)
     dtype = autocast_dtype(x)
-    x, hidden, weight, bias = (t.to(dtype) for t in (x, hidden, weight, bias))
-    # (K*K, G, D): the weight of one tap is one contiguous matrix.
-    by_tap = weight.unflatten(0, (groups, taps)).transpose(0, 1)
-    bias_by_tap = bias.unflatten(0, (groups, taps)).T
-    # (B, H, W, C/G, G): groups innermost, as in the kernels, so that products vectorise.
-    shared = x.unflatten(-1, (groups, -1)).transpose(-1, -2)
+    x, hidden = x.to(dtype), hidden.to(dtype)
+    shared = x.unflatten(-1, (groups, -1))
     with without_autocast(x):
         if exporting():
-            out = _by_rows(shared, hidden, by_tap, bias_by_tap, kernel_size)
+            by_tap = _by_tap(shared, weight.to(dtype), bias.to(dtype))
+            out = _by_rows(by_tap[0], hidden, *by_tap[1:], kernel_size).transpose(-1, -2)
         elif backend == "reference":
             return reference.inhomogeneous_dynamic_depthwise_conv(
-                x, hidden, weight, bias, kernel_size
+                x, hidden, weight.to(dtype), bias.to(dtype), kernel_size
             )
         else:
             # The operator chooses its backend when it runs, so a compiled graph fixes none.
-            out = torch.ops.dense.predict_and_aggregate(
-                shared, hidden, by_tap, bias_by_tap, kernel_size
-            )
-    return out.transpose(-1, -2).flatten(-2)
+            out = torch.ops.dense.predict_and_aggregate(shared, hidden, weight, bias, kernel_size)
+    return out.flatten(-2)
 
 
 @torch.library.custom_op("dense::predict_and_aggregate", mutates_args=())
 def _forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
     """``out[p] = sum over taps k of x[p + k] * (hidden[p] @ weight[k].T + bias[k])``.
 
-    ``(B, H, W, S, G)``, ``(B, H, W, D)``, ``(K*K, G, D)`` and ``(K*K, G)`` to ``(B, H, W, S, G)``.
+    ``(B, H, W, G, S)``, ``(B, H, W, D)``, ``(G*K*K, D)`` and ``(G*K*K,)`` to ``(B, H, W, G, S)``;
+    weight and bias may be of a wider dtype.
     """
-    backend = choose(_NAME, x)
+    backend, dtype = choose(_NAME, x), x.dtype
+    if backend == "native":
+        return _native_forward(x, hidden, weight, bias, size)
+    x, weight, bias = _by_tap(x, weight.to(dtype), bias.to(dtype))
     if backend == "triton":
         out = attempt(_NAME, lambda: _triton("forward", x, hidden, weight, bias, size=size))
         if out is not None:
-            return out
-    if backend == "native":
-        return _native_forward(x, hidden, weight, bias, size)
-    return _torch_forward(x, hidden, weight, bias, size)
+            return out.mT.contiguous()
+    return _torch_forward(x, hidden, weight, bias, size).mT.contiguous()
 
 
 @torch.library.custom_op("dense::predict_and_aggregate_backward", mutates_args=())
@@ -113,12 +108,27 @@ def _backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backend, like, grads = choose(_NAME, x), (x, hidden, weight, bias), None
+    if backend == "native":
+        grads = _native_backward(grad, *like, size)
+        return tuple(g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+    shared, by_tap, bias_by_tap = _by_tap(x, weight.to(x.dtype), bias.to(x.dtype))
+    given = grad.mT, shared, hidden, by_tap, bias_by_tap
     if backend == "triton":
-        grads = attempt(_NAME, lambda: _triton("backward", grad, *like, size=size))
+        grads = attempt(_NAME, lambda: _triton("backward", *given, size=size))
     if grads is None:
-        backward = _native_backward if backend == "native" else _torch_backward
-        grads = backward(grad, *like, size)
-    return tuple(g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+        grads = _torch_backward(*given, size)
+    grads = grads[0].mT, grads[1], grads[2].transpose(0, 1).flatten(0, 1), grads[3].T.flatten()
+    return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, like, strict=True))
+
+
+def _by_tap(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(B, H, W, S, G)``, ``(K*K, G, D)`` and ``(K*K, G)``.
+
+    Groups are innermost, so that products vectorise; the weight of one tap is one matrix.
+    """
+    groups = x.shape[3]
+    weight, bias = weight.unflatten(0, (groups, -1)), bias.unflatten(0, (groups, -1))
+    return x.transpose(-1, -2), weight.transpose(0, 1), bias.T
 
 
 @_forward.register_fake
@@ -140,52 +150,40 @@ def _triton(name: str, *tensors: Tensor, size: int):
 
 
 def _native_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    padded = pad(promoted(x), size)
-    operands = _operands(hidden, weight, bias)
-    out = torch.empty(x.shape, dtype=padded.dtype)
-    native.call("predict_and_aggregate", padded, *operands, out, *_sizes(x, hidden, operands, size))
+    x_, hidden_ = native.maps(x, hidden)
+    out = torch.empty_like(x_)
+    weights = native.weights(x.dtype, weight, bias)
+    native.call("predict_and_aggregate", (x_, hidden_, out), weights, _sizes(x, hidden, size))
     return out.to(x.dtype)
 
 
 def _native_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, ...]:
-    padded, grad = pad(promoted(x), size), promoted(grad)
-    inputs, matrix, offset = _operands(hidden, weight, bias)
-    back = F.pad(matrix.T, (0, inputs.shape[-1] - matrix.shape[0])).contiguous()
+    x, hidden, grad = native.maps(x, hidden, grad)
+    weight, bias = native.weights(x.dtype, weight, bias)
+    # By tap, as rows of whole vectors.
+    (rows, depth), groups, lanes = weight.shape, x.shape[3], 32 // weight.element_size()
+    shape = [n + -n % lanes for n in (rows, depth)]
     # Number of partial weight gradients: enough for many threads, in tens of megabytes.
-    parts = max(4, min(64, _PARTS // back.numel()))
-    groups = min(x.shape[0], parts)
-    strips = max(1, min(parts // max(1, groups), x.shape[1] // max(1, size - 1)))
-    grad_padded, grad_inputs = torch.zeros_like(padded), torch.empty_like(inputs)
-    grad_back = back.new_empty(groups, strips, *back.shape)
-    grad_offset = offset.new_empty(groups, strips, *offset.shape)
-    native.call(
-        "predict_and_aggregate_backward",
-        *(grad, padded, inputs, matrix, offset, back),
-        *(grad_padded, grad_inputs, grad_back, grad_offset, groups, strips),
-        *_sizes(x, hidden, (inputs, matrix, offset), size),
-    )
-    del padded, grad
-    rows = bias.numel()
-    return (
-        inside(grad_padded, x.shape, size),
-        grad_inputs[..., : hidden.shape[-1]],
-        grad_back.sum((0, 1))[:rows, : hidden.shape[-1]].reshape(weight.shape),
-        grad_offset.sum((0, 1))[:rows].view_as(bias),
-    )
+    parts = max(4, min(64, _PARTS // (shape[0] * shape[1])))
+    batches = min(x.shape[0], parts)
+    strips = max(1, min(parts // max(1, batches), x.shape[1] // max(1, size - 1)))
+    grad_x, grad_hidden = torch.empty_like(x), torch.empty_like(hidden)
+    grad_weight = weight.new_empty(batches, strips, *shape)
+    grad_bias = bias.new_empty(batches, strips, shape[0])
+    maps, weights = (grad, x, hidden, grad_x, grad_hidden), (weight, bias, grad_weight, grad_bias)
+    sizes = batches, strips, *_sizes(x, hidden, size)
+    native.call("predict_and_aggregate_backward", maps, weights, sizes)
+    grad_weight = grad_weight.sum((0, 1))[:rows, :depth].unflatten(0, (-1, groups))
+    grad_bias = grad_bias.sum((0, 1))[:rows].unflatten(0, (-1, groups))
+    return grad_x, grad_hidden, grad_weight.transpose(0, 1).flatten(0, 1), grad_bias.T.flatten()
 
 
-def _operands(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(B, H, W, D)``, ``(D, K*K*G)`` and ``(K*K*G,)``, rows zero-padded to whole vectors."""
-    operands = promoted(hidden, weight.flatten(0, 1).T, bias.flatten())
-    return tuple(F.pad(t, (0, -t.shape[-1] % _LANES)) for t in operands)
-
-
-def _sizes(x: Tensor, hidden: Tensor, operands: tuple[Tensor, ...], size: int) -> list[int]:
-    """B, H, W, S, G, K, D, and the padded D and K*K*G."""
-    inputs, _, offset = operands
-    return [*x.shape, size, hidden.shape[-1], inputs.shape[-1], offset.shape[0]]
+def _sizes(x: Tensor, hidden: Tensor, size: int) -> list[int]:
+    """B, H, W, S, G, K, D."""
+    batch, height, width, groups, shared = x.shape
+    return [batch, height, width, shared, groups, size, hidden.shape[-1]]
 
 
 def _torch_forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:

@@ -36,15 +36,25 @@ _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.c")
     for name in ("depthwise", "inhomogeneous", "sliding", "windows")
 )
-_HEADER = Path(__file__).with_name("matrix.h")
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("matrix.h", "product.h"))
+# By the type of maps; sums are in float if maps have 16 bits.
+TYPES = {
+    "float": ("-DREAL=float",),
+    "double": ("-DREAL=double",),
+    "bfloat16": ("-DREAL=float", "-DBFLOAT16"),
+    "float16": ("-DREAL=float", "-DFLOAT16"),
+}
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _PACKAGED = Path(__file__).with_name("kernels")
 # What the packaged libraries are compiled for, as compilers and /proc/cpuinfo name it, best first.
 # PyTorch's get_cpu_capability() would not do: ATEN_CPU_CAPABILITY overrides it, to what the
 # processor lacks too.
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *_AVX2)
 INSTRUCTIONS = {
-    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
-    "avx2": ("avx2", "fma"),
+    "avx512bf16": ("avx512bf16", *_AVX512),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
 }
 
 
@@ -69,31 +79,36 @@ def compiler() -> list[str]:
     return command
 
 
-def load(command: list[str], real: str) -> ctypes.CDLL:
-    """Load the kernels for C's type ``real``, ``float`` or ``double``; compile them if need be.
+def load(command: list[str], kind: str) -> ctypes.CDLL:
+    """Load the kernels for maps of a type, a key of :data:`TYPES`; compile them if need be.
 
     Raises:
         OSError: the cache cannot be written, or the library cannot be loaded.
         subprocess.SubprocessError: the compiler failed, or took longer than :data:`SECONDS`.
     """
     folder = _cache(_key(command))
-    if (found := _intact(folder, real)) is None:
+    if (found := _intact(folder, kind)) is None:
         with _alone(folder):
             # Another process may have compiled it in the meantime.
-            found = _intact(folder, real) or _compile(command, real, folder)
+            found = _intact(folder, kind) or _compile(command, kind, folder)
     return ctypes.CDLL(str(found))
 
 
-def packaged(real: str) -> Path | None:
-    """The kernels for C's type ``real`` in the installed package, None if none fits the processor.
+def suits(kind: str) -> bool:
+    """Whether the processor has what the kernels for maps of a type need."""
+    return kind != "float16" or "f16c" in _processor().split()
+
+
+def packaged(kind: str) -> Path | None:
+    """The kernels for maps of a type in the installed package, None if none fits the processor.
 
     ``import torch`` must come before they are loaded: OpenMP's functions are PyTorch's.
     """
     if _PACKAGED.is_dir():
-        flags = _processor().split()
+        flags = _processor().replace("_", "").split()
         for name, needs in INSTRUCTIONS.items():
             if set(needs) <= set(flags):
-                return _PACKAGED / f"{real}-{name}.so"
+                return _PACKAGED / f"{kind}-{name}.so"
     return None
 
 
@@ -108,10 +123,10 @@ def package(folder: Path) -> None:
     command, sources = compiler(), [path.absolute() for path in _SOURCES]
     folder.mkdir(parents=True, exist_ok=True)
     ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-    for real, (name, needs) in itertools.product(("float", "double"), INSTRUCTIONS.items()):
+    for (kind, types), (name, needs) in itertools.product(TYPES.items(), INSTRUCTIONS.items()):
         # 256 bits is what GCC prefers on Intel's processors, and the width of the kernels' vectors.
-        flags = [*(f"-m{need}" for need in needs), "-mprefer-vector-width=256", f"-DREAL={real}"]
-        built = folder.absolute() / f"{real}-{name}.so"
+        flags = [*(f"-m{need}" for need in needs), "-mprefer-vector-width=256", *types]
+        built = folder.absolute() / f"{kind}-{name}.so"
         with tempfile.TemporaryDirectory() as scratch:
             compile_ = [*command, "-O3", "-fopenmp", "-fPIC", *flags, "-c", *sources]
             subprocess.run(compile_, cwd=scratch, check=True)
@@ -129,8 +144,9 @@ def _processor() -> str:
 def _key(command: list[str]) -> str:
     """A hash of everything that the machine code depends on."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    sources = [path.read_text() for path in (*_SOURCES, _HEADER)]
-    key = *sources, *command, version.stdout, str(_FLAGS), _processor(), *platform.libc_ver()
+    sources = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
+    options = f"{_FLAGS} {TYPES}"
+    key = *sources, *command, version.stdout, options, _processor(), *platform.libc_ver()
     return hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
 
 
@@ -187,12 +203,12 @@ def _is_of_this_user_alone(group: int) -> bool:
     return about.gr_name == user and set(about.gr_mem) <= {user}
 
 
-def _intact(folder: Path, real: str) -> Path | None:
+def _intact(folder: Path, kind: str) -> Path | None:
     """The library in ``folder`` whose content is whole; damaged ones are removed."""
-    for path in sorted(folder.glob(f"{real}-*.so")):
+    for path in sorted(folder.glob(f"{kind}-*.so")):
         if path.is_symlink() or _untrusted(path) is not None:
             continue
-        if path.stem == f"{real}-{_digest(path)}":
+        if path.stem == f"{kind}-{_digest(path)}":
             return path
         path.unlink(missing_ok=True)
     return None
@@ -220,15 +236,15 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(command: list[str], real: str, folder: Path) -> Path:
+def _compile(command: list[str], kind: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / f"{real}.so"
-        build = [*command, *_FLAGS, f"-DREAL={real}", *_SOURCES, "-o", built, "-lm"]
+        built = Path(scratch) / f"{kind}.so"
+        build = [*command, *_FLAGS, *TYPES[kind], *_SOURCES, "-o", built, "-lm"]
         subprocess.run(build, capture_output=True, text=True, check=True, timeout=SECONDS)
         built.chmod(0o700)
         with open(built, "rb") as file:
             os.fsync(file.fileno())
-        final = folder / f"{real}-{_digest(built)}.so"
+        final = folder / f"{kind}-{_digest(built)}.so"
         try:
             os.link(built, final)
         except FileExistsError:

@@ -1,8 +1,12 @@
-/* SIMD vectors of 32 bytes, and products of small matrices whose rows are padded to whole vectors.
-   REAL is float or double. */
+/* SIMD vectors of 32 bytes, elements of maps, and products of small matrices whose rows are padded
+   to whole vectors. REAL, float or double, is the type of weights, sums and small matrices. Maps
+   have it too, or with -DBFLOAT16 or -DFLOAT16, beside REAL = float, elements of 16 bits. */
 
 #include <math.h>
 #include <stdint.h>
+#if defined __x86_64__ && (defined BFLOAT16 || defined FLOAT16)
+#include <immintrin.h>
+#endif
 
 typedef int64_t I;
 typedef REAL Vec __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
@@ -16,6 +20,57 @@ typedef REAL One;
 #define INLINE static inline __attribute__((always_inline))
 #define LOAD(pointer) AT(Vec, pointer)
 #define STORE(pointer) SET(Vec, pointer)
+
+/* Elements of maps: READ(T, pointer) is of type T, WRITE(T, pointer, value) rounds to nearest even. */
+#define READ(T, pointer) read_##T(pointer)
+#define WRITE(T, pointer, value) write_##T(pointer, value)
+#if defined BFLOAT16
+typedef uint16_t Map;
+typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(32), aligned(4), may_alias));
+INLINE Vec read_Vec(const Map *from) {
+  return (Vec)(__builtin_convertvector(AT(Halves, from), Words) << 16);
+}
+INLINE REAL read_One(const Map *from) {
+  return ((union { uint32_t bits; float value; }){.bits = (uint32_t)*from << 16}).value;
+}
+INLINE Halves narrow(Vec x) {
+#if defined __AVX512BF16__ && defined __AVX512VL__
+  return (Halves)_mm256_cvtneps_pbh((__m256)x);
+#else
+  Words bits = (Words)x, broken = (Words)(x != x), even = bits >> 16 & 1;
+  Words rounded = ((bits + even + 0x7fff) & ~broken) | ((bits | 0x400000) & broken);
+  return __builtin_convertvector(rounded >> 16, Halves);
+#endif
+}
+INLINE void write_Vec(Map *to, Vec x) { SET(Halves, to) = narrow(x); }
+INLINE void write_One(Map *to, REAL x) { *to = narrow((Vec){0} + x)[0]; }
+#elif defined FLOAT16
+typedef uint16_t Map;
+typedef __m128i Unaligned __attribute__((aligned(2), may_alias));
+INLINE Vec read_Vec(const Map *from) { return (Vec)_mm256_cvtph_ps(AT(Unaligned, from)); }
+INLINE REAL read_One(const Map *from) { return _cvtsh_ss(*from); }
+INLINE void write_Vec(Map *to, Vec x) { SET(Unaligned, to) = _mm256_cvtps_ph((__m256)x, 0); }
+INLINE void write_One(Map *to, REAL x) { *to = _cvtss_sh(x, 0); }
+#else
+typedef REAL Map;
+INLINE Vec read_Vec(const Map *from) { return LOAD(from); }
+INLINE REAL read_One(const Map *from) { return *from; }
+INLINE void write_Vec(Map *to, Vec x) { STORE(to) = x; }
+INLINE void write_One(Map *to, REAL x) { *to = x; }
+#endif
+
+/* n elements of a map times scale, and back; a row of REAL may hold fewer elements than vectors. */
+INLINE void read_row(const Map *from, REAL *to, I n, REAL scale) {
+  I i = 0;
+  for (; i + LANES <= n; i += LANES) STORE(to + i) = READ(Vec, from + i) * scale;
+  for (; i < n; i++) to[i] = READ(One, from + i) * scale;
+}
+INLINE void write_row(const REAL *from, Map *to, I n, REAL scale) {
+  I i = 0;
+  for (; i + LANES <= n; i += LANES) WRITE(Vec, to + i, LOAD(from + i) * scale);
+  for (; i < n; i++) WRITE(One, to + i, from[i] * scale);
+}
 
 /* Rows of a tile: its accumulators fill the vector registers. */
 #ifdef __AVX512VL__
@@ -69,59 +124,9 @@ INLINE void softmax(REAL *row, I n) {
   for (I m = 0; m < n; m += LANES) STORE(row + m) *= 1 / total;
 }
 
-/* A tile of R rows and J vectors of out = a @ b + start, or out += if `more`. Element (r, k) of a
-   is a[r * ar + k * ak]; bk and outr are the row strides of b and out; start is a row or NULL. */
-INLINE void tile(const REAL *a, I ar, I ak, const REAL *b, I bk, REAL *out, I outr, I K, int more,
-                 const REAL *start, const int R, const int J) {
-  Vec sum[ROWS][4];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < J; j++) {
-      sum[r][j] = more ? LOAD(out + r * outr + j * LANES) : (Vec){0};
-      if (start) sum[r][j] += LOAD(start + j * LANES);
-    }
-  for (I k = 0; k < K; k++) {
-    Vec from[4];
-    for (int j = 0; j < J; j++) from[j] = LOAD(b + k * bk + j * LANES);
-    for (int r = 0; r < R; r++) {
-      REAL value = a[r * ar + k * ak];
-      for (int j = 0; j < J; j++) sum[r][j] += value * from[j];
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < J; j++) STORE(out + r * outr + j * LANES) = sum[r][j];
-}
-
-#define TILE_ROWS(J)                                                                              \
-  static __attribute__((unused)) void tile_rows_##J(const REAL *a, I ar, I ak, const REAL *b, I bk, \
-                                                    REAL *out, I outr, I M, I K, int more,        \
-                                                    const REAL *start) {                          \
-    I r = 0;                                                                                      \
-    for (; r + ROWS <= M; r += ROWS)                                                              \
-      tile(a + r * ar, ar, ak, b, bk, out + r * outr, outr, K, more, start, ROWS, J);             \
-    for (; r + 2 <= M; r += 2)                                                                    \
-      tile(a + r * ar, ar, ak, b, bk, out + r * outr, outr, K, more, start, 2, J);                \
-    for (; r < M; r++)                                                                            \
-      tile(a + r * ar, ar, ak, b, bk, out + r * outr, outr, K, more, start, 1, J);                \
-  }
-TILE_ROWS(1)
-TILE_ROWS(2)
-TILE_ROWS(3)
-TILE_ROWS(4)
-
-/* The same for all of (M, K) @ (K, width); the width is a multiple of LANES. */
-INLINE void multiply_from(const REAL *a, I ar, I ak, const REAL *b, I bk, REAL *out, I outr, I width,
-                          I M, I K, int more, const REAL *start) {
-  I j = 0;
-  for (; j < width; j += 4 * LANES) {
-    I left = least(4, (width - j) / LANES);
-    const REAL *from = start ? start + j : start;
-    if (left == 4) tile_rows_4(a, ar, ak, b + j, bk, out + j, outr, M, K, more, from);
-    if (left == 3) tile_rows_3(a, ar, ak, b + j, bk, out + j, outr, M, K, more, from);
-    if (left == 2) tile_rows_2(a, ar, ak, b + j, bk, out + j, outr, M, K, more, from);
-    if (left == 1) tile_rows_1(a, ar, ak, b + j, bk, out + j, outr, M, K, more, from);
-  }
-}
-INLINE void multiply(const REAL *a, I ar, I ak, const REAL *b, I bk, REAL *out, I outr, I width, I M,
-                     I K, int more) {
-  multiply_from(a, ar, ak, b, bk, out, outr, width, M, K, more, 0);
-}
+/* multiply: products of REAL. */
+#define ELEMENT REAL
+#define ELEMENTS Vec
+#define NAME(name) name
+#define PLUS_TIMES(sum, a, b) sum + a * b
+#include "product.h"

@@ -9,6 +9,7 @@ import ctypes
 import os
 import subprocess
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,19 +18,25 @@ from torch import Tensor
 
 from backbones.ops import library
 
-_TYPES = {torch.float32: "float", torch.float64: "double"}
+_TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+_WIDE = (torch.float32, torch.float64)
 
 
 @torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Why the C kernels cannot be used, None if they can; the first call compiles them."""
-    return _build()[1]
+    return _build(*_WIDE)[1]
 
 
 @torch.compiler.assume_constant_result
 def origin() -> str | None:
     """Where the C kernels are from, None if they cannot be used; the first call compiles them."""
-    libraries, reason = _build()
+    libraries, reason = _build(*_WIDE)
     if reason is not None:
         return None
     file = Path(libraries[torch.float32]._name)
@@ -38,39 +45,77 @@ def origin() -> str | None:
     return f"compiled on this machine: {file}"
 
 
-def call(name: str, *arguments: Tensor | int | None) -> None:
+def maps(first: Tensor, *others: Tensor) -> Tensor | list[Tensor]:
+    """Contiguous maps in a dtype that the C kernels read: that of ``first``, or float32.
+
+    Returns:
+        A tensor for a single argument, otherwise a list.
+    """
+    dtype = first.dtype
+    if dtype not in _WIDE and _library(dtype) is None:
+        dtype = torch.promote_types(dtype, torch.float32)
+    tensors = [x.to(dtype).contiguous() for x in (first, *others)]
+    return tensors if others else tensors[0]
+
+
+def weights(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Contiguous tensors in the dtype of sums over maps of ``dtype``."""
+    return [x.to(sums(dtype)).contiguous() for x in tensors]
+
+
+def sums(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the C kernels add up what is in maps of ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def call(
+    name: str,
+    maps: Sequence[Tensor],
+    weights: Sequence[Tensor | None] = (),
+    sizes: Sequence[int] = (),
+) -> None:
     """Call a function of the C sources.
 
     Args:
         name: the function.
-        arguments: its arguments except the last, the number of threads; None is a null pointer.
+        maps: its maps.
+        weights: its weights and sums; None is a null pointer.
+        sizes: its sizes except the last, the number of threads.
 
     Raises:
-        ValueError: a tensor is not contiguous, not on the CPU, or of another dtype than the first.
+        ValueError: a tensor is not contiguous or not on the CPU, a map has another dtype than the
+            first, or a weight has not that of :func:`sums`.
         MemoryError: the function could not allocate its work space.
     """
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.dtype != dtype or tensor.device.type != "cpu":
+    dtype = maps[0].dtype
+    wanted = [(x, dtype) for x in maps]
+    wanted += [(x, sums(dtype)) for x in weights if x is not None]
+    for tensor, dtype_of in wanted:
+        if not tensor.is_contiguous() or tensor.dtype != dtype_of or tensor.device.type != "cpu":
             raise ValueError(
-                f"native {name} takes contiguous CPU tensors of one dtype, {dtype}: got "
+                f"native {name} takes contiguous CPU tensors, here of {dtype_of}: got "
                 f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
             )
-    values = [
-        ctypes.c_void_p(a.data_ptr() if isinstance(a, Tensor) else None)
-        if isinstance(a, Tensor | None)
-        else ctypes.c_int64(a)
-        for a in arguments
-    ]
-    if getattr(_build()[0][dtype], name)(*values, ctypes.c_int64(torch.get_num_threads())):
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (*maps, *weights)]
+    numbers = [ctypes.c_int64(size) for size in (*sizes, torch.get_num_threads())]
+    if getattr(_library(dtype), name)(*pointers, *numbers):
         raise MemoryError(f"native {name}: out of memory")
 
 
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The library whose maps are of ``dtype``, None if there is none, as for most dtypes."""
+    if dtype in _WIDE:
+        return _build(*_WIDE)[0][dtype]
+    # Compiled when it is needed; many programs never do.
+    if dtype not in _TYPES or not library.suits(_TYPES[dtype]):
+        return None
+    return _build(dtype)[0].get(dtype)
+
+
 @cache
-def _build() -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
+def _build(*dtypes: torch.dtype) -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
     """The library of each dtype, and why there is none (None if there is)."""
-    packaged = {dtype: library.packaged(real) for dtype, real in _TYPES.items()}
+    packaged = {dtype: library.packaged(_TYPES[dtype]) for dtype in dtypes}
     if None not in packaged.values():
         try:
             # Not every PyTorch shows its OpenMP to other libraries; RTLD_NOLOAD loads no second.
@@ -81,7 +126,7 @@ def _build() -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
     try:
         compiler = library.compiler()
-        return {dtype: library.load(compiler, real) for dtype, real in _TYPES.items()}, None
+        return {dtype: library.load(compiler, _TYPES[dtype]) for dtype in dtypes}, None
     except library.MissingCompiler as error:
         return {}, str(error)
     except (OSError, subprocess.SubprocessError) as error:

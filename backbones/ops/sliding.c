@@ -32,22 +32,21 @@ static Slide slide(I B, I H, I W, I heads, I D, I rows, I columns) {
 INLINE I start_of(const Slide *s, I strip, I strips) { return s->H * strip / strips; }
 
 /* One head of a row of a map with `channels` channels, to (W, Dp), and back. */
-INLINE void gather(const Slide *s, const REAL *map, I channels, REAL *to, REAL scale) {
-  for (I x = 0; x < s->W; x++)
-    for (I d = 0; d < s->D; d++) to[x * s->Dp + d] = map[x * channels + d] * scale;
+INLINE void gather(const Slide *s, const Map *map, I channels, REAL *to, REAL scale) {
+  for (I x = 0; x < s->W; x++) read_row(map + x * channels, to + x * s->Dp, s->D, scale);
 }
-INLINE void scatter(const Slide *s, const REAL *from, REAL *map, I channels, REAL scale, int more) {
-  for (I x = 0; x < s->W; x++)
-    for (I d = 0; d < s->D; d++) {
-      REAL *to = map + x * channels + d, value = from[x * s->Dp + d] * scale;
-      *to = more ? *to + value : value;
-    }
+INLINE void scatter(const Slide *s, const REAL *from, Map *map, I channels, REAL scale) {
+  for (I x = 0; x < s->W; x++) write_row(from + x * s->Dp, map + x * channels, s->D, scale);
+}
+INLINE void add(const Slide *s, const REAL *from, Map *map, I channels) {
+  for (I x = 0; x < s->W; x++, map += channels, from += s->Dp)
+    for (I d = 0; d < s->D; d++) WRITE(One, map + d, READ(One, map + d) + from[d]);
 }
 
 /* The same, transposed: (D, width), from column `left` on. */
-INLINE void turn(const Slide *s, const REAL *map, I channels, REAL *to) {
+INLINE void turn(const Slide *s, const Map *map, I channels, REAL *to) {
   for (I x = 0; x < s->W; x++)
-    for (I d = 0; d < s->D; d++) to[d * s->width + s->left + x] = map[x * channels + d];
+    for (I d = 0; d < s->D; d++) to[d * s->width + s->left + x] = READ(One, map + x * channels + d);
 }
 
 /* (heads, N): the bias in whole vectors; behind it (W, Kp): for the query of each column, all
@@ -179,7 +178,7 @@ INLINE void around(const Slide *s, REAL *ring, I y, I first, I last, I size, REA
 }
 
 /* out (B, H, W, C) from qkv (B, H, W, 3C) and bias (heads, rows * columns). */
-I sliding_attention(const REAL *qkv, const REAL *bias, REAL *out, I strips, I B, I H, I W, I heads,
+I sliding_attention(const Map *qkv, Map *out, const REAL *bias, I strips, I B, I H, I W, I heads,
                     I D, I rows, I columns, I threads) {
   Slide s = slide(B, H, W, heads, D, rows, columns);
   I C = s.C, failed = 0;
@@ -202,7 +201,7 @@ I sliding_attention(const REAL *qkv, const REAL *bias, REAL *out, I strips, I B,
         if (failed) continue;
         I b = i / heads, h = i % heads, top = start_of(&s, strip, strips), loaded = most(0, top - s.up);
         for (I y = top; y < start_of(&s, strip + 1, strips); y++) {
-          const REAL *row = qkv + (b * H + loaded) * W * 3 * C + h * D;
+          const Map *row = qkv + (b * H + loaded) * W * 3 * C + h * D;
           for (; loaded < least(H, y + s.up + 1); loaded++, row += W * 3 * C) {
             turn(&s, row + C, 3 * C, slot(&s, keys, loaded, turned));
             gather(&s, row + 2 * C, 3 * C, slot(&s, values, loaded, wide) + s.left * s.Dp, 1);
@@ -214,7 +213,7 @@ I sliding_attention(const REAL *qkv, const REAL *bias, REAL *out, I strips, I B,
           products(&s, query, near, first, last, table + h * s.N, weights);
           attend(&s, weights, seen, first, last);
           mix(&s, weights, mixed, first, last, result);
-          scatter(&s, result, out + place * C + h * D, C, 1, 0);
+          scatter(&s, result, out + place * C + h * D, C, 1);
         }
       }
     free(keys);
@@ -251,7 +250,7 @@ static void scores_gradient(const Slide *s, const REAL *weights, REAL *scores, c
 /* dqkv, whose keys and values are zero on entry, and partial sums of dbias
    (B, strips, heads, rows * columns), from the gradient of out. A strip adds to up to rows / 2 rows of
    the strips beside it, so even and odd strips run one after the other; each has at least rows - 1. */
-I sliding_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias, REAL *dqkv,
+I sliding_attention_backward(const Map *grad, const Map *qkv, Map *dqkv, const REAL *bias,
                              REAL *dbias, I strips, I B, I H, I W, I heads, I D, I rows, I columns,
                              I threads) {
   Slide s = slide(B, H, W, heads, D, rows, columns);
@@ -281,7 +280,7 @@ I sliding_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias
           I bottom = start_of(&s, strip + 1, strips), loaded = most(0, top - s.up), done = loaded;
           memset(total, 0, s.N * sizeof(REAL));
           for (I y = top; y < bottom; y++) {
-            const REAL *row = qkv + (b * H + loaded) * W * 3 * C + h * D;
+            const Map *row = qkv + (b * H + loaded) * W * 3 * C + h * D;
             for (; loaded < least(H, y + s.up + 1); loaded++, row += W * 3 * C) {
               turn(&s, row + C, 3 * C, slot(&s, keys, loaded, turned));
               turn(&s, row + 2 * C, 3 * C, slot(&s, values, loaded, turned));
@@ -300,16 +299,16 @@ I sliding_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias
             products(&s, given + border, from, first, last, 0, scores + before);
             scores_gradient(&s, weights + before, scores + before, seen, first, last, total);
             mix(&s, scores + before, mixed, first, last, result);
-            scatter(&s, result, dqkv + place * 3 * C + h * D, 3 * C, scale, 0);
+            scatter(&s, result, dqkv + place * 3 * C + h * D, 3 * C, scale);
             for (I r = first; r < last; r++) {
               unmix(&s, scores, query, r, slot(&s, dkeys, y - s.up + r, plain));
               unmix(&s, weights, given, r, slot(&s, dvalues, y - s.up + r, plain));
             }
             /* Rows above the next position's window are complete. */
             for (I end = y + 1 < bottom ? y + 1 - s.up : loaded; done < end; done++) {
-              REAL *to = dqkv + (b * H + done) * W * 3 * C + h * D;
-              scatter(&s, slot(&s, dkeys, done, plain), to + C, 3 * C, 1, 1);
-              scatter(&s, slot(&s, dvalues, done, plain), to + 2 * C, 3 * C, 1, 1);
+              Map *to = dqkv + (b * H + done) * W * 3 * C + h * D;
+              add(&s, slot(&s, dkeys, done, plain), to + C, 3 * C);
+              add(&s, slot(&s, dvalues, done, plain), to + 2 * C, 3 * C);
             }
           }
           for (I r = 0; r < rows; r++)

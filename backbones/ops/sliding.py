@@ -13,7 +13,6 @@ from torch import Tensor
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
-    promoted,
     register_backward,
     triton_kernels,
     without_autocast,
@@ -87,9 +86,10 @@ def _attend(qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int]) -
             return out
     if backend != "native":
         return _plain(qkv, bias, *given)
-    qkv_, bias_ = promoted(qkv, bias)
+    qkv_ = native.maps(qkv)
     out = qkv_.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-    native.call("sliding_attention", qkv_, bias_, out, *_sizes(out, *given))
+    weights = native.weights(qkv.dtype, bias)
+    native.call("sliding_attention", (qkv_, out), weights, _sizes(out, *given))
     return out.to(qkv.dtype)
 
 
@@ -105,11 +105,13 @@ def _attend_backward(
             return own[0], own[1].to(bias.dtype)
     if backend != "native":
         return _plain_backward(grad, qkv, bias, *given)
-    grad_, qkv_, bias_ = promoted(grad, qkv, bias)
+    qkv_, grad_ = native.maps(qkv, grad)
+    (bias_,) = native.weights(qkv.dtype, bias)
     sizes = _sizes(grad, *given)
-    parts = grad_.new_empty(grad.shape[0] * sizes[0], *bias.shape)
+    parts = bias_.new_empty(grad.shape[0] * sizes[0], *bias.shape)
     grad_qkv = torch.zeros_like(qkv_)
-    native.call("sliding_attention_backward", grad_, qkv_, bias_, grad_qkv, parts, *sizes)
+    maps = grad_, qkv_, grad_qkv
+    native.call("sliding_attention_backward", maps, (bias_, parts), sizes)
     return grad_qkv.to(qkv.dtype), parts.sum(0).to(bias.dtype)
 
 

@@ -13,7 +13,6 @@ from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
     constant,
-    promoted,
     register_backward,
     triton_kernels,
     without_autocast,
@@ -250,10 +249,10 @@ def _attend(
             return out
     if backend != "native":
         return _plain_attention(qkv, bias, *given).contiguous()
-    qkv_, bias_ = promoted(qkv, bias)
+    qkv_ = native.maps(qkv)
     out = qkv_.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     sizes = _sizes(out, num_heads, window_size, shift)
-    native.call("window_attention", qkv_, bias_, out, *sizes)
+    native.call("window_attention", (qkv_, out), native.weights(qkv.dtype, bias), sizes)
     return out.to(qkv.dtype)
 
 
@@ -274,14 +273,14 @@ def _attend_backward(
             return own[0], own[1].to(bias.dtype)
     if backend != "native":
         return _plain_attention_backward(grad, qkv, bias, *given)
-    grad_, qkv_, bias_ = promoted(grad, qkv, bias)
+    qkv_, grad_ = native.maps(qkv, grad)
+    (bias_,) = native.weights(qkv.dtype, bias)
     windows = grad.shape[0] * _windows(grad, window_size)
-    parts = grad_.new_empty(min(windows, max(1, _PARTS // num_heads)), *bias.shape)
+    parts = bias_.new_empty(min(windows, max(1, _PARTS // num_heads)), *bias.shape)
     grad_qkv = torch.empty_like(qkv_)
-    sizes = _sizes(grad, num_heads, window_size, shift)
-    native.call(
-        "window_attention_backward", grad_, qkv_, bias_, grad_qkv, parts, parts.shape[0], *sizes
-    )
+    sizes = parts.shape[0], *_sizes(grad, num_heads, window_size, shift)
+    maps = grad_, qkv_, grad_qkv
+    native.call("window_attention_backward", maps, (bias_, parts), sizes)
     return grad_qkv.to(qkv.dtype), parts.sum(0).to(bias.dtype)
 
 
@@ -295,10 +294,10 @@ def _mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]
             return out
     if backend != "native":
         return _plain_mix(value, mixing.to(value.dtype), window_size, shift).contiguous()
-    value_, mixing_ = promoted(value, mixing)
+    value_ = native.maps(value)
     out = torch.empty_like(value_)
-    sizes = _sizes(value, mixing.shape[-3], window_size, shift)
-    native.call("local_mlp", value_, mixing_, out, _step(mixing), *sizes)
+    sizes = _step(mixing), *_sizes(value, mixing.shape[-3], window_size, shift)
+    native.call("local_mlp", (value_, out), native.weights(value.dtype, mixing), sizes)
     return out.to(value.dtype)
 
 
@@ -315,16 +314,13 @@ def _mix_backward(
     if backend != "native":
         own = _plain_mix_backward(grad, value, mixing.to(value.dtype), window_size, shift)
         return own[0], own[1].to(mixing.dtype)
-    grad_, value_, mixing_ = promoted(grad, value, mixing)
+    value_, grad_ = native.maps(value, grad)
+    (mixing_,) = native.weights(value.dtype, mixing)
     windows, heads = _windows(grad, window_size), mixing.shape[-3]
     chunks = windows if mixing.dim() == 5 else min(windows, max(1, _PARTS // heads))
-    parts, grad_value = grad_.new_empty(chunks, *mixing.shape[-3:]), torch.empty_like(value_)
-    sizes = _sizes(grad, heads, window_size, shift)
-    native.call(
-        "local_mlp_backward",
-        *(grad_, value_, mixing_, grad_value, parts, chunks, _step(mixing)),
-        *sizes,
-    )
+    parts, grad_value = mixing_.new_empty(chunks, *mixing.shape[-3:]), torch.empty_like(value_)
+    sizes = chunks, _step(mixing), *_sizes(grad, heads, window_size, shift)
+    native.call("local_mlp_backward", (grad_, value_, grad_value), (mixing_, parts), sizes)
     grad_mixing = parts.view_as(mixing) if mixing.dim() == 5 else parts.sum(0)
     return grad_value.to(value.dtype), grad_mixing.to(mixing.dtype)
 

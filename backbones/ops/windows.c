@@ -48,18 +48,14 @@ static unsigned char *sides_of(const Cut *c) {
 }
 
 /* Copy one head of a window to (N, Dp), and back; `at` has the offsets of the positions. */
-INLINE void gather(const Cut *c, const REAL *map, const I *at, REAL *to, REAL scale) {
-  for (I n = 0; n < c->N; n++) {
-    const REAL *from = map + at[n];
-    for (I d = 0; d < c->D; d++) to[n * c->Dp + d] = from[d] * scale;
-    for (I d = c->D; d < c->Dp; d++) to[n * c->Dp + d] = 0;
+INLINE void gather(const Cut *c, const Map *map, const I *at, REAL *to, REAL scale) {
+  for (I n = 0; n < c->N; n++, to += c->Dp) {
+    read_row(map + at[n], to, c->D, scale);
+    for (I d = c->D; d < c->Dp; d++) to[d] = 0;
   }
 }
-INLINE void scatter(const Cut *c, const REAL *from, REAL *map, const I *at, REAL scale) {
-  for (I n = 0; n < c->N; n++) {
-    REAL *to = map + at[n];
-    for (I d = 0; d < c->D; d++) to[d] = from[n * c->Dp + d] * scale;
-  }
+INLINE void scatter(const Cut *c, const REAL *from, Map *map, const I *at, REAL scale) {
+  for (I n = 0; n < c->N; n++) write_row(from + n * c->Dp, map + at[n], c->D, scale);
 }
 
 /* (N, Dp) to (D, Np), zero-padded. */
@@ -90,7 +86,7 @@ static REAL *masked_bias(const Cut *c, const REAL *bias) {
 }
 
 /* Attention weights (N, Np) of a window and head; also query and key (N, Dp), and keys (D, Np). */
-static void attend(const Cut *c, const REAL *image, const REAL *bias, I window, I h, const I *at,
+static void attend(const Cut *c, const Map *image, const REAL *bias, I window, I h, const I *at,
                    REAL *query, REAL *key, REAL *keys, REAL *weights) {
   I C = c->heads * c->D, square = c->N * c->Np;
   gather(c, image + h * c->D, at, query, (REAL)(1 / sqrt((double)c->D)));
@@ -102,7 +98,7 @@ static void attend(const Cut *c, const REAL *image, const REAL *bias, I window, 
 }
 
 /* out (B, H, W, C) from qkv (B, H, W, 3C) and bias (heads, N, N). */
-I window_attention(const REAL *qkv, const REAL *bias, REAL *out, I B, I H, I W, I heads, I D, I rows,
+I window_attention(const Map *qkv, Map *out, const REAL *bias, I B, I H, I W, I heads, I D, I rows,
                    I columns, I down, I right, I threads) {
   Cut c = cut(B, H, W, heads, D, rows, columns, down, right);
   I C = heads * D, failed = 0;
@@ -120,7 +116,7 @@ I window_attention(const REAL *qkv, const REAL *bias, REAL *out, I B, I H, I W, 
       for (I window = 0; window < c.windows; window++)
         for (I h = 0; h < heads; h++) {
           if (failed) continue;
-          const REAL *image = qkv + b * H * W * 3 * C;
+          const Map *image = qkv + b * H * W * 3 * C;
           places(&c, window, 3 * C, at);
           places(&c, window, C, to);
           attend(&c, image, masked, window, h, at, query, key, keys, weights);
@@ -136,7 +132,7 @@ I window_attention(const REAL *qkv, const REAL *bias, REAL *out, I B, I H, I W, 
 }
 
 /* dqkv, and partial sums of dbias (chunks, heads, N, N), from the gradient of out. */
-I window_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias, REAL *dqkv,
+I window_attention_backward(const Map *grad, const Map *qkv, Map *dqkv, const REAL *bias,
                             REAL *dbias, I chunks, I B, I H, I W, I heads, I D, I rows, I columns,
                             I down, I right, I threads) {
   Cut c = cut(B, H, W, heads, D, rows, columns, down, right);
@@ -159,8 +155,8 @@ I window_attention_backward(const REAL *grad, const REAL *qkv, const REAL *bias,
         memset(total, 0, square * sizeof(REAL));
         for (I i = all * chunk / chunks; i < all * (chunk + 1) / chunks; i++) {
           I b = i / c.windows, window = i % c.windows;
-          const REAL *image = qkv + b * H * W * 3 * C;
-          REAL *dimage = dqkv + b * H * W * 3 * C + h * D;
+          const Map *image = qkv + b * H * W * 3 * C;
+          Map *dimage = dqkv + b * H * W * 3 * C + h * D;
           places(&c, window, 3 * C, at);
           places(&c, window, C, given);
           attend(&c, image, masked, window, h, at, query, key, turned, weights);
@@ -208,7 +204,7 @@ INLINE void mix(const Cut *c, const REAL *weight, const unsigned char *sides, I 
 
 /* out = weight @ value in each window; weight is (windows or 1, heads, N, N), `step` the elements
    from one window's weights to the next window's, 0 if shared. */
-I local_mlp(const REAL *value, const REAL *weight, REAL *out, I step, I B, I H, I W, I heads, I D,
+I local_mlp(const Map *value, Map *out, const REAL *weight, I step, I B, I H, I W, I heads, I D,
             I rows, I columns, I down, I right, I threads) {
   Cut c = cut(B, H, W, heads, D, rows, columns, down, right);
   I C = heads * D, failed = 0;
@@ -242,7 +238,7 @@ I local_mlp(const REAL *value, const REAL *weight, REAL *out, I step, I B, I H, 
 }
 
 /* dvalue, and partial sums of dweight (chunks, heads, N, N); one chunk per window if step > 0. */
-I local_mlp_backward(const REAL *grad, const REAL *value, const REAL *weight, REAL *dvalue,
+I local_mlp_backward(const Map *grad, const Map *value, Map *dvalue, const REAL *weight,
                      REAL *dweight, I chunks, I step, I B, I H, I W, I heads, I D, I rows, I columns,
                      I down, I right, I threads) {
   Cut c = cut(B, H, W, heads, D, rows, columns, down, right);

@@ -209,8 +209,8 @@ def test_the_c_library_is_in_the_key(monkeypatch):
 
 @pytest.mark.slow
 def test_the_kernels_themselves_load(cache):
-    for real in ("float", "double"):
-        assert isinstance(library.load(["cc"], real), ctypes.CDLL)
+    for kind in library.TYPES:
+        assert isinstance(library.load(["cc"], kind), ctypes.CDLL)
 
 
 AVX512 = "avx512f avx512bw avx512dq avx512vl"
@@ -219,10 +219,12 @@ AVX512 = "avx512f avx512bw avx512dq avx512vl"
 @pytest.mark.parametrize(
     "flags, chosen",
     [
-        (f"sse2 {AVX512} avx2 fma", "avx512"),
-        (f"sse2 {AVX512.replace(' avx512vl', '')} avx2 fma", "avx2"),
-        ("fma avx2", "avx2"),
-        ("avx fma", None),
+        (f"sse2 {AVX512} avx512_bf16 avx2 fma f16c", "avx512bf16"),
+        (f"sse2 {AVX512} avx2 fma f16c", "avx512"),
+        (f"sse2 {AVX512.replace(' avx512vl', '')} avx512_bf16 avx2 fma f16c", "avx2"),
+        ("fma f16c avx2", "avx2"),
+        ("fma avx2", None),
+        ("avx fma f16c", None),
         ("avx2 avx512f", None),
         ("fp asimd", None),
     ],
@@ -240,7 +242,7 @@ def test_the_packaged_library_comes_first_and_the_compiler_is_behind_it(
     command, calls = quick
     monkeypatch.setenv("CC", shlex.join(command))
     monkeypatch.setattr(library, "_PACKAGED", tmp_path)
-    monkeypatch.setattr(library, "_processor", lambda: "flags : avx2 fma")
+    monkeypatch.setattr(library, "_processor", lambda: "flags : avx2 fma f16c")
     double = tmp_path / "double-avx2.so"
     built = ["cc", "-shared", "-fPIC", tmp_path / "small.c", "-o"]
     subprocess.run([*built, tmp_path / "float-avx2.so"], check=True)

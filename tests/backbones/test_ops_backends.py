@@ -173,8 +173,8 @@ def test_registration_is_sound(backend):
     def leaf(*shape):
         return torch.randn(*shape, requires_grad=True)
 
-    x = leaf(2, 4, 5, 3, 8)
-    inner = (x, leaf(2, 4, 5, 6), leaf(9, 8, 6), leaf(9, 8), 3)
+    x = leaf(2, 4, 5, 8, 3)
+    inner = (x, leaf(2, 4, 5, 6), leaf(9 * 8, 6), leaf(9 * 8), 3)
     with ops.force(backend):
         torch.library.opcheck(torch.ops.dense.predict_and_aggregate.default, inner)
         inner = (leaf(2, 4, 5, 18), leaf(2, 9), 2, [3, 3])

@@ -123,8 +123,8 @@ def registered():
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
     dense = torch.ops.dense
-    x, window = leaf(1, 2, 3, 2, 4), [[2, 1], [1, 0]]
-    yield dense.predict_and_aggregate, x, leaf(1, 2, 3, 5), leaf(9, 4, 5), leaf(9, 4), 3
+    x, window = leaf(1, 2, 3, 4, 2), [[2, 1], [1, 0]]
+    yield dense.predict_and_aggregate, x, leaf(1, 2, 3, 5), leaf(36, 5), leaf(36), 3
     yield dense.aggregate, x, leaf(1, 2, 3, 4, 9), 3
     yield dense.depthwise, leaf(2, 2, 3, 4), leaf(2, 9, 4), leaf(4), 3
     yield dense.window_attention, leaf(1, 4, 1, 12), leaf(2, 2, 2), 2, *window

@@ -186,7 +186,7 @@ def test_kernels_in_part_of_a_map_are_not_copied():
 @pytest.mark.parametrize("layout", [(0, 1, 2, 3, 4, 5), (0, 1, 2, 4, 5, 3)])
 def test_the_gradient_of_kernels_has_the_layout_that_compilers_are_told(backend, layout):
     _, (x, kernels), _ = aggregation(*layout)
-    x, kernels = x.float().unflatten(-1, (-1, 4)), kernels.float().flatten(-2)
+    x, kernels = x.float().unflatten(-1, (4, -1)), kernels.float().flatten(-2)
     with ops.force(backend):
         arguments = x.requires_grad_().to(DEVICE), kernels.requires_grad_().to(DEVICE), 3
         torch.library.opcheck(torch.ops.dense.aggregate.default, arguments)
