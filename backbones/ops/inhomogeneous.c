@@ -88,14 +88,33 @@ static void crop(const Grid *m, const REAL *from, Map *dx) {
 AGGREGATE(Vec)
 AGGREGATE(One)
 
-INLINE void aggregate_at(const REAL *x, const REAL *kernel, REAL *out, I Wp, I S, I G, I K) {
-  I g = 0;
-  for (; g + LANES <= G; g += LANES)
-    if (K == 7)
-      aggregate_all_Vec(x, kernel, out, Wp, S, G, 7, g);
-    else
-      aggregate_all_Vec(x, kernel, out, Wp, S, G, K, g);
-  for (; g < G; g++) aggregate_all_One(x, kernel, out, Wp, S, G, K, g);
+/* Twice as many groups at a time where registers are as wide. */
+#ifdef __AVX512F__
+typedef REAL Wide __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+AGGREGATE(Wide)
+#else
+typedef Vec Wide;
+#define aggregate_all_Wide aggregate_all_Vec
+#define spread_Wide spread_Vec
+#endif
+#define SPAN ((I)(sizeof(Wide) / sizeof(REAL)))
+
+/* Outputs (n, S, G) of n positions from p on, of kernels (n, width). Positions are innermost: those
+   beside each other read almost the same part of x, which stays in a core's cache. */
+INLINE void aggregate_at(const Grid *m, const REAL *x, I p, I n, const REAL *kernels, I width,
+                         REAL *out) {
+  I S = m->S, G = m->G, K = m->K, Wp = m->Wp, g = 0;
+#define AGGREGATE_FROM(T, lanes, size)                                                            \
+  for (; g + lanes <= G; g += lanes)                                                              \
+    for (I i = 0; i < n; i++)                                                                     \
+      aggregate_all_##T(x + corner(m, p + i), kernels + i * width, out + i * S * G, Wp, S, G,     \
+                        size, g);
+  if (K == 7) {
+    AGGREGATE_FROM(Wide, SPAN, 7)
+    AGGREGATE_FROM(Vec, LANES, 7)
+  }
+  AGGREGATE_FROM(Vec, LANES, K)
+  AGGREGATE_FROM(One, 1, K)
 }
 
 /* Positions whose kernels are predicted at a time, so that they stay in a core's cache. */
@@ -221,9 +240,9 @@ I predict_and_aggregate(const Map *x, const Map *hidden, Map *out, const REAL *w
   }
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernels = malloc((TOGETHER * (w.width + 2 * w.Dp) + C) * sizeof(REAL));
+    REAL *kernels = malloc(TOGETHER * (w.width + 2 * w.Dp + C) * sizeof(REAL));
     REAL *rows = kernels + TOGETHER * w.width, *result = rows + TOGETHER * w.Dp;
-    Factor *factors = (Factor *)(result + C);
+    Factor *factors = (Factor *)(result + TOGETHER * C);
     failed = !kernels;
     pad(&m, x, x_padded);
 #pragma omp for schedule(static)
@@ -231,10 +250,8 @@ I predict_and_aggregate(const Map *x, const Map *hidden, Map *out, const REAL *w
       I n = least(step, all - p);
       if (failed) continue;
       predict(&w, hidden + p * D, n, rows, factors, kernels);
-      for (I i = 0; i < n; i++) {
-        aggregate_at(x_padded + corner(&m, p + i), kernels + i * w.width, result, m.Wp, S, G, K);
-        turn_out(result, out + (p + i) * C, G, S);
-      }
+      aggregate_at(&m, x_padded, p, n, kernels, w.width, result);
+      for (I i = 0; i < n; i++) turn_out(result + i * C, out + (p + i) * C, G, S);
     }
     free(kernels);
   }
@@ -268,17 +285,29 @@ I predict_and_aggregate(const Map *x, const Map *hidden, Map *out, const REAL *w
   }
 SPREAD(Vec)
 SPREAD(One)
+#ifdef __AVX512F__
+SPREAD(Wide)
+#endif
 
-INLINE void spread_at(const REAL *x, const REAL *grad, REAL *dx, REAL *kernel, I Wp, I S, I G, I K) {
-  I g = 0;
-  for (; g + LANES <= G; g += LANES)
-    if (K == 7 && S == 3)
-      spread_Vec(x, grad, dx, kernel, Wp, 3, G, 7, g, 3);
-    else if (K == 7)
-      spread_Vec(x, grad, dx, kernel, Wp, S, G, 7, g, 0);
-    else
-      spread_Vec(x, grad, dx, kernel, Wp, S, G, K, g, 0);
-  for (; g < G; g++) spread_One(x, grad, dx, kernel, Wp, S, G, K, g, 0);
+INLINE void spread_at(const Grid *m, const REAL *x, I p, I n, const REAL *grad, REAL *dx, REAL *kernels,
+                      I width) {
+  I S = m->S, G = m->G, K = m->K, Wp = m->Wp, g = 0;
+#define SPREAD_FROM(T, lanes, shared, size, held)                                                 \
+  for (; g + lanes <= G; g += lanes)                                                              \
+    for (I i = 0; i < n; i++) {                                                                   \
+      I at = corner(m, p + i);                                                                    \
+      spread_##T(x + at, grad + i * S * G, dx + at, kernels + i * width, Wp, shared, G, size, g,  \
+                 held);                                                                           \
+    }
+  if (K == 7 && S == 3) {
+    SPREAD_FROM(Wide, SPAN, 3, 7, 3)
+    SPREAD_FROM(Vec, LANES, 3, 7, 3)
+  } else if (K == 7) {
+    SPREAD_FROM(Wide, SPAN, S, 7, 0)
+    SPREAD_FROM(Vec, LANES, S, 7, 0)
+  }
+  SPREAD_FROM(Vec, LANES, S, K, 0)
+  SPREAD_FROM(One, 1, S, K, 0)
 }
 
 /* The gradients. dweight (groups, strips, width, Dp) and dbias (groups, strips, width), by tap, are
@@ -301,9 +330,9 @@ I predict_and_aggregate_backward(const Map *grad, const Map *x, const Map *hidde
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     I Dp = w.Dp, width = w.width, narrow = TOGETHER * Dp, wide = TOGETHER * width;
-    REAL *kernels = malloc((2 * (wide + narrow) + C) * sizeof(REAL)), *rows = kernels + wide;
+    REAL *kernels = malloc((2 * (wide + narrow) + TOGETHER * C) * sizeof(REAL)), *rows = kernels + wide;
     REAL *given = rows + narrow;
-    Factor *factors = (Factor *)(given + C), *others = factors + wide;
+    Factor *factors = (Factor *)(given + TOGETHER * C), *others = factors + wide;
     failed = !kernels;
     pad(&m, x, x_padded);
     clear(&m, dx_padded);
@@ -321,11 +350,8 @@ I predict_and_aggregate_backward(const Map *grad, const Map *x, const Map *hidde
             for (I at = first; at < last && !failed; at += step) {
               I n = least(step, last - at), p = b * H * W + at;
               predict(&w, hidden + p * D, n, rows, factors, kernels);
-              for (I i = 0; i < n; i++) {
-                I place = corner(&m, p + i);
-                turn_in(grad + (p + i) * C, given, G, S);
-                spread_at(x_padded + place, given, dx_padded + place, kernels + i * width, m.Wp, S, G, K);
-              }
+              for (I i = 0; i < n; i++) turn_in(grad + (p + i) * C, given + i * C, G, S);
+              spread_at(&m, x_padded, p, n, given, dx_padded, kernels, width);
               for (I i = 0; i < n; i++)
                 for (I t = 0; t < width; t += LANES) STORE(db + t) += LOAD(kernels + i * width + t);
               const Factor *from = across(rows, n, Dp, others);
@@ -359,7 +385,7 @@ I aggregate(const Map *x, const Map *given, Map *out, I B, I H, I W, I S, I G, I
     for (I p = 0; p < B * H * W; p++) {
       if (failed) continue;
       turn_in(given + p * many, kernel, G, K * K);
-      aggregate_at(x_padded + corner(&m, p), kernel, result, m.Wp, S, G, K);
+      aggregate_at(&m, x_padded, p, 1, kernel, many, result);
       turn_out(result, out + p * C, G, S);
     }
     free(kernel);
@@ -386,11 +412,11 @@ I aggregate_backward(const Map *grad, const Map *x, const Map *given, Map *dx, M
       for (I b = 0; b < B; b++)
         for (I strip = parity; strip < strips; strip += 2)
           for (I at = start_of(&m, strip, strips); at < start_of(&m, strip + 1, strips); at++) {
-            I p = b * H * W + at, place = corner(&m, p);
+            I p = b * H * W + at;
             if (failed) continue;
             turn_in(given + p * many, kernel, G, K * K);
             turn_in(grad + p * C, from, G, S);
-            spread_at(x_padded + place, from, dx_padded + place, kernel, m.Wp, S, G, K);
+            spread_at(&m, x_padded, p, 1, from, dx_padded, kernel, many);
             turn_out(kernel, dgiven + p * many, G, K * K);
           }
     crop(&m, dx_padded, dx);
