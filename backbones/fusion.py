@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from backbones.folding import foldable, linear_after
-from backbones.inference import InferenceBlock, InferenceLinear, InferenceMlp
+from backbones.inference import InferenceBlock, InferenceLinear, InferenceMerging, InferenceMlp
 from backbones.layers import Mlp, is_plain
 from backbones.mixers.conv import ConvMixer
 from backbones.pyramid import Block, PatchMerging
@@ -43,6 +43,8 @@ def fuse(model: Model, inplace: bool = False) -> Model:
                     InferenceBlock.become(module)
             elif isinstance(module, PatchMerging):
                 _replace_linears(module)
+                if type(module) is PatchMerging:
+                    module.__class__ = InferenceMerging
     return model
 
 

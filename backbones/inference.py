@@ -1,6 +1,7 @@
 """Layers and blocks of the networks that :func:`backbones.fuse` returns."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Self
 
 import torch
@@ -14,9 +15,10 @@ from backbones.mixers.conv import ConvMixer
 from backbones.mixers.local_mlp import LocalMLP
 from backbones.mixers.window_attention import WindowAttention
 from backbones.mixers.windowed import WindowedMixer
+from backbones.ops.common import autocast_dtype
 from backbones.ops.linear import Kept, by_onednn, pieces, prepared
 from backbones.ops.windows import resize_window_grid
-from backbones.pyramid import Block
+from backbones.pyramid import Block, PatchMerging, in_fours
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -119,8 +121,8 @@ class InferenceBlock(Block):
     def _by_rows(self, x: Tensor) -> Tensor:
         """With a convolutional mixer; the result takes the memory of its hidden map."""
         hidden = self.mixer.hidden(self.norm1(x)).contiguous()
-        x = x.to(hidden.dtype)
-        self._finished(x, _rows(self.mixer.out_proj, hidden))(x, hidden)
+        x, project = x.to(hidden.dtype), _rows(self.mixer.out_proj, hidden)
+        self._finished(x, lambda rows: project(rows.relu_()))(x, hidden)
         return hidden
 
     def _by_windows(self, x: Tensor, mix: "Mix") -> Tensor:
@@ -166,6 +168,25 @@ class InferenceBlock(Block):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.kept.clear()
         return super()._apply(fn, recurse)
+
+
+class InferenceMerging(PatchMerging):
+    """:class:`~backbones.pyramid.PatchMerging` for inference, on pieces of the map as a block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``."""
+        if isinstance(x, torch.fx.Proxy) or not by_onednn(x):
+            return super().forward(x)
+        if not (_pointwise(self.norm) and is_plain(self.reduction, InferenceLinear)):
+            return super().forward(x)
+        channels, (height, width) = 2 * x.shape[3], (ceil_div(n, 2) for n in x.shape[1:3])
+        out = x.new_empty(len(x), height, width, channels, dtype=autocast_dtype(x))
+        reduce = self.reduction.prepared(x)
+        # Of a part there is a copy in fours and a normalised one.
+        for images, rows in _parts(len(x), height, pieces(x, 2 * x.shape[3])):
+            part = x[images, 2 * rows.start : 2 * rows.stop]
+            out[images, rows] = reduce(self.norm(in_fours(part)))
+        return out
 
 
 # A function of normalised windows, their shift, and which rows of windows they are.
@@ -225,22 +246,23 @@ def _stripes(
         length // 2 if mixer.shifted and count > 1 else 0
         for length, count in zip(mixer.window_size, grid, strict=True)
     )
-    if number <= images:
-        step = ceil_div(images, number)
-        for start in range(0, images, step):
-            chosen = slice(start, min(start + step, images))
-            yield chosen, slice(0, grid[0]), [slice(0, height)], (down, right)
-        return
-    step = ceil_div(grid[0], ceil_div(number, images))
-    for image in range(images):
-        for start in range(0, grid[0], step):
-            stop = min(start + step, grid[0])
-            rows, shift = [slice(down + start * side, down + stop * side)], (0, right)
-            if down and stop == grid[0]:
-                # The last row of windows wraps around to the first rows of the map.
-                rows = [slice(0, down), slice(down + start * side, height)]
-                shift = down, right
-            yield slice(image, image + 1), slice(start, stop), rows, shift
+    for chosen, rows in _parts(images, grid[0], number):
+        top, bottom = down + rows.start * side, down + rows.stop * side
+        if rows.stop - rows.start == grid[0]:
+            yield chosen, rows, [slice(0, height)], (down, right)
+        elif bottom > height:
+            # The last row of windows wraps around to the first rows of the map.
+            yield chosen, rows, [slice(0, down), slice(top, height)], (down, right)
+        else:
+            yield chosen, rows, [slice(top, bottom)], (0, right)
+
+
+def _parts(images: int, height: int, number: int) -> Iterator[tuple[slice, slice]]:
+    """About ``number`` parts of a batch of maps: some images, or some rows of one."""
+    step = ceil_div(images, min(number, images))
+    down = ceil_div(height, ceil_div(number, images))
+    for image, row in product(range(0, images, step), range(0, height, down)):
+        yield slice(image, image + step), slice(row, min(row + down, height))
 
 
 def _pointwise(norm: nn.Module) -> bool:

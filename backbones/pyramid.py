@@ -306,7 +306,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``."""
-        return self.reduction(self.norm(_in_fours(x)))
+        return self.reduction(self.norm(in_fours(x)))
 
 
 class Stage(nn.Module):
@@ -442,7 +442,7 @@ def _whole_patches(x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 @leaf
-def _in_fours(x: Tensor) -> Tensor:
+def in_fours(x: Tensor) -> Tensor:
     """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 4*C)``, zeros where a position is missing."""
     height, width = x.shape[1:3]
     rows, columns = ceil_div(height, 2), ceil_div(width, 2)

@@ -60,12 +60,12 @@ class ConvMixer(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
-        return normalise(self.out_norm, self.out_proj(self.hidden(x)))
+        return normalise(self.out_norm, self.out_proj(F.relu(self.hidden(x))))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """All before ``out_proj``, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
+        """All before the second ReLU, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
         x = self.in_act(normalise(self.in_norm, self.in_proj(x)))
-        return F.relu(normalise(self.mid_norm, self.mix(x)))
+        return normalise(self.mid_norm, self.mix(x))
 
     def mix(self, x: Tensor) -> Tensor:
         """Apply the depth-wise operator, ``(B, H, W, C)`` to ``(B, H, W, C)``."""
