@@ -1,5 +1,6 @@
 """Folding changes no output and leaves no norm that could have gone."""
 
+import itertools
 import pickle
 import threading
 from copy import deepcopy
@@ -276,3 +277,22 @@ def test_graphs_of_a_fused_network_have_pytorchs_operators_only(family):
     calls.extend(str(node.target) for node in exported.graph.nodes)
     assert calls and not any("mkldnn" in call for call in calls)
     assert all("dense" not in str(node.target) for node in exported.graph.nodes)
+
+
+@pytest.mark.parametrize("family", backbones.FAMILIES)
+def test_pieces_need_less_memory(family, monkeypatch):
+    """No map of queries, keys and values or of an MLP, and no sum beside its summands."""
+    monkeypatch.setattr(import_module("backbones.ops.linear"), "_HIDDEN", 2**16)
+    model = spread(timm.create_model(f"{family}_nano", num_classes=0, depths=(2,), img_size=448))
+    fused, x = backbones.fuse(model), torch.randn(1, 3, 448, 448)
+    with torch.no_grad():
+        assert peak(lambda: fused(x)) < peak(lambda: model(x)) / 2
+
+
+def peak(step) -> int:
+    step()
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes))
