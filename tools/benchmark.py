@@ -16,11 +16,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from dense import files
-from dense.analysis.benchmark import measure, models, networks, operators, report
+from dense.waiting import waiting
+
+with waiting("importing PyTorch"):
+    import torch
+
+    from dense import files
+    from dense.analysis.benchmark import measure, models, networks, operators, report
 
 SUITES = ("operators", "networks", "scaling", "models")
 

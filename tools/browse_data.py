@@ -49,7 +49,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     add("--seed", type=int, default=0, help="which samples, and their augmentation (%(default)s)")
     add("tool", choices=TOOLS, metavar="TOOL", help=", ".join(TOOLS))
     args, rest = parser.parse_known_args(argv)
-    from dense.browsing import MOST_SAMPLES
+    with waiting("importing PyTorch"):
+        from dense.browsing import MOST_SAMPLES
 
     if not 0 <= args.images <= MOST_SAMPLES:
         parser.error(f"--images {args.images}: 0 to {MOST_SAMPLES}, so that the page stays small")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from dense import files, runs, steps
 from dense.steps import State, Step, StepError
+from dense.waiting import waiting
 
 ROOT = Path(__file__).resolve().parents[1]
 IMG_SIZE = 64
@@ -159,7 +160,8 @@ def run(args: argparse.Namespace) -> None:
     from dense import require
 
     require("mmengine", "pretraining")
-    from dense.analysis import comparison
+    with waiting("importing PyTorch"):
+        from dense.analysis import comparison
 
     data = Path(args.data_root).resolve()
     num_classes = count_classes(data)

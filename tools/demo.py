@@ -20,10 +20,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dense import drawing, files, page, prediction, report, runs, steps
-from dense.demo import scenes
-from dense.images import read_image
-from dense.steps import State, Step, StepError
+from dense.waiting import waiting
+
+with waiting("importing PyTorch"):
+    from dense import drawing, files, page, prediction, report, runs, steps
+    from dense.demo import scenes
+    from dense.images import read_image
+    from dense.steps import State, Step, StepError
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE = "i_d_dw_conv_nano"
@@ -252,7 +255,8 @@ def demo(out: Path, fresh: bool) -> None:
         jobs = min(2, len(os.sched_getaffinity(0)))
         for row in ([SCENES], [DETECTOR, SEGMENTOR]):
             steps.run_all(row, out, places(out), state, lock, ROOT, jobs)
-        measured = write_page(out, state)
+        with waiting("writing the page"):
+            measured = write_page(out, state)
     for figure in measured:
         least = "" if figure.least is None else f"  (at least {figure.least:.0f})"
         print(f"{figure.name:>16} {figure.value:6.1f}{least}")

@@ -46,6 +46,7 @@ from dense.analysis.kernels.launches import (
     resources,
 )
 from dense.analysis.kernels.offsets import overflows
+from dense.waiting import waiting
 
 # What a program can have on GPUs of compute capability 8.6, 8.9 and 12.0, in bytes.
 SHARED = 101_376
@@ -95,7 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     archs = ", ".join(f"sm_{arch}" for arch in args.arch)
     print(f"Triton {triton.__version__}, {archs}\n")
     failed, header = False, True
-    compiling = tqdm(planned(args), "compiling", delay=2, leave=False, unit="kernel")
+    with waiting("importing PyTorch"):
+        work = planned(args)
+    compiling = tqdm(work, "compiling", delay=2, leave=False, unit="kernel")
     for dtype, one, same in compiling:
         rows = [inspect(one, same, arch, args.only) for arch in args.arch]
         failed |= any(row.get("spilled", 0) for row in rows) and dtype != "fp32"

@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.huggingface:
-            from dense.huggingface.folder import write_folder
+            with waiting("importing transformers"):
+                from dense.huggingface.folder import write_folder
 
             config = Path(args.config or config_beside(args.checkpoint))
             if framework_of(config) != "classification":

@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
 
     cfg = configured(args)
     if args.eval_only:
-        resolve_data(cfg, training=False)
+        with waiting("reading the annotations"):
+            resolve_data(cfg, training=False)
         engine.start(cfg, args)
         return
     engine.check(cfg, args)
