@@ -149,6 +149,17 @@ def test_every_foreseen_end_is_one_line(error, status, said):
     assert said in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("given", ["--resume", "--auto-resume", "--overwrite"])
+def test_the_command_that_goes_on_resumes_and_removes_nothing(given):
+    code = ENDS.format(error="runs.Stopped(2, 'iter_5.pth')").replace("--work-dir", given)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment()
+    )
+    words = done.stderr.split("To go on: ")[1].split()
+    assert len([word for word in words if word.endswith("resume")]) == 1
+    assert "--overwrite" not in words
+
+
 def test_other_errors_keep_their_traceback():
     done = subprocess.run(
         [sys.executable, "-c", ENDS.format(error="ZeroDivisionError")],

@@ -55,9 +55,18 @@ def assert_same(one, two):
 def test_one_size_without_mirror_is_the_plain_evaluation(photo, shared):
     cfg = config(f"model.roi_heads.shared_heads={shared}")
     cfg.dataloader.tta.update(min_sizes=[90], max_size=4000, flip=False)
+    for predictor in cfg.model.roi_heads.box_predictors:
+        # Not the defaults, which Detectron2 would take from a config of its older kind.
+        predictor.update(test_nms_thresh=0.3, test_topk_per_image=40)
     model = detector(cfg)
     plain = eval_step(model, [photo])
-    assert_same(eval_step(with_tta(cfg, model), [photo]), plain)
+    assert len(plain) == 40
+    augmented = with_tta(cfg, model)
+    assert_same(eval_step(augmented, [photo]), plain)
+    # Of one size, merging changes nothing; it would show with several.
+    heads = augmented.cfg.MODEL.ROI_HEADS
+    assert (heads.NUM_CLASSES, heads.NMS_THRESH_TEST) == (2, 0.3)
+    assert augmented.cfg.TEST.DETECTIONS_PER_IMAGE == 40
     assert len(cfg.dataloader.test.mapper.augmentations) == 0
 
 

@@ -295,6 +295,9 @@ def test_a_tenth_of_300_epochs():
     assert cfg.train_cfg.max_epochs == 30
     [schedule] = cfg.param_scheduler
     assert schedule.warmup == pytest.approx(2) and "end" not in schedule
+    # Of a schedule by iteration, a part of an epoch is no whole one.
+    set_length(cfg, "epochs", 3)
+    assert schedule.warmup == pytest.approx(0.2)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Length of a training, the best checkpoint, early stopping, the services that log."""
+"""The best checkpoint, early stopping, resuming at another length, the services that log."""
 
 import sys
 from pathlib import Path
@@ -6,18 +6,16 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmseg.evaluation import IoUMetric
 
-from dense.openmmlab.config import ConfigError, set_length, use_early_stop
+from dense.openmmlab.config import use_early_stop
 from dense.recipes import RECIPES
-from dense.segmentation.config import build_runner, load_config
+from dense.segmentation.config import build_runner
 from tests.support import losses
 
 pytestmark = pytest.mark.slow
 
 CONFIGS = RECIPES / "segmentation"
-FULL_SIZE = "dw_conv_tiny_upernet_8xb2-160k_ade20k-512x512"
 
 
 @pytest.fixture
@@ -61,32 +59,6 @@ def test_another_length_on_resuming_is_said(nano_cfg):
     assert "the checkpoint's schedule stays" in said and ".end is 2, the config's is 4" in said
 
 
-def test_half_of_160k_is_mmsegmentations_80k():
-    """But for warm-up, which is halved too."""
-    import mmseg
-
-    ours = load_config(CONFIGS / f"{FULL_SIZE}.py")
-    set_length(ours, "iters", 80_000)
-    package = Path(mmseg.__file__).parent
-    theirs = Config.fromfile(package / ".mim/configs/_base_/schedules/schedule_80k.py")
-    assert ours.train_cfg.max_iters == theirs.train_cfg.max_iters
-    assert ours.train_cfg.val_interval == theirs.train_cfg.val_interval
-    assert ours.param_scheduler[1].end == theirs.param_scheduler[0].end
-    assert (ours.param_scheduler[0].end, ours.param_scheduler[1].begin) == (750, 750)
-    assert ours.default_hooks.checkpoint.interval == 2000
-
-
-def test_a_few_iterations_have_a_warm_up_and_an_evaluation():
-    cfg = load_config(CONFIGS / "dw_conv_nano_upernet.py")
-    set_length(cfg, "iters", 6)
-    warm_up, decay = cfg.param_scheduler
-    assert (warm_up.begin, warm_up.end, decay.begin, decay.end) == (0, 1, 1, 6)
-    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (6, 3)
-    assert cfg.default_hooks.checkpoint.interval == 1
-    with pytest.raises(ConfigError, match="--epochs: .*nano_upernet.py has no train_cfg.max_epoch"):
-        set_length(cfg, "epochs", 6)
-
-
 def test_the_best_is_kept_and_a_training_that_no_longer_gains_ends(scripted, train):
     scripted(10.0, 30.0, 20.0, 30.0)
     folder = train(patience=2, max_iters=10)
@@ -105,13 +77,6 @@ def test_a_resumed_training_counts_what_was_before(scripted, train):
     scripted()
     train(patience=2, max_iters=10, resume=True)
     assert sorted(losses(folder)) == [1, 2, 3]
-
-
-def test_early_stop_needs_a_metric():
-    cfg = load_config(CONFIGS / "dw_conv_nano_upernet.py")
-    cfg.default_hooks.checkpoint.pop("save_best")
-    with pytest.raises(ConfigError, match="--early-stop: default_hooks.checkpoint.save_best"):
-        use_early_stop(cfg, 2)
 
 
 def test_every_evaluation_has_a_table_of_the_classes(train, capfd):

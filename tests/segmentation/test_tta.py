@@ -103,7 +103,9 @@ def test_own_data_are_read_as_in_training(shapes):
     use_tta(cfg)
     assert cfg.model.type == "SegTTAModel"
     assert cfg.model.module.decode_head.num_classes == len(classes)
-    assert cfg.test_dataloader.dataset.pipeline[0].type == "ReadImage"
+    assert [step["type"] for step in cfg.test_dataloader.dataset.pipeline] == [
+        *("ReadImage", "TestTimeAug")
+    ]
 
 
 def test_a_config_without_it_is_refused():
