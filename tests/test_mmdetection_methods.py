@@ -55,10 +55,14 @@ def test_the_recipe_is_mmdetections(name):
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         left_out = ("num_workers", "dataset.pipeline.0.backend_args", "dataset.backend_args")
         assert fields(ours[loader], *left_out) == fields(theirs[loader], *left_out)
-    assert fields(ours.train_cfg, "val_interval") == fields(theirs.train_cfg, "val_interval")
+    assert fields(ours.train_cfg) == fields(theirs.train_cfg)
     metric = theirs.val_evaluator.metric
     assert ours.val_evaluator.metric == metric
     swin, _ = configs("mask-rcnn_fpn_8xb2-1x_coco")[::-1]
+    network = ours.model.backbone
+    assert (network.init, network.norm) == ("ms_in1k", "SyncBN")
+    assert network.out_indices == theirs.model.backbone.out_indices
+    assert network.drop_path_rate == swin.model.backbone.drop_path_rate
     assert ours.optim_wrapper.type == "OptimWrapper"
     assert ours.optim_wrapper.optimizer == swin.optim_wrapper.optimizer
     assert ours.param_scheduler[0] == swin.param_scheduler[0]

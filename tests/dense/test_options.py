@@ -15,7 +15,7 @@ def test_names_on_the_command_line(tmp_path, monkeypatch):
 
 def test_a_file_of_names(tmp_path):
     path = tmp_path / "classes.txt"
-    path.write_text("road\n\ntraffic light\nstreet 7\n")
+    path.write_text("road\n\ntraffic light\n  \nstreet 7\n")
     assert listed_classes(str(path)) == (["road", "traffic light", "street 7"], None)
 
 

@@ -327,3 +327,15 @@ def test_a_file_of_classes(coco_files, tmp_path):
     cfg = tool.configured(args)
     resolve_data(cfg, training=True)
     assert cfg.dataloader.metadata.classes == ["bar", "block"]
+
+
+def test_the_tools_options_name_the_data(coco_files):
+    from tests.support import load_tool
+
+    tool = load_tool("train_detector")
+    test = ["--test-json", "test.json", "--test-images", "test", "--allow-invalid"]
+    words = ["--config-file", NANO, *coco_files.arguments(), *test, "--classes", "bar, block"]
+    cfg = tool.configured(tool.parse_args([*words, "--iters", "64", "--output-dir", "mine"]))
+    test = {"test_json": "test.json", "test_images": "test", "allow_invalid": True}
+    assert cfg.data == {**coco_files.named(), **test, "classes": ["bar", "block"]}
+    assert (cfg.train.max_iter, cfg.train.output_dir) == (64, "mine")

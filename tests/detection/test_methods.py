@@ -65,6 +65,11 @@ def test_the_recipe_is_detectron2s(name):
         assert [text.translate(_BRACKETS) for text in mine] == [
             text.translate(_BRACKETS) for text in other
         ]
+    network = cfg.model.backbone.bottom_up
+    assert (network.init, network.drop_path_rate, network.norm) == ("ms_in1k", 0.2, "SyncBN")
+    assert cfg.model.input_format == "RGB"
+    assert cfg.model.pixel_mean == [123.675, 116.28, 103.53]
+    assert cfg.model.pixel_std == [58.395, 57.12, 57.375]
     optimizer = {k: v for k, v in cfg.optimizer.items() if k not in ("_target_", "params")}
     assert optimizer == {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.05}
     assert cfg.optimizer._target_ is torch.optim.AdamW

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 
 from dense import journal
+from dense.drawing import class_colours
 from dense.recipes import RECIPES
 from tests.pages import Page
 from tests.support import load_tool
@@ -22,7 +24,11 @@ def browse(out: Path, *arguments: str) -> Page:
     return Page(out.read_text())
 
 
-def test_browsing_counts_as_pycocotools(coco_files, tmp_path, capsys):
+def test_browsing_counts_as_pycocotools(coco_files, tmp_path, monkeypatch):
+    # Where a training would write is not where browsing does.
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
     def change(content):
         content["categories"][0]["name"] = "<b>bar</b>"
         content["annotations"][2]["iscrowd"] = 1
@@ -49,7 +55,9 @@ def test_browsing_counts_as_pycocotools(coco_files, tmp_path, capsys):
         assert page.row(name)[:2] == [str(counts[-1]), str(photos[-1])]
     assert page.row("objects")[0] == str(sum(counts))
     assert len(page.pictures) == 4 + 2
+    assert page.row("photo width, training") == page.row("photo width, validation") == ["128"] * 3
     assert sorted(Path(tmp_path / "pages").iterdir()) == [out]
+    assert list(Path().iterdir()) == []
 
 
 def test_browsing_shows_what_the_mapper_makes(coco_files, tmp_path):
@@ -64,6 +72,33 @@ def test_browsing_shows_what_the_mapper_makes(coco_files, tmp_path):
     assert augmented.captions == again.captions
     for one, two in zip(augmented.pictures, again.pictures, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_browsing_draws_objects_in_the_colours_of_their_classes(coco_files, tmp_path, order):
+    arguments = ["--config-file", NANO, *coco_files.arguments(), "--images", "4"]
+    arguments += ["dataloader.train.mapper.augmentations=[]"]
+    arguments += [f"dataloader.train.mapper.image_format={order}"]
+    page = browse(tmp_path / "page.html", *arguments)
+    colours = dict(zip((4, 9), class_colours(2), strict=True))
+    for split, pairs in (("train", slice(4)), ("val", slice(4, None))):
+        truth = json.loads(Path(coco_files.json(split)).read_text())["annotations"]
+        for caption, picture in zip(page.captions[pairs], page.pictures[pairs], strict=True):
+            name = caption.partition(":")[0]
+            photo = np.asarray(Image.open(Path(coco_files.images(split), name))).astype(int)
+            scale = len(picture) / len(photo)
+            bar, block = (a for a in truth if a["image_id"] == int(name.partition(".")[0]))
+            # The block is drawn over the bar in the photo, as are their masks in either order.
+            for one, other in ((bar, block), (block, bar)):
+                x, y, w, h = one["bbox"]
+                points = [(x + w * i // 8, y + h * j // 8) for i in (1, 7) for j in (2, 6)]
+                left, top, width, height = other["bbox"]
+                for px, py in points:
+                    if left - 3 <= px <= left + width + 3 and top - 3 <= py <= top + height + 3:
+                        continue
+                    seen = picture[int((py + 0.5) * scale), int((px + 0.5) * scale)]
+                    mixed = (photo[py, px] + np.array(colours[one["category_id"]])) / 2
+                    assert np.abs(seen - mixed).max() < 45, (name, one["category_id"])
 
 
 def test_browsing_refuses_in_one_line(coco_files, tmp_path, capsys):

@@ -94,12 +94,14 @@ def test_a_resumed_training_knows_what_was_before(train):
     train([20.0, 25.0], "--iters", "10", "--early-stop", "2", "--auto-resume")
     assert sorted(losses(folder)) == [0, 1, 2]
     assert iteration(folder / "model_best.pth") == (0, 0)
-    train([40.0, 30.0, 20.0], "--iters", "6", "train.max_iter=384", "--resume")
-    assert iteration(folder / "model_best.pth") == (3, 3)
+    # Above the last evaluation, below the best.
+    train([28.0, 29.0, 20.0], "--iters", "6", "train.max_iter=384", "--resume")
+    assert iteration(folder / "model_best.pth") == (0, 0)
     assert sorted(losses(folder)) == [0, 1, 2, 3, 4, 5]
     # It was written after model_final.pth, which is what a resumed training goes on from.
     train([20.0, 50.0], "--iters", "7", "train.max_iter=448", "--resume")
     assert sorted(losses(folder)) == [0, 1, 2, 3, 4, 5, 6]
+    assert iteration(folder / "model_best.pth") == (7, 7)
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
 
 

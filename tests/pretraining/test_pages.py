@@ -35,6 +35,11 @@ def test_browsing_counts_the_folders(tmp_path):
     assert any("n01_0.jpg cannot be read" in line for line in page.lines)
     # The recipe's 64x64 crops.
     assert [picture.shape for picture in page.pictures[:6]] == [(64, 64, 3)] * 6
+    # Each class is noise below 80, and 150 more in a channel of its own.
+    names = ["n01", "<u>cat & dog", "n03"]
+    for caption, picture in zip(page.captions[6:], page.pictures[6:], strict=True):
+        means = np.delete(picture.mean((0, 1)), own := names.index(caption.partition(":")[0]))
+        assert 160 < picture[..., own].mean() < 220 and max(means) < 80
 
     # The recipe of ImageNet mixes photos.
     config = CONFIGS / "dw_conv_tiny_8xb128-300e_in1k-224x224.py"

@@ -84,6 +84,7 @@ def test_upernet_on_cityscapes():
         left_out = ("in_channels",)
         assert fields(mine.model[head], *left_out) == fields(other.model[head], *left_out)
     swin = theirs("swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512")
+    assert mine.model.backbone.drop_path_rate == swin.model.backbone.drop_path_rate
     assert mine.optim_wrapper.optimizer == swin.optim_wrapper.optimizer
     assert [dict(s, end=0, begin=0) for s in mine.param_scheduler] == [
         dict(s, end=0, begin=0) for s in swin.param_scheduler

@@ -1,5 +1,6 @@
 """Own data in the forms that people have: endings of masks, coloured masks, a test split."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from dense.segmentation.config import (
     ConfigError,
     check,
     load_config,
+    set_data_root,
     set_test_data,
     use_own_data,
 )
@@ -82,21 +84,40 @@ def configured(given):
     return cfg
 
 
+def dataset_of(cfg):
+    init_default_scope("mmseg")
+    options = dict(cfg.val_dataloader.dataset)
+    options.pop("type")
+    return FolderDataset(**options, test_mode=True)
+
+
+def labels_of(cfg):
+    return [sample["data_samples"].gt_sem_seg.data[0].numpy() for sample in dataset_of(cfg)]
+
+
+@pytest.mark.parametrize("suffix, dtype", [(".tif", "uint8"), (".tiff", "uint16")])
+def test_tiffs_are_read_as_pngs(shapes, tmp_path, suffix, dtype):
+    given = dict(shapes)
+    for kind in ("images", "masks"):
+        given[f"val_{kind}"] = str(tmp_path / kind)
+        (tmp_path / kind).mkdir()
+        for path in Path(shapes[f"val_{kind}"]).iterdir():
+            pixels = np.asarray(Image.open(path))
+            pixels = pixels.astype(dtype) if kind == "masks" else pixels
+            Image.fromarray(pixels).save(tmp_path / kind / f"{path.stem}{suffix}")
+    cfg = configured(given)
+    check(cfg, training=True)
+    for ours, expected in zip(labels_of(cfg), labels_of(configured(shapes)), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
 def test_colours_become_class_indices(coloured, shapes):
     cfg, plain = configured(coloured), configured(shapes)
     check(cfg, training=True)
     assert cfg.model.decode_head.num_classes == 3
-    init_default_scope("mmseg")
-    labels = []
-    for config in (cfg, plain):
-        options = dict(config.val_dataloader.dataset)
-        options.pop("type")
-        dataset = FolderDataset(**options, test_mode=True)
-        labels.append([sample["data_samples"].gt_sem_seg.data[0].numpy() for sample in dataset])
-        # Overlays are drawn in the same colours.
-        if config is cfg:
-            assert list(dataset.metainfo["palette"]) == list(COLOURS.values())
-    for ours, expected in zip(*labels, strict=True):
+    # Overlays are drawn in the same colours.
+    assert list(dataset_of(cfg).metainfo["palette"]) == list(COLOURS.values())
+    for ours, expected in zip(labels_of(cfg), labels_of(plain), strict=True):
         expected[:4, :4] = 255
         np.testing.assert_array_equal(ours, expected)
         assert set(np.unique(ours)) == {0, 1, 2, 255}
@@ -142,6 +163,15 @@ def test_a_test_split_beside_the_validations(shapes, tools):
         configured({**shapes, "test_images": shapes["val_images"]})
 
 
+def test_a_training_needs_no_standard_test_data(ade_layout):
+    cfg = load_config(NANO)
+    set_data_root(cfg, str(ade_layout))
+    cfg.test_dataloader.dataset.data_prefix.img_path = "absent"
+    check(cfg, training=True)
+    with pytest.raises(ConfigError, match="no folder .*absent .test_dataloader"):
+        check(cfg, training=False)
+
+
 def test_testing_on_other_folders(shapes):
     cfg = configured(shapes)
     set_test_data(cfg, None, None)
@@ -153,3 +183,25 @@ def test_testing_on_other_folders(shapes):
         set_test_data(cfg, shapes["train_images"], None)
     with pytest.raises(ConfigError, match="tests on ADE20KDataset; the config that a training"):
         set_test_data(load_config(NANO), shapes["train_images"], shapes["train_masks"])
+
+
+def test_the_tool_tests_on_the_folders_that_it_is_given(shapes, tools, tmp_path, monkeypatch):
+    built = []
+
+    class Runner:
+        def __init__(self, cfg):
+            built.append(cfg)
+
+        def test(self):
+            pass
+
+    monkeypatch.setattr("dense.segmentation.config.build_runner", Runner)
+    configured(shapes).dump(tmp_path / "net.py")
+    words = [str(tmp_path / "net.py"), str(tmp_path / "net.pth")]
+    words += ["--test-images", shapes["train_images"], "--test-masks", shapes["train_masks"]]
+    monkeypatch.setattr(sys, "argv", ["test_segmentor.py", *words])
+    tools.test.main()
+    [cfg] = built
+    assert cfg.test_dataloader.dataset.data_prefix == dict(
+        img_path=shapes["train_images"], seg_map_path=shapes["train_masks"]
+    )

@@ -49,6 +49,8 @@ def test_browsing_counts_as_numpy(shapes, tmp_path):
             assert float(share) == pytest.approx(100 * counts[index] / counts[:4].sum(), abs=0.006)
             assert int(present) == sum((m == index).any() for m in masks)
         assert page.row("pixels in them")[column // 2] == f"{sum(m.size for m in masks):,}"
+    order = [row[0] for row in page.rows if row and row[0] in ("<i>ground</i>", "box", "bar")]
+    assert order == ["<i>ground</i>", "box", "bar"], "the most frequent first"
     odd = "\n".join(page.lines)
     assert "masks/train/0.png holds 9: 4 classes are 0 to 3" in odd
     assert "masks/train/1.png is 70x64, its photo 80x64" in odd
@@ -84,6 +86,30 @@ def test_browsing_shows_what_the_pipeline_makes(shapes, tmp_path):
     ), "cropped to 40 after a random scale"
     validation = page.captions[6:]
     assert validation and all("50x40" in caption for caption in validation)
+    again = browse(tmp_path / "again.html", *arguments, "--short-side", "40")
+    for one, two in zip(page.pictures, again.pictures, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_browsing_draws_classes_over_photos(tmp_path):
+    """A photo of one colour: as it is where its mask is ignored."""
+    colour = (200, 100, 20)
+    mask = np.full((64, 80), 255, np.uint8)
+    mask[:, :40] = 1
+    folders = {"classes": "ground,box"}
+    for split in ("train", "val"):
+        for kind, pixels in (("images", np.full((64, 80, 3), colour, np.uint8)), ("masks", mask)):
+            folder = tmp_path / split / kind
+            folder.mkdir(parents=True)
+            Image.fromarray(pixels).save(folder / "a.png")
+            folders[f"{split}_{kind}"] = str(folder)
+    page = browse(tmp_path / "page.html", CONFIG, *own_data(folders), "--images", "2")
+    training, validation = (picture.astype(int) for picture in page.pictures)
+    width = validation.shape[1]
+    drawn, plain = validation[:, : width // 2 - 9], validation[:, width // 2 + 9 :]
+    assert np.abs(plain - colour).max() < 20 and np.abs(drawn - colour).max(2).min() > 20
+    # Mirrored or not.
+    assert 0.2 < (np.abs(training - colour).max(2) < 20).mean() < 0.8
 
 
 def test_a_training_ends_with_its_report(shapes, tmp_path, monkeypatch, reports):

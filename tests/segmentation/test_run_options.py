@@ -95,7 +95,9 @@ def test_the_readmes_lines_of_services_that_log(monkeypatch, train, kind, module
     service = MagicMock()
     monkeypatch.setitem(sys.modules, module, service)
     key, _, value = option.partition("=")
-    train(max_iters=2, **{key: value})
+    folder = train(max_iters=2, **{key: value})
     calls = (service.log if kind == "Wandb" else service.log_metrics).call_args_list
     logged = {name for call in calls for name in (*call.args, *call.kwargs.values())[0]}
     assert {"loss", "mIoU"} <= logged
+    # What resuming and the report read is written all the same.
+    assert list(folder.glob("*/vis_data/scalars.json"))

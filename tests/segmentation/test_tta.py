@@ -85,6 +85,8 @@ def test_sizes_are_swins_of_the_short_side_of_the_test():
     cfg = load_config(CONFIGS / "dw_conv_tiny_upernet_8xb2-160k_ade20k-512x512.py")
     shorts = (256, 384, 512, 640, 768, 896)
     assert resizes(cfg) == [dict(scale=(4 * s, s), keep_ratio=True) for s in shorts]
+    cfg = load_config(CONFIGS / "methods/upernet_4xb2-80k_cityscapes-512x1024.py")
+    assert resizes(cfg) == [dict(scale=(4 * s, 2 * s), keep_ratio=True) for s in shorts]
     cfg = load_config(CONFIGS / "dw_conv_nano_upernet.py")
     assert resizes(cfg) == [dict(scale_factor=r, keep_ratio=True) for r in RATIOS]
     set_short_side(cfg, 96)
