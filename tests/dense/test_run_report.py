@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from dense import run_report
 from tests.pages import Page
+from tests.support import load_tool
 
 Config = pytest.importorskip("mmengine.config").Config
 
@@ -54,3 +56,18 @@ def test_the_report_says_what_the_logs_do(folder):
     assert all(title in page.text for title in ("Losses", "Validation", "Learning rate"))
     assert "in 2 starts, finished" in page.text
     assert not page.pictures
+
+
+def test_the_tools_options_reach_the_report(monkeypatch):
+    given = []
+    monkeypatch.setattr(run_report, "write", lambda *options: given.append(options))
+    assert load_tool("report").main(["mine", "--images", "3", "--out", "page.html"]) == 0
+    assert given == [("mine", 3, "page.html")]
+
+
+def test_an_image_is_judged_by_the_classes_that_truth_or_prediction_has():
+    reporting = pytest.importorskip("dense.segmentation.reporting")
+    truth, found = np.array([[0, 0, 255]]), np.array([[0, 1, 2]])
+    # 1 of 2 pixels of the first class, 0 of 1 of the second; the third is where none counts.
+    assert reporting._miou(found, truth, 4) == 25.0
+    assert reporting._miou(found, np.full_like(truth, 255), 4) is None

@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from dense import journal
+from dense.detection import reporting
 from dense.drawing import class_colours
 from dense.recipes import RECIPES
 from tests.pages import Page
@@ -150,6 +151,13 @@ def test_a_training_ends_with_its_report(coco_files, tmp_path, monkeypatch, repo
     (out / "inference/coco_instances_results.json").write_text(json.dumps(found))
     results = {"bbox": {"AP": 50.0, "AP-block": 25.0, "AP-bar": 75.5}}
     (out / "results.json").write_text(json.dumps(results))
+    boxes, draw = [], reporting.drawn
+
+    def noting(image, instances, colours):
+        boxes.append(instances.gt_boxes.tensor.tolist())
+        return draw(image, instances, colours)
+
+    monkeypatch.setattr(reporting, "drawn", noting)
     assert load_tool("report").main([str(out), "--out", str(tmp_path / "other.html")]) == 0
     page = Page((tmp_path / "other.html").read_text())
     assert page.row("bar") == ["75.50"] and page.row("block") == ["25.00"]
@@ -158,6 +166,7 @@ def test_a_training_ends_with_its_report(coco_files, tmp_path, monkeypatch, repo
     assert page.captions == ["truth", "prediction"] * 2
     best_truth, best, worst_truth, worst = (p.astype(int) for p in page.pictures)
     assert np.abs(worst - worst_truth).max() > 60, "nothing is drawn where nothing was found"
+    assert boxes[0] == boxes[1] and len(boxes[0]) == len(boxes[2]) == 2 and boxes[3] == []
 
 
 def test_a_folder_without_a_training_has_no_report(tmp_path, capsys):
