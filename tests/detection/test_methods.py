@@ -67,6 +67,7 @@ def test_the_recipe_is_detectron2s(name):
         ]
     network = cfg.model.backbone.bottom_up
     assert (network.init, network.drop_path_rate, network.norm) == ("ms_in1k", 0.2, "SyncBN")
+    assert network.out_features == cfg.model.backbone.in_features
     assert cfg.model.input_format == "RGB"
     assert cfg.model.pixel_mean == [123.675, 116.28, 103.53]
     assert cfg.model.pixel_std == [58.395, 57.12, 57.375]
