@@ -41,7 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--photos", help="folder of photos to check on; default: DENSE_SAMPLE_DATA, else drawn ones"
     )
     smaller = parser.add_mutually_exclusive_group()
-    for name, text in (("int8", "8-bit numbers"), ("fp16", "weights in float16")):
+    texts = {"int8": "8-bit numbers", "bf16": "computed in bfloat16", "fp16": "weights in float16"}
+    for name, text in texts.items():
         smaller.add_argument(
             f"--{name}", action="store_const", const=name, dest="precision", help=text
         )
@@ -94,8 +95,8 @@ def write(source, out: Path, precision: str, photos) -> list[Path]:
         return files.write(source.network, source.about, out)
     graph = out.with_name(".float32.onnx")
     files.write(source.network, source.about, graph)
-    if precision == "fp16":
-        return files.to_openvino(graph, out, half=True)
+    if precision in ("bf16", "fp16"):
+        return files.to_openvino(graph, out, precision)
     smaller = out.with_suffix(".onnx")
     batches = [checking.normalised(photo, source.about, source.size) for photo in photos]
     cosine_of = checking.cosines_with(source, photos)

@@ -10,7 +10,7 @@ from backbones.ops.common import (
     pad,
     promoted,
     register_backward,
-    rows_of_windows,
+    sum_of_taps,
     triton_kernels,
     windows,
 )
@@ -145,12 +145,9 @@ def _by_taps(x: Tensor, kernels: Tensor, size: int) -> Tensor:
 
 def _by_rows(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     """For export."""
-    kernels = kernels.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (size, size))
-    out, x = 0, x.transpose(-1, -2)
-    for row, window in enumerate(rows_of_windows(pad(promoted(x), size), x.shape, size)):
-        # (B, H, W, K, 1, G) of a row of taps.
-        taps = kernels[..., row, :].transpose(-1, -2).unsqueeze(-2)
-        out = out + (window * taps).sum(3)
+    taps = kernels.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (size, size))
+    taps, x = taps.permute(4, 5, 0, 1, 2, 3), x.transpose(-1, -2)
+    out = sum_of_taps(promoted(x), size, [], [taps], lambda _, given: given[0])
     return out.to(x.dtype).transpose(-1, -2)
 
 

@@ -151,17 +151,77 @@ def windows(padded: Tensor, shape: torch.Size, size: int) -> list[Tensor]:
     ]
 
 
-def rows_of_windows(padded: Tensor, shape: torch.Size, size: int) -> Iterator[Tensor]:
-    """The K parts ``(B, H, W, K, ...)`` of a padded map that a row of taps multiplies each.
+def scanned(
+    step: Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]],
+    carry: list[Tensor],
+    given: list[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A step along the first axis of some tensors: one node of an exported graph, ONNX's Scan.
 
-    For graphs, in which K*K views would be K times as many nodes.
+    OpenVINO reads a step that uses nothing but its arguments and numbers.
+
+    Args:
+        step: ``step(carry, slices)`` returns the next carry and the slices of the results.
+        carry: what the first step gets.
+        given: the tensors, whose first axes are of one length.
+
+    Returns:
+        The last carry, and the results, stacked.
     """
-    height, width = shape[1:3]
-    columns = torch.arange(width, device=padded.device)[:, None]
-    columns = columns + torch.arange(size, device=padded.device)
-    across = padded.index_select(2, columns.flatten()).unflatten(2, (width, size))
-    for row in range(size):
-        yield across[:, row : row + height]
+    from torch._higher_order_ops.scan import scan
+
+    def own(tensors: list[Tensor]) -> list[Tensor]:
+        return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+
+    # An operator of higher order returns none of its arguments, and a carry keeps its strides.
+    return scan(lambda *args: tuple(map(own, step(*args))), own(carry), own(given))
+
+
+def sum_of_taps(
+    x: Tensor,
+    size: int,
+    shared: list[Tensor],
+    given: list[Tensor],
+    tap: Callable[[list[Tensor], list[Tensor]], Tensor],
+) -> Tensor:
+    """The sum over K*K taps of a window of ``x`` times the tap's kernels, for exported graphs.
+
+    A step for each row of taps keeps the graph small.
+
+    Args:
+        x: ``(B, H, W, S, G)``.
+        size: K.
+        shared: tensors that every tap gets.
+        given: ``(K, K, ...)``, of which a tap gets its own part.
+        tap: ``tap(shared, given)`` returns ``(B, H, W, G)``.
+
+    Returns:
+        ``(B, H, W, S, G)``.
+    """
+    number = x.shape[3]
+    # As (S*B, ...) in between: ONNX Runtime would move the transposition behind the products, whose
+    # innermost axis is then S.
+    planes = x.movedim(3, 0).flatten(0, 1)
+    planes = F.pad(planes, (0, 0, *same_padding(size), *same_padding(size)))
+    planes = planes.unflatten(0, (number, -1))
+    out = torch.zeros_like(x.movedim(3, 0))
+    offsets = torch.arange(size, device=x.device)[:, None]
+    rows, columns = (offsets + torch.arange(n, device=x.device) for n in x.shape[1:3])
+
+    def step(carry: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        (out, planes, *shared), (rows, columns, *given) = carry, row
+        across = planes.index_select(2, rows)
+        for k, column in enumerate(columns):
+            out = out + across.index_select(3, column) * tap(shared, [t[k] for t in given])
+        return [out, planes, *shared], []
+
+    carry, steps = [out, planes, *shared], [rows, columns.expand(size, size, -1), *given]
+    if torch.jit.is_tracing():
+        for row in range(size):
+            carry, _ = step(carry, [t[row] for t in steps])
+    else:
+        carry, _ = scanned(step, carry, steps)
+    return carry[0].movedim(0, 3)
 
 
 def constant(make: Callable[..., T]) -> Callable[..., T]:

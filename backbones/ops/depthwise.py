@@ -8,9 +8,10 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
-    rows_of_windows,
     same_padding,
+    scanned,
     triton_kernels,
+    windows,
 )
 from backbones.ops.dispatch import attempt, choose, exporting
 
@@ -67,8 +68,10 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
         return _own(x, kernels, bias)
     if backend == "reference":
         return reference.dynamic_depthwise_conv(x, kernels, bias)
-    if exporting() or x.shape[0] == 0:
-        return _by_rows(x, kernels, bias)
+    if torch.jit.is_tracing() or not exporting() and x.shape[0] == 0:
+        return _by_taps(x, kernels, bias)
+    if exporting():
+        return _by_image(x, kernels, bias)
     return _grouped(x, kernels, bias)
 
 
@@ -84,15 +87,29 @@ def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def _by_rows(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """A sum over rows of taps, for export: a group count of B*C would fix the batch size."""
+def _by_image(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """For export: a convolution for each image, as a group count of B*C would fix the batch."""
+    channels, size = kernels.shape[1], kernels.shape[-1]
+    padded = F.pad(x.permute(0, 3, 1, 2), (*same_padding(size), *same_padding(size)))
+
+    def convolve(carry: list[Tensor], image: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        x, kernels = image
+        return carry, [F.conv2d(x[None], kernels[:, None], groups=channels)[0]]
+
+    # A scan carries something.
+    _, (out,) = scanned(convolve, [padded.new_zeros(1)], [padded, kernels.to(x.dtype)])
+    out = out.permute(0, 2, 3, 1)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """For traces, and for batches of no image, which a convolution refuses."""
     size = kernels.shape[-1]
     padded = F.pad(x, (0, 0, *same_padding(size), *same_padding(size)))
-    # (B, 1, 1, K, K, C)
-    taps = kernels.to(x.dtype).permute(0, 2, 3, 1)[:, None, None]
+    taps = kernels.to(x.dtype).permute(2, 3, 0, 1).flatten(0, 1)[:, :, None, None]
     out = 0 if bias is None else bias.to(x.dtype)
-    for row, window in enumerate(rows_of_windows(padded, x.shape, size)):
-        out = out + (window * taps[:, :, :, row]).sum(3)
+    for tap, window in zip(taps, windows(padded, x.shape, size), strict=True):
+        out = out + window * tap
     return out
 
 
@@ -157,7 +174,7 @@ def _plain(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     kernels = taps.transpose(1, 2).unflatten(2, (size, size))
     if taps.shape[0] == 1:
         return _static(x, kernels.transpose(0, 1), bias)
-    return (_grouped if x.shape[0] else _by_rows)(x, kernels, bias)
+    return (_grouped if x.shape[0] else _by_taps)(x, kernels, bias)
 
 
 def _plain_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:

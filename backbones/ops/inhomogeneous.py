@@ -15,11 +15,10 @@ from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
     inside,
-    pad,
     promoted,
     register_backward,
-    rows_of_windows,
     same_padding,
+    sum_of_taps,
     triton_kernels,
     without_autocast,
 )
@@ -229,12 +228,10 @@ def _torch_backward(
 
 def _by_rows(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
     """For export: PyTorch's own operators only."""
-    weight, bias = weight.unflatten(0, (size, size)), bias.unflatten(0, (size, size))
-    out = 0
-    for row, window in enumerate(rows_of_windows(pad(promoted(x), size), x.shape, size)):
-        # (B, H, W, K, 1, G) of a row of taps.
-        taps = F.linear(hidden, weight[row].flatten(0, 1), bias[row].flatten())
-        out = out + (window * taps.unflatten(-1, (size, 1, -1))).sum(3)
+    given = [t.unflatten(0, (size, size)) for t in (weight, bias)]
+    out = sum_of_taps(
+        promoted(x), size, [hidden], given, lambda shared, given: F.linear(*shared, *given)
+    )
     return out.to(x.dtype)
 
 

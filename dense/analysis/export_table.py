@@ -1,13 +1,17 @@
-"""The table of dense/export/README.md: every family in every format beside eager.
+"""The tables of dense/export/README.md: every family in every format beside eager.
 
     python -m dense.analysis.export_table --no-latency
+    python -m dense.analysis.export_table --smaller --size tiny --photos FOLDER
 
-Networks have random weights, batch norms with statistics, and are compared on drawn scenes by
-:func:`dense.export.checking.compare`, at three sizes and the smallest.
+Networks have random weights, batch norms with statistics, and are compared by
+:func:`dense.export.checking.compare`, at three sizes and the smallest. --smaller compares bfloat16,
+float16 weights and int8 with eager, level by level, and their speed with float32's in the same
+engine; its int8 files keep in float32 what tools/export.py would keep.
 """
 
 import argparse
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +21,11 @@ from torch import nn
 import backbones
 from backbones.families import FAMILIES
 from dense.backbone import DenseBackbone
-from dense.export import checking, files
+from dense.export import checking, files, numbers
 from dense.export.graphs import LARGEST, SMALLEST, captured
 from dense.export.sources import Source
+
+_COMPARED = 2  # photos
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,22 +37,35 @@ def main(argv: list[str] | None = None) -> None:
     add("--size", default="nano", help="of the networks (%(default)s)")
     add("--side", type=int, default=224, help="rows and columns in pixels (%(default)s)")
     add("--no-latency", action="store_true", help="leave out what another load would change")
+    add("--smaller", action="store_true", help="the table of bfloat16, float16 and int8")
+    add("--photos", help="folder of photos; default: drawn scenes")
+    add("--calibrated", type=int, default=8, help="photos that int8 is calibrated on (%(default)s)")
     args = parser.parse_args(argv)
-    heads = ["backbone", "format", "largest relative error", "MB"]
-    heads += [] if args.no_latency else ["latency over eager's"]
+    measure = smaller_rows if args.smaller else rows
+    heads = ["backbone", "format", "largest relative error", "MB", "latency over eager's"]
+    if args.smaller:
+        heads = ["backbone", "numbers", "engine", "cosines of strides 4, 8, 16, 32", "MB"]
+        heads += ["stay in float32", "speed over float32's"]
+    heads = heads[: -1 if args.no_latency else None]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
     for family in args.families:
-        for row in rows(f"{family}_{args.size}", args.side):
-            print(f"| {' | '.join(row[: len(heads)])} |", flush=True)
+        source = random_source(f"{family}_{args.size}", args.side)
+        for row in measure(source, photos_of(args.photos, args.calibrated)):
+            cells = f"`{family}_{args.size}`", *row
+            print(f"| {' | '.join(cells[: len(heads)])} |", flush=True)
 
 
-def rows(name: str, side: int) -> list[list[str]]:
-    """The table's rows of a network: name, format, error, megabytes, latency ratio."""
+def photos_of(folder: str | None, count: int) -> list[np.ndarray]:
+    """The first photos of a folder, or drawn scenes, RGB."""
     from dense.demo.scenes import draw_scene
 
-    source = random_source(name, side)
-    photos = [draw_scene(np.random.default_rng(seed), 256).image for seed in range(2)]
-    made = []
+    if folder:
+        return checking.find_photos(folder, count)
+    return [draw_scene(np.random.default_rng(seed), 256).image for seed in range(count)]
+
+
+def rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[str]]:
+    """The table's rows of a network: format, error, megabytes, latency ratio."""
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder, "backbone.onnx")
         program = captured(source.network)
@@ -58,11 +77,44 @@ def rows(name: str, side: int) -> list[list[str]]:
                 written = files.to_openvino(graph, file)
             elif kind == "torch-export":
                 written = files.write(program, source.about, file)
-            found = checking.compare(source, files.Runner(file, torch.get_num_threads()), photos)
-            size = sum(path.stat().st_size for path in written) / 1e6
+            found = _compared(source, file, photos)
             error = max(found.errors.values())
-            made.append([f"`{name}`", kind, f"{error:.1e}", f"{size:.1f}", f"{found.ratio:.2f}"])
-    return made
+            yield [kind, f"{error:.1e}", _megabytes(written), f"{found.ratio:.2f}"]
+
+
+def smaller_rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[str]]:
+    """Rows of a network: numbers, engine, cosines, megabytes, layers in float32, speed."""
+    with tempfile.TemporaryDirectory() as folder:
+        graph, int8 = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
+        files.write(source.network, source.about, graph)
+        plain = {"OpenVINO": files.to_openvino(graph, graph.with_suffix(".xml"))[0]}
+        plain["ONNX Runtime"] = graph
+        seconds = {name: _compared(source, f, photos).latency[0] for name, f in plain.items()}
+        made = []
+        for precision in ("bf16", "fp16"):
+            file = Path(folder, f"{precision}.xml")
+            made.append((precision, "-", files.to_openvino(graph, file, precision)))
+        batches = [checking.normalised(photo, source.about, source.size) for photo in photos]
+        cosine_of = checking.cosines_with(source, photos[:_COMPARED])
+        done = numbers.quantise_within(graph, int8, batches, cosine_of, checking.COSINE)
+        stay = ", ".join(f"{kind} ({count})" for kind, count in done.kept.items()) or "none"
+        made.append(("int8", stay, files.to_openvino(int8, int8.with_suffix(".xml"))))
+        made.append(("int8", stay, [int8]))
+        for precision, stay, written in made:
+            engine = "OpenVINO" if written[0].suffix == ".xml" else "ONNX Runtime"
+            found = _compared(source, written[0], photos)
+            cosines = ", ".join(f"{value:.4f}" for value in found.cosines.values())
+            speed = f"{seconds[engine] / found.latency[0]:.2f}"
+            yield [precision, engine, cosines, _megabytes(written), stay, speed]
+
+
+def _compared(source: Source, file: Path, photos: Sequence[np.ndarray]) -> checking.Comparison:
+    run = files.Runner(file, torch.get_num_threads())
+    return checking.compare(source, run, photos[:_COMPARED])
+
+
+def _megabytes(written: Sequence[Path]) -> str:
+    return f"{sum(path.stat().st_size for path in written) / 1e6:.1f}"
 
 
 def random_source(name: str, side: int) -> Source:

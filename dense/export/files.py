@@ -10,7 +10,7 @@ The metadata is JSON under the key ``dense_backbones``:
 * ``transform``: of classifiers, what timm's ``create_transform`` makes of a photo;
 * ``resize``: of segmentors, the long and the short side to fit a photo into, or null;
   ``align_corners``: of the scores' resizing to the photo;
-* ``model``: the recipe; ``format``, ``precision``.
+* ``model``: the recipe; ``format``; ``precision``, ``bf16`` where the engine shall compute in it.
 """
 
 import json
@@ -97,20 +97,21 @@ def _write_onnx(program, about: dict[str, Any], path: Path) -> None:
     made.save(path)
 
 
-def to_openvino(graph: Path, path: Path, half: bool = False) -> list[Path]:
+def to_openvino(graph: Path, path: Path, precision: str | None = None) -> list[Path]:
     """Convert an ONNX file with metadata to OpenVINO's ``.xml`` and ``.bin``.
 
-    ``half`` stores weights in float16, which the engine computes with in float32 on most CPUs.
+    ``bf16`` and ``fp16`` store weights in float16; the engine computes with them in bfloat16, on
+    processors that have it, or in float32.
     """
     import openvino
     from onnx import load_model
 
     props = load_model(graph, load_external_data=False).metadata_props
-    about = next(entry.value for entry in props if entry.key == KEY)
+    about = json.loads(next(entry.value for entry in props if entry.key == KEY))
     # Not convert_model, which tells OpenVINO's makers over the network that it was called.
     model = openvino.Core().read_model(graph)
-    model.set_rt_info(about, KEY)
-    openvino.save_model(model, path, compress_to_fp16=half)
+    model.set_rt_info(json.dumps(about | ({"precision": precision} if precision else {})), KEY)
+    openvino.save_model(model, path, compress_to_fp16=precision is not None)
     return [path, path.with_suffix(".bin")]
 
 
@@ -184,7 +185,8 @@ def _read_openvino(path: Path, threads: int | None) -> tuple[str | None, Callabl
     model = openvino.Core().read_model(path)
     about = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else None
     # A CPU that computes bfloat16 would round float32 files otherwise.
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or 0}
+    hint = "bf16" if about and json.loads(about).get("precision") == "bf16" else "f32"
+    options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads or 0}
     compiled = openvino.compile_model(model, "CPU", options)
     return about, lambda image: [compiled(image)[out] for out in compiled.outputs]
 

@@ -1,4 +1,4 @@
-"""Smaller numbers in an ONNX file: int8 by ONNX Runtime's static quantisation, float16 weights."""
+"""Smaller numbers: int8 by ONNX Runtime's static quantisation, bfloat16, float16 weights."""
 
 import ast
 from collections import defaultdict
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 PRECISIONS = {"float32": ("onnx", "openvino", "torch-export"), "int8": ("onnx", "openvino")}
-PRECISIONS["fp16"] = ("openvino",)
+PRECISIONS |= {"bf16": ("openvino",), "fp16": ("openvino",)}
 """The formats that each precision is written in."""
 
 _QUANTISED = ("Conv", "MatMul", "Gemm")

@@ -77,7 +77,7 @@ def test_layers_return_to_float_until_the_bar_is_met(tmp_path, monkeypatch):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("kind, precision", [("openvino", "fp16"), ("openvino", "int8")])
+@pytest.mark.parametrize("kind, precision", [("openvino", p) for p in ("fp16", "bf16", "int8")])
 def test_by_the_tool(kind, precision, classifier, photos, tmp_path, capsys):
     pytest.importorskip("openvino")
     from dense.export.sources import read_source
@@ -90,13 +90,14 @@ def test_by_the_tool(kind, precision, classifier, photos, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"file.xml", "file.bin"}
     # A weight of float32 has 4 bytes.
     weights = sum(p.numel() for p in source.network.parameters())
-    assert (tmp_path / "file.bin").stat().st_size < {"fp16": 2.2, "int8": 1.7}[precision] * weights
+    assert (tmp_path / "file.bin").stat().st_size < (1.7 if precision == "int8" else 2.2) * weights
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--to", "torch-export", "--int8"], "--int8 --to torch-export: onnx, openvino can be"),
+        (["--to", "onnx", "--bf16"], "--bf16 --to onnx: openvino can be written in it"),
         (["--to", "onnx", "--fp16"], "--fp16 --to onnx: openvino can be written in it"),
     ],
 )

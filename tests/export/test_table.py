@@ -1,4 +1,4 @@
-"""The command of the table in dense/export/README.md prints what it measured."""
+"""The command of the tables in dense/export/README.md prints what it measured."""
 
 import pytest
 
@@ -16,3 +16,18 @@ def test_rows_of_a_family(capsys):
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[:2] for row in cells] == [["`dw_conv_nano`", kind] for kind in FORMATS]
     assert all(float(row[2]) < 1e-4 and 1 < float(row[3]) < 10 for row in cells)
+
+
+@pytest.mark.e2e
+def test_smaller_numbers_of_a_family(capsys):
+    from dense.analysis.export_table import main
+
+    main(["--smaller", "--families", "dw_conv", "--side", "64", "--calibrated", "2"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1:3] for row in rows] == [
+        *(["bf16", "OpenVINO"], ["fp16", "OpenVINO"]),
+        *(["int8", "OpenVINO"], ["int8", "ONNX Runtime"]),
+    ]
+    for row in rows:
+        cosines = [float(value) for value in row[3].split(", ")]
+        assert len(cosines) == 4 and 0.98 < min(cosines) <= 1 and float(row[6]) > 0
