@@ -151,6 +151,12 @@ def windows(padded: Tensor, shape: torch.Size, size: int) -> list[Tensor]:
     ]
 
 
+def can_scan(*tensors: Tensor) -> bool:
+    """Whether a graph can have :func:`scanned`: not a trace, nor one that records gradients."""
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not (torch.jit.is_tracing() or recorded)
+
+
 def scanned(
     step: Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]],
     carry: list[Tensor],
@@ -186,7 +192,7 @@ def sum_of_taps(
 ) -> Tensor:
     """The sum over K*K taps of a window of ``x`` times the tap's kernels, for exported graphs.
 
-    A step for each row of taps keeps the graph small.
+    A step for each row of taps keeps the graph small where :func:`can_scan` allows it.
 
     Args:
         x: ``(B, H, W, S, G)``.
@@ -216,11 +222,11 @@ def sum_of_taps(
         return [out, planes, *shared], []
 
     carry, steps = [out, planes, *shared], [rows, columns.expand(size, size, -1), *given]
-    if torch.jit.is_tracing():
+    if can_scan(x, *shared, *given):
+        carry, _ = scanned(step, carry, steps)
+    else:
         for row in range(size):
             carry, _ = step(carry, [t[row] for t in steps])
-    else:
-        carry, _ = scanned(step, carry, steps)
     return carry[0].movedim(0, 3)
 
 

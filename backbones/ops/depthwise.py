@@ -8,6 +8,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
+    can_scan,
     same_padding,
     scanned,
     triton_kernels,
@@ -68,10 +69,10 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
         return _own(x, kernels, bias)
     if backend == "reference":
         return reference.dynamic_depthwise_conv(x, kernels, bias)
-    if torch.jit.is_tracing() or not exporting() and x.shape[0] == 0:
-        return _by_taps(x, kernels, bias)
     if exporting():
-        return _by_image(x, kernels, bias)
+        return (_by_image if can_scan(x, kernels) else _by_taps)(x, kernels, bias)
+    if x.shape[0] == 0:
+        return _by_taps(x, kernels, bias)
     return _grouped(x, kernels, bias)
 
 
@@ -103,7 +104,7 @@ def _by_image(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """For traces, and for batches of no image, which a convolution refuses."""
+    """For graphs without a scan, and for batches of no image, which a convolution refuses."""
     size = kernels.shape[-1]
     padded = F.pad(x, (0, 0, *same_padding(size), *same_padding(size)))
     taps = kernels.to(x.dtype).permute(2, 3, 0, 1).flatten(0, 1)[:, :, None, None]
