@@ -30,4 +30,4 @@ def test_smaller_numbers_of_a_family(capsys):
     ]
     for row in rows:
         cosines = [float(value) for value in row[3].split(", ")]
-        assert len(cosines) == 4 and 0.98 < min(cosines) <= 1 and float(row[6]) > 0
+        assert len(cosines) == 4 and 0.9 < min(cosines) <= 1 and float(row[6]) > 0
