@@ -131,23 +131,26 @@ I depthwise(const Map *x, Map *out, const REAL *w, const REAL *bias, I B, I H, I
           }                                                                                       \
       }                                                                                           \
   }
+DEPTHWISE_WEIGHT(Wide)
 DEPTHWISE_WEIGHT(Vec)
 DEPTHWISE_WEIGHT(One)
 
 /* dw[b, tap, c] += sum over p of x[b, p + tap, c] * grad[b, p, c], also over b if step is 0. */
 I depthwise_weight(const Map *x, const Map *grad, REAL *dw, I B, I H, I W, I C, I K, I before,
                    I step, I threads) {
-  I blocks = C / LANES + C % LANES, kernels = step ? B : 1, shared = step ? 1 : B;
+  I wide = C / SPAN, vectors = C % SPAN / LANES, blocks = wide + vectors + C % LANES;
+  I kernels = step ? B : 1, shared = step ? 1 : B;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (I n = 0; n < kernels; n++)
     for (I block = 0; block < blocks; block++)
       for (I b = n * shared; b < (n + 1) * shared; b++) {
         const Map *xb = x + b * H * W * C, *gb = grad + b * H * W * C;
-        I c = block < C / LANES ? block * LANES : C - (blocks - block);
-        if (block < C / LANES)
-          depthwise_weight_Vec(xb, gb, dw + n * step, H, W, C, K, before, c);
+        if (block < wide)
+          depthwise_weight_Wide(xb, gb, dw + n * step, H, W, C, K, before, block * SPAN);
+        else if (block < wide + vectors)
+          depthwise_weight_Vec(xb, gb, dw + n * step, H, W, C, K, before, wide * SPAN);
         else
-          depthwise_weight_One(xb, gb, dw + n * step, H, W, C, K, before, c);
+          depthwise_weight_One(xb, gb, dw + n * step, H, W, C, K, before, C - (blocks - block));
       }
   return 0;
 }

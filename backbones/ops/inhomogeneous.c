@@ -87,17 +87,7 @@ static void crop(const Grid *m, const REAL *from, Map *dx) {
   }
 AGGREGATE(Vec)
 AGGREGATE(One)
-
-/* Twice as many groups at a time where registers are as wide. */
-#ifdef __AVX512F__
-typedef REAL Wide __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
 AGGREGATE(Wide)
-#else
-typedef Vec Wide;
-#define aggregate_all_Wide aggregate_all_Vec
-#define spread_Wide spread_Vec
-#endif
-#define SPAN ((I)(sizeof(Wide) / sizeof(REAL)))
 
 /* Outputs (n, S, G) of n positions from p on, of kernels (n, width). Positions are innermost: those
    beside each other read almost the same part of x, which stays in a core's cache. */
@@ -285,9 +275,7 @@ I predict_and_aggregate(const Map *x, const Map *hidden, Map *out, const REAL *w
   }
 SPREAD(Vec)
 SPREAD(One)
-#ifdef __AVX512F__
 SPREAD(Wide)
-#endif
 
 INLINE void spread_at(const Grid *m, const REAL *x, I p, I n, const REAL *grad, REAL *dx, REAL *kernels,
                       I width) {

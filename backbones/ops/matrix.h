@@ -60,6 +60,26 @@ INLINE void write_Vec(Map *to, Vec x) { STORE(to) = x; }
 INLINE void write_One(Map *to, REAL x) { *to = x; }
 #endif
 
+/* Twice as many lanes where registers are as wide. */
+#ifdef __AVX512F__
+typedef REAL Wide __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+INLINE Wide read_Wide(const Map *from) {
+#if defined BFLOAT16
+  typedef uint16_t Many __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef uint32_t ManyWords __attribute__((vector_size(64)));
+  return (Wide)(__builtin_convertvector(AT(Many, from), ManyWords) << 16);
+#elif defined FLOAT16
+  return (Wide)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+#else
+  return AT(Wide, from);
+#endif
+}
+#else
+typedef Vec Wide;
+#define read_Wide read_Vec
+#endif
+#define SPAN ((I)(sizeof(Wide) / sizeof(REAL)))
+
 /* n elements of a map times scale, and back; a row of REAL may hold fewer elements than vectors. */
 INLINE void read_row(const Map *from, REAL *to, I n, REAL scale) {
   I i = 0;
