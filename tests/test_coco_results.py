@@ -70,7 +70,7 @@ def tool(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_pycocotools_finds_every_object(annotated, tool, tmp_path, kind):
+def test_pycocotools_finds_every_object(annotated, tool, tmp_path, capsys, kind):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -80,6 +80,7 @@ def test_pycocotools_finds_every_object(annotated, tool, tmp_path, kind):
     # The first run knows no ids; the second adds them to the results that are there.
     assert tool.main(words) == 0
     assert not (out / "coco_results.json").exists()
+    assert "predicting: 100%" in capsys.readouterr().err
     assert tool.main([*words, "--coco", str(annotated), "--resume"]) == 0
     truth = COCO(str(annotated))
     evaluation = COCOeval(truth, truth.loadRes(str(out / "coco_results.json")), kind)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -73,6 +74,25 @@ def test_browsing_shows_what_the_mapper_makes(coco_files, tmp_path):
     assert augmented.captions == again.captions
     for one, two in zip(augmented.pictures, again.pictures, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def test_browsing_coco_itself(coco_files, tmp_path, monkeypatch):
+    """In the folder where Detectron2 looks for it, with its categories."""
+    things = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
+    folder = tmp_path / "datasets/coco"
+    (folder / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        coco_files.edit(split, lambda content: content.update(categories=things))
+        (folder / f"{split}2017").symlink_to(coco_files.images(split))
+        annotations = folder / f"annotations/instances_{split}2017.json"
+        annotations.symlink_to(coco_files.json(split))
+    monkeypatch.chdir(tmp_path)
+    page = browse(tmp_path / "page.html", "--config-file", NANO, "--images", "2")
+    # The ids 9 and 4 of the drawn objects.
+    for name in ("boat", "motorcycle"):
+        assert page.row(name) == ["6", "6", "2", "2"]
+    assert page.row("person")[0] == "0" and page.row("classes") == ["80", "80"]
+    assert len(page.pictures) == 2 + 1
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])

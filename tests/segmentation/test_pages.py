@@ -91,6 +91,18 @@ def test_browsing_shows_what_the_pipeline_makes(shapes, tmp_path):
         np.testing.assert_array_equal(one, two)
 
 
+def test_browsing_ade20k_itself(ade_layout, shapes, tmp_path):
+    """Its masks' 0 is no class, and 1 the first."""
+    page = browse(tmp_path / "page.html", CONFIG, "--data-root", ade_layout, "--images", "2")
+    masks = [np.asarray(Image.open(path)) for path in Path(shapes["train_masks"]).iterdir()]
+    counts = np.bincount(np.concatenate([mask.ravel() for mask in masks]))
+    for name, index in (("wall", 1), ("building", 2)):
+        share, present = page.row(name)[:2]
+        assert float(share) == pytest.approx(100 * counts[index] / counts[1:].sum(), abs=0.006)
+        assert int(present) == len(masks)
+    assert page.row("classes") == ["150", "150"] and len(page.pictures) == 2 + 1
+
+
 def test_browsing_draws_classes_over_photos(tmp_path):
     """A photo of one colour: as it is where its mask is ignored."""
     colour = (200, 100, 20)

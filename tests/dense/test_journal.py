@@ -1,0 +1,106 @@
+"""The first line of a training, and what shows how long it will take."""
+
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dense import journal
+
+LOADER = DataLoader(list(range(100)), batch_size=8)
+
+
+def test_devices_have_their_names(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert journal.device_name("cpu") == "CPU, 1 thread"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert journal.device_name("cpu", 2) == "2 x CPU, 4 threads"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    assert journal.device_name("cuda", 8) == "8 x A GPU"
+
+
+def test_the_line():
+    start = journal.Start("CPU, 2 threads", "float32", 16, 800, 100, "random weights")
+    assert str(start) == (
+        "training on CPU, 2 threads in float32: 100 steps of 16 of 800 images (2 epochs), "
+        "random weights"
+    )
+
+
+def test_what_mmengines_runner_starts_with(monkeypatch):
+    announcing = pytest.importorskip("dense.openmmlab.announcing")
+
+    class Amp:
+        cast_dtype, _accumulative_counts = torch.bfloat16, 4
+
+    monkeypatch.setattr(announcing, "AmpOptimWrapper", Amp)
+    monkeypatch.setattr(announcing, "get_world_size", lambda: 2)
+    runner = SimpleNamespace(
+        **dict(optim_wrapper=Amp(), train_dataloader=LOADER, model=nn.Linear(1, 1)),
+        **dict(iter=0, max_iters=120, _load_from=None),
+    )
+    start = announcing.started(runner)
+    # Of 2 processes, and 4 batches a step.
+    assert (start.precision, start.batch, start.images, start.steps) == ("bfloat16", 64, 100, 30)
+    assert start.device.startswith("2 x CPU") and start.weights == "random weights"
+    Amp.cast_dtype = None
+    assert announcing.started(runner).precision == "float16", "autocast's default"
+    runner.optim_wrapper, runner._load_from = SimpleNamespace(), "net.pth"
+    start = announcing.started(runner)
+    assert (start.precision, start.batch, start.steps) == ("float32", 16, 120)
+    assert start.weights == "weights of net.pth"
+    runner.iter = 60
+    assert announcing.started(runner).weights == "resumed after 60 of 120 iterations"
+
+
+def test_what_detectron2s_trainer_starts_with(tmp_path):
+    announcing = pytest.importorskip("dense.detection.announcing")
+    from omegaconf import OmegaConf
+
+    train = dict(amp=dict(enabled=True, precision="bfloat16"), device="cpu", max_iter=30)
+    train |= dict(init_checkpoint="net.pth", output_dir=str(tmp_path))
+    cfg = OmegaConf.create(dict(train=train, dataloader=dict(train=dict(total_batch_size=16))))
+
+    def started(last=None):
+        hook = announcing.Announce(cfg, last, "config.py")
+        hook.trainer = SimpleNamespace(data_loader=LOADER, start_iter=5, model=nn.Linear(1, 1))
+        hook.before_train()
+        entry = journal.read(tmp_path)[-1]
+        return [entry[key] for key in ("precision", "batch", "images", "steps", "weights")]
+
+    assert started() == ["bfloat16", 16, 100, 30, "weights of net.pth"]
+    cfg.train.amp.enabled, cfg.train.init_checkpoint = False, ""
+    assert started() == ["float32", 16, 100, 30, "random weights"]
+    assert started("model.pth")[-1] == "resumed from model.pth at iteration 5"
+    journal.end(tmp_path)
+    assert ["seconds" in entry for entry in journal.read(tmp_path)] == [False, False, True]
+
+
+def test_detectron2s_lines_have_the_time_that_remains(tmp_path, caplog):
+    hooks = pytest.importorskip("dense.detection.hooks")
+    from detectron2.utils.events import EventStorage
+
+    with EventStorage(start_iter=5) as storage:
+        storage.put_scalars(time=2.0, total_loss=1.0, smoothing_hint=False)
+        with caplog.at_level(logging.INFO, logger="detectron2.utils.events"):
+            hooks.run_writers(str(tmp_path), 105)[0].write()
+    assert "eta: 0:03:18" in caplog.text, "99 iterations of 2 s"
+
+
+def test_the_bar_of_a_pretraining_is_of_all_iterations(monkeypatch, capsys):
+    hooks = pytest.importorskip("dense.pretraining.hooks")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = hooks.ProgressBar()
+    bar.before_train(
+        SimpleNamespace(
+            **dict(world_size=1, train_dataloader=LOADER, max_iters=120, iter=60),
+            experiment_name="mine",
+        )
+    )
+    assert (bar._bar.total, bar._bar.initial, bar._images) == (120, 60, 8)
+    bar.after_train(None)
+    assert "mine:  50%" in capsys.readouterr().err
