@@ -220,6 +220,8 @@ def test_recipe_of_the_run():
         train_cfg=dict(type="EpochBasedTrainLoop", max_epochs=36, val_interval=3),
         auto_scale_lr=dict(enable=False, base_batch_size=16),
         default_hooks__checkpoint__interval=1,
+        default_hooks__checkpoint__save_best="coco/bbox_mAP",
+        val_evaluator__classwise=True,
         val_evaluator__metric=["bbox", "segm"],
         test_evaluator__metric=["bbox", "segm"],
         val_evaluator__ann_file="data/coco/annotations/instances_val2017.json",

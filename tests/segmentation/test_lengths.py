@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from dense.openmmlab.config import ConfigError, set_length, use_early_stop
+from dense.openmmlab.config import ConfigError, set_length, use_early_stop, use_tta
 from dense.recipes import RECIPES
 from dense.segmentation.config import load_config
 
@@ -54,6 +54,16 @@ def test_whatever_is_a_time_of_a_config_moves():
     assert (step.step_size, cosine.T_max, constant.total_iters) == (30, 54, 3)
     assert (cosine.eta_min, constant.factor) == (0.5, 0.5)
     assert cfg.train_cfg.dynamic_intervals == [(45, 5)]
+
+
+@pytest.mark.parametrize("name", [FULL_SIZE, *(p.stem for p in CONFIGS.glob("methods/*.py"))])
+def test_every_recipe_has_a_best_checkpoint_and_test_time_augmentation(name):
+    [path] = CONFIGS.rglob(f"{name}.py")
+    cfg = load_config(path)
+    use_early_stop(cfg, 2)
+    assert cfg.custom_hooks[-1].monitor == "mIoU"
+    use_tta(cfg)
+    assert cfg.model.type == "SegTTAModel"
 
 
 def test_early_stop_needs_a_metric():
