@@ -51,7 +51,12 @@ TESTS = {
     "dense/pretraining/reporting": (f"{P}/test_pages.py",),
     "dense/segmentation/browsing": (f"{S}/test_pages.py",),
     "dense/segmentation/reporting": (f"{S}/test_pages.py",),
-    "dense/run_report": (f"{P}/test_pages.py", f"{S}/test_pages.py", f"{D}/test_pages.py"),
+    "dense/run_report": (
+        "tests/dense/test_run_report.py",
+        *(f"{part}/test_pages.py" for part in (P, S, D)),
+    ),
+    "dense/detection/announcing": ("tests/dense/test_journal.py", f"{D}/test_pages.py"),
+    "dense/openmmlab/announcing": ("tests/dense/test_journal.py", f"{S}/test_pages.py"),
     "dense/detection/annotations": (f"{D}/test_annotations.py",),
     "dense/detection/cascade": (f"{D}/test_cascade.py",),
     "dense/detection/checkpoint": (f"{D}/test_checkpoint.py",),
@@ -79,7 +84,10 @@ TESTS = {
     "dense/openmmlab/optim": ("tests/dense/test_optim.py",),
     "dense/openmmlab/tta": ("tests/test_mmdetection.py",),
     "dense/openmmlab/hooks": (f"{S}/test_run_options.py", f"{S}/test_runner.py"),
-    "dense/openmmlab/config": (f"{S}/test_run_options.py", f"{P}/test_tool.py", f"{S}/test_tta.py"),
+    "dense/openmmlab/config": (
+        *(f"{S}/test_{name}.py" for name in ("lengths", "run_options", "tta")),
+        f"{P}/test_tool.py",
+    ),
     "dense/openmmlab/backbone": (
         f"{S}/test_registration.py",
         f"{S}/test_plugging_in.py",
@@ -123,7 +131,7 @@ TESTS = {
     "configs/segmentation": (f"{S}/test_configs.py",),
     "tools/report": (f"{P}/test_pages.py", f"{S}/test_pages.py", f"{D}/test_pages.py"),
     "tools/export": ("tests/export",),
-    "tools/browse_data": ("tests/dense/test_browsing.py",),
+    "tools/browse_data": tuple(f"{part}/test_pages.py" for part in (P, S, D)),
     "tools/benchmark": ("tests/dense/test_benchmark.py",),
     "tools/compare_families": (f"{P}/test_comparison.py",),
     "tools/complexity": ("tests/test_complexity.py",),
@@ -131,10 +139,10 @@ TESTS = {
     "tools/pretrain": (f"{P}/test_tool.py",),
     "tools/setup_environment": ("tests/test_setup.py",),
     "tools/show_kernels": ("tests/test_properties.py",),
-    "tools/test_segmentor": (f"{S}/test_tools.py",),
+    "tools/test_segmentor": (f"{S}/test_tools.py", f"{S}/test_own_data.py", f"{S}/test_tta.py"),
     "tools/test_versions": ("tests/test_versions.py",),
-    "tools/train_detector": (f"{D}/test_train.py",),
-    "tools/train_segmentor": (f"{S}/test_tools.py", f"{S}/test_runner.py"),
+    "tools/train_detector": (f"{D}/test_train.py", f"{D}/test_data.py"),
+    "tools/train_segmentor": (f"{S}/test_lengths.py", f"{S}/test_tools.py", f"{S}/test_runner.py"),
 }
 
 
