@@ -57,10 +57,11 @@ def test_what_mmengines_runner_starts_with(monkeypatch):
     assert announcing.started(runner).weights == "resumed after 60 of 120 iterations"
 
 
-def test_what_detectron2s_trainer_starts_with(tmp_path):
+def test_what_detectron2s_trainer_starts_with(tmp_path, monkeypatch):
     announcing = pytest.importorskip("dense.detection.announcing")
     from omegaconf import OmegaConf
 
+    monkeypatch.setattr(announcing.comm, "get_world_size", lambda: 2)
     train = dict(amp=dict(enabled=True, precision="bfloat16"), device="cpu", max_iter=30)
     train |= dict(init_checkpoint="net.pth", output_dir=str(tmp_path))
     cfg = OmegaConf.create(dict(train=train, dataloader=dict(train=dict(total_batch_size=16))))
@@ -76,6 +77,7 @@ def test_what_detectron2s_trainer_starts_with(tmp_path):
     cfg.train.amp.enabled, cfg.train.init_checkpoint = False, ""
     assert started() == ["float32", 16, 100, 30, "random weights"]
     assert started("model.pth")[-1] == "resumed from model.pth at iteration 5"
+    assert journal.read(tmp_path)[-1]["device"].startswith("2 x CPU")
     journal.end(tmp_path)
     assert ["seconds" in entry for entry in journal.read(tmp_path)] == [False, False, True]
 
