@@ -115,7 +115,7 @@ class InferenceBlock(Block):
         mixer = self.mixer
         if not isinstance(mixer, ConvMixer) or not is_plain(mixer, type(mixer)):
             return False
-        known = type(mixer).forward is ConvMixer.forward
+        known = type(mixer).forward is ConvMixer.forward and is_plain(mixer.mid_act, nn.ReLU)
         return known and is_plain(mixer.out_norm, nn.Identity)
 
     def _by_rows(self, x: Tensor) -> Tensor:

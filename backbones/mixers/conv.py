@@ -41,6 +41,7 @@ class ConvMixer(Mixer):
         self.in_norm = nn.BatchNorm2d(dim)
         self.in_act = nn.ReLU()
         self.mid_norm = nn.BatchNorm2d(dim)
+        self.mid_act = nn.ReLU()
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.out_norm = nn.BatchNorm2d(dim)
 
@@ -60,7 +61,7 @@ class ConvMixer(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
-        return normalise(self.out_norm, self.out_proj(F.relu(self.hidden(x))))
+        return normalise(self.out_norm, self.out_proj(self.mid_act(self.hidden(x))))
 
     def hidden(self, x: Tensor) -> Tensor:
         """All before the second ReLU, ``(B, H, W, C)`` to ``(B, H, W, C)``."""

@@ -96,6 +96,19 @@ def test_an_activation_that_was_replaced_is_used(family):
     assert not model(x).allclose(before)
 
 
+@pytest.mark.parametrize("name", ["in_act", "mid_act"])
+@pytest.mark.parametrize("family", ["dw_conv", "d_dw_conv", "i_d_dw_conv"])
+def test_a_mixers_activation_that_was_replaced_is_used(family, name):
+    model, x = build(family).eval(), images(1)
+    before = model(x)
+    for block in model.stages[0].blocks:
+        setattr(block.mixer, name, nn.Tanh())
+    after = model(x)
+    assert not after.allclose(before)
+    with torch.no_grad():
+        torch.testing.assert_close(backbones.fuse(model)(x), after, rtol=1e-4, atol=1e-5)
+
+
 def pruned(layer):
     return prune.l1_unstructured(layer, "weight", amount=0.5)
 
