@@ -406,7 +406,7 @@ def test_a_check_of_cpu_backends_passes_and_is_kept(gpu, monkeypatch, capsys):
 
 def small(operator, batch=1):
     if operator == "linear":
-        return ([command._linear(1, 3, 5, True)],) * 2
+        return ([command._linear(1, 3, 5, "gelu", True)],) * 2
     return ([tiny(operator) if operator in dispatch.ON_GPUS else cases.depthwise((2, 3), 2)],) * 2
 
 
