@@ -41,11 +41,15 @@ def same_padding(kernel_size: int) -> tuple[int, int]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype on the device of ``x``; its own if autocast is off or ``x`` is float64."""
-    kind = x.device.type
     # Autocast cannot be queried for the meta device.
-    if x.is_meta or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
+    return x.dtype if x.is_meta else dtype_under_autocast(x.dtype, x.device.type)
+
+
+def dtype_under_autocast(dtype: torch.dtype, device: str) -> torch.dtype:
+    """:func:`autocast_dtype` of a map of ``dtype`` on a type of device."""
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

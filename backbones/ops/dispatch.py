@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from backbones.ops import native, verdicts
 from backbones.ops.cases import first_case
-from backbones.ops.common import here
+from backbones.ops.common import dtype_under_autocast, here
 
 BACKENDS = ("reference", "torch", "native", "onednn", "triton")
 OPERATORS = {
@@ -184,7 +184,7 @@ def explain(operator: str, device: torch.device | str, dtype: torch.dtype) -> tu
     device = torch.device(device)
     known = OPERATORS[operator]
     if "onednn" in known:
-        dtype = _computed_in(dtype)
+        dtype = dtype_under_autocast(dtype, "cpu")
         if (reason := _no_onednn(device.type, dtype)) is not None:
             return "torch", reason
     wanted, by = (_forced, "ops.force") if _forced is not None else _environment()
@@ -254,13 +254,6 @@ def _no_triton(device: str) -> str | None:
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton runs on a CPU with TRITON_INTERPRET=1 only"
     return None
-
-
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a linear on a CPU: autocast's if it is on, which leaves float64 alone."""
-    if dtype == torch.float64 or not torch.is_autocast_enabled("cpu"):
-        return dtype
-    return torch.get_autocast_dtype("cpu")
 
 
 def _no_onednn(device: str, dtype: torch.dtype) -> str | None:
