@@ -219,6 +219,20 @@ def test_a_picture_from_a_checkpoint(tool, photo, tmp_path, family):
     assert (np.asarray(Image.open(out).convert("RGB")) != picture).any()
 
 
+def test_the_picture_of_an_ablation(tool, photo, tmp_path, monkeypatch):
+    """Sliding attention has the entries of Swin's, and another window."""
+    torch.save(timm.create_model("swin_nano").state_dict(), tmp_path / "weights.pth")
+    drawn = []
+    monkeypatch.setattr(tool, "picture", lambda *given: drawn.append(given[4]))
+    words = [photo, "--model", "swin_nano", "--checkpoint", tmp_path / "weights.pth"]
+    words += ["--at", "65,45", "--short-side", "64", "--channels", "1", "--stage", "1"]
+    for more in ([], ["--ablation", "swin_sliding"]):
+        assert tool.main([str(word) for word in (*words, *more)]) == 0
+    # Row 8 and column 11 of 16x23: a window begins at 7 and 7, one around the position at 5 and 8.
+    corners = [[int(i.min()) for i in weights[0, 0].nonzero()] for weights in drawn]
+    assert corners == [[7, 7], [5, 8]]
+
+
 def test_the_drawn_weights_are_the_predicted_kernels(tool):
     torch.manual_seed(0)
     model = timm.create_model("d_dw_conv_nano").eval().requires_grad_(False)
@@ -239,6 +253,7 @@ def test_the_drawn_weights_are_the_predicted_kernels(tool):
         (["--model", "swin_nano", "--block", "9"], "--block 9: stage 2 has blocks 1 to 1"),
         (["--model", "swin_nano", "--at", "500,5"], "--at 500,5 is outside of the 130x90 pixels"),
         (["--model", "nonsense"], "Unknown model"),
+        (["--model", "swin_nano", "--ablation", "swin_slidin"], "near it are swin_sliding"),
     ],
 )
 def test_what_is_wrong_is_one_line(tool, photo, tmp_path, capsys, words, reason):

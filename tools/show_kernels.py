@@ -8,7 +8,8 @@ around: the kernels that D-DW-Conv and I-D-DW-Conv predict, the attention of Swi
 weights of the others. Red is positive, blue negative; each panel has its own scale. The weights are
 derivatives of the operator's output by its input, so every mixer of one operator can be drawn; one
 with a convolution before attention (conv="pre", "pre_depthwise") is refused.
-CHECKPOINT is any file that backbones.load_checkpoint reads, a detector's or segmentor's too.
+CHECKPOINT is any file that backbones.load_checkpoint reads, a detector's or segmentor's too. That of
+an ablation needs --ablation: some rows, such as swin_sliding, have the entries of their family.
 """
 
 import argparse
@@ -27,6 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("photo", type=Path)
     add("--model", required=True, help="timm name of the network, such as d_dw_conv_tiny")
+    add("--ablation", metavar="NAME", help="a row of the paper's ablations, in the model's size")
     add("--checkpoint", required=True, help="weights of the network, a file or URL")
     add("--stage", type=int, default=2, help="1 to 4: strides of 4 to 32 pixels (%(default)s)")
     add("--block", type=int, default=1, help="block of the stage, from 1 (%(default)s)")
@@ -66,6 +68,7 @@ def draw(args: argparse.Namespace) -> None:
     import torch
 
     import backbones
+    from backbones.ablations import ablated
     from dense.images import read_image
 
     image = read_image(args.photo)
@@ -74,7 +77,8 @@ def draw(args: argparse.Namespace) -> None:
     for x, y in points:
         if not (0 <= x < width and 0 <= y < height):
             raise ValueError(f"--at {x:g},{y:g} is outside of the {width}x{height} pixels")
-    model = timm.create_model(args.model).eval().requires_grad_(False)
+    name, options = ablated(args.ablation, args.model) if args.ablation else (args.model, {})
+    model = timm.create_model(name, **options).eval().requires_grad_(False)
     backbones.load_checkpoint(model, args.checkpoint)
     pixels = network_input(image, args.short_side, model.pretrained_cfg)
     with torch.no_grad():
@@ -185,7 +189,8 @@ def picture(image, scale: float, cells, channels, weights, args) -> None:
             panel.set_xticks([])
             panel.set_yticks([])
         line[0].set_title(f"x {centre[0]:.0f}, y {centre[1]:.0f}", fontsize=8)
-    figure.suptitle(f"{args.model}, stage {args.stage}, block {args.block}", fontsize=10)
+    name = f"{args.model}, {args.ablation}" if args.ablation else args.model
+    figure.suptitle(f"{name}, stage {args.stage}, block {args.block}", fontsize=10)
     figure.tight_layout()
 
     from dense import files
