@@ -17,7 +17,7 @@ from timm.models.twins import Twins
 from timm.models.volo import VOLO
 from torch import Tensor, nn
 
-from backbones.families import SIZES
+from backbones.families import SIZES, TABLE
 from backbones.layouts import ANCHORS, family_of, to_ours
 from backbones.mixers import Mixer
 from backbones.mixers.norm import CenteredBatchNorm2d
@@ -29,6 +29,16 @@ _22K = 21841
 # Entries that a file may lack, or have in excess: no stage depends on them.
 _OPTIONAL = re.compile(r"^(norm|norms\.\d+|head(\.fc)?)\.|num_batches_tracked$")
 _CLASSIFIER = ("head.fc.weight", "head.fc.bias")
+# What entries tell of a model's options.
+_OPTIONS = {
+    r"\.se\.": "se_ratio",
+    r"\.local\.": "local_kernel",
+    r"\.center$": "norm_layer='centered_batchnorm'",
+    r"\.mixer\.theta$": "conv='static'",
+    r"\.mixer\.post$": "conv='post'",
+    r"\.mixer\.pre\.": "conv='pre' or another pre-convolution",
+    r"\.mixer\.kernels$": "num_heads",
+}
 
 
 @dataclass(frozen=True)
@@ -414,7 +424,23 @@ def _guess(names: Mapping[str, Tensor]) -> str:
     alike = [name for name, size in SIZES.items() if size["embed_dim"] == width]
     same = [name for name in alike if list(SIZES[name]["depths"]) == depths]
     size = next(iter(same or alike), "unknown size")
-    return f"{family}_{size} (C={width}, depths {' '.join(map(str, depths))})"
+    said = [f"C={width}", f"depths {' '.join(map(str, depths))}", *_guess_options(names, family)]
+    return f"{family}_{size} ({', '.join(said)})"
+
+
+def _guess_options(names: Mapping[str, Tensor], family: str) -> list[str]:
+    """Where a state dict differs from its family's, and the heads that its bias tables tell."""
+    text, mixer = "\n".join(names), TABLE[family].mixer
+    found = [option for sign, option in _OPTIONS.items() if re.search(sign, text, re.M)]
+    has_batch_norm = ".norm2.running_var" in text
+    if ".center" not in text and has_batch_norm != (mixer.norm_layer is nn.BatchNorm2d):
+        found.append(f"norm_layer='{'batchnorm' if has_batch_norm else 'layernorm'}'")
+    first = r"stages\.\d\.blocks\.0\.mixer\.relative_position_bias_table"
+    if heads := [str(t.shape[-1]) for n, t in names.items() if re.fullmatch(first, n)]:
+        found.append(f"heads {' '.join(heads)}")
+    elif "qkv.weight" in mixer.marks:
+        found.append("position_bias=False")
+    return found
 
 
 def _stage(name: str) -> int:

@@ -228,6 +228,31 @@ def test_a_wrong_network_is_refused_and_left_as_it_was(tmp_path):
         backbones.load_checkpoint(timm.create_model("dw_conv_tiny"), path)
 
 
+@pytest.mark.parametrize(
+    "name, options, told",
+    [
+        ("swin", {}, "heads 2 4 8 16"),
+        ("swin", dict(num_heads=(1, 2, 4, 8), se_ratio=1 / 16), "se_ratio, heads 1 2 4 8"),
+        ("swin", dict(position_bias=False), "position_bias=False"),
+        ("swin", dict(norm_layer="batchnorm"), "norm_layer='batchnorm', heads 2 4 8 16"),
+        ("swin", dict(conv="static"), "conv='static', heads 2 4 8 16"),
+        ("swin", dict(conv="post"), "conv='post', heads 2 4 8 16"),
+        ("swin", dict(conv="pre"), "conv='pre' or another pre-convolution, heads 2 4 8 16"),
+        ("dw_conv", dict(norm_layer="layernorm"), "norm_layer='layernorm'"),
+        ("dw_conv", dict(norm_layer="centered_batchnorm"), "norm_layer='centered_batchnorm'"),
+        ("dw_conv", dict(num_heads=(1, 2, 4, 8)), "num_heads"),
+        ("i_d_dw_conv", dict(local_kernel=7), "local_kernel"),
+    ],
+)
+def test_a_refusal_tells_the_options_of_the_file(name, options, told, tmp_path):
+    torch.save(build(f"{name}_nano", **options).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(backbones.CheckpointError) as error:
+        backbones.load_checkpoint(build("d_dw_conv_nano"), tmp_path / "a.pth")
+    message = str(error.value)
+    assert f"looks like {name}_nano (C=32, depths 1 1 2 1, {told})," in message
+    assert "the network like d_dw_conv_nano (C=32, depths 1 1 2 1)." in message
+
+
 def test_one_missing_weight_is_refused(tmp_path):
     state_dict = build("swin_nano").state_dict()
     del state_dict["stages.2.blocks.1.mlp.fc1.bias"]
