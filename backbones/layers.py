@@ -42,7 +42,7 @@ class SqueezeExcite(nn.Module):
         ratio: hidden channels divided by C.
 
     Raises:
-        ValueError: ``ratio`` leaves no hidden channel.
+        ValueError: ``ratio`` leaves no hidden channel, or is above 1.
     """
 
     # Linears that backbones.fuse leaves alone: they have a row per image.
@@ -50,11 +50,9 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, dim: int, ratio: float = 1 / 16):
         super().__init__()
+        if not 0 < ratio <= 1 or int(dim * ratio) < 1:
+            raise ValueError(f"se_ratio={ratio}: {dim} channels need {1 / dim} to 1, or 0 for none")
         hidden = int(dim * ratio)
-        if hidden < 1:
-            raise ValueError(
-                f"se_ratio={ratio}: {dim} channels need {1 / dim} or more, or 0 for none"
-            )
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 

@@ -8,8 +8,8 @@ around: the kernels that D-DW-Conv and I-D-DW-Conv predict, the attention of Swi
 weights of the others. Red is positive, blue negative; each panel has its own scale. The weights are
 derivatives of the operator's output by its input, so every mixer of one operator can be drawn; one
 with a convolution before attention (conv="pre", "pre_depthwise") is refused.
-CHECKPOINT is any file that backbones.load_checkpoint reads, a detector's or segmentor's too. That of
-an ablation needs --ablation: some rows, such as swin_sliding, have the entries of their family.
+CHECKPOINT is any file that backbones.load_checkpoint reads, a detector's or segmentor's too. An
+ablation's needs --ablation: some rows, such as swin_sliding, have the entries of their family.
 """
 
 import argparse

@@ -4,7 +4,7 @@ A family is a subclass of :class:`Mixer` and a line of the table in :mod:`backbo
 pyramid, ``backbones.fuse``, checkpoint loading and the framework adapters use only this interface.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, NoReturn, Self
 
 from timm.layers import trunc_normal_
@@ -118,6 +118,13 @@ class Mixer(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         # TorchScript's hook, called for every module before any is compiled.
         refuse_scripting()
+
+
+def heads_of(num_heads: Sequence[int], stage: int) -> int:
+    """The heads of a stage, from those of all; raises ValueError where there is no such number."""
+    if isinstance(num_heads, Sequence) and len(num_heads) > stage and num_heads[stage] > 0:
+        return num_heads[stage]
+    raise ValueError(f"num_heads={num_heads}: a number from 1 for each stage, as (3, 6, 12, 24)")
 
 
 def init_linears(modules: Iterable[nn.Module]) -> None:

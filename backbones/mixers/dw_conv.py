@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from backbones import ops
 from backbones.folding import affine, foldable, parameter
 from backbones.layers import Size, is_plain
+from backbones.mixers.base import heads_of
 from backbones.mixers.conv import AROUND, ConvMixer, resized
 from backbones.mixers.shared_dw_conv import SharedDepthwiseConv
 
@@ -45,10 +46,13 @@ class DepthwiseConv(ConvMixer):
             shared: whether all positions share the kernels (Table 4); False needs ``num_heads``.
 
         Raises:
-            ValueError: neither channels nor positions would share a kernel.
+            ValueError: neither channels nor positions would share a kernel, or ``num_heads`` has no
+                number for the stage.
         """
         if num_heads is not None:
-            return SharedDepthwiseConv(dim, num_heads[stage], window_size, feat_size, shared)
+            return SharedDepthwiseConv(
+                dim, heads_of(num_heads, stage), window_size, feat_size, shared
+            )
         if not shared:
             raise ValueError("shared=False: kernels of positions need num_heads, as (3, 6, 12, 24)")
         return cls(dim, window_size)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from backbones import ops
 from backbones.folding import parameter
 from backbones.layers import Size, ceil_div
+from backbones.mixers.base import heads_of
 from backbones.mixers.windowed import WindowedMixer
 from backbones.ops.common import leaf
 from backbones.ops.windows import resize_window_grid
@@ -77,7 +78,7 @@ class LocalMLP(WindowedMixer):
                 of one per head and window (Table 2, 26.15M).
         """
         shifted = block % 2 == 1
-        return cls(dim, num_heads[stage], window_size, shifted, feat_size, shared)
+        return cls(dim, heads_of(num_heads, stage), window_size, shifted, feat_size, shared)
 
     def mix(self, x: Tensor, shift: Size) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, H and W multiples of the window."""

@@ -5,6 +5,7 @@ from torch import Tensor
 from backbones import ops
 from backbones.layers import Size
 from backbones.mixers.attention import Attention
+from backbones.mixers.base import heads_of
 from backbones.mixers.sliding_attention import CONVOLUTIONS, FORMS, SlidingAttention
 
 
@@ -51,13 +52,15 @@ class WindowAttention(Attention):
             sliding: each position attends to the window centred at it (Table 5) instead of windows
                 shifted in every second block; needs odd windows.
             position_bias: whether logits have a relative position bias (section 2.3).
-            conv: a convolution in sliding attention (appendix C, equations 24 to 27): ``"static"``,
-                ``"post"``, ``"pre"``, ``"pre_depthwise"`` or ``"pre_full"``; None for none.
+            conv: a convolution in attention, sliding whatever ``sliding`` is (appendix C, equations
+                24 to 27): ``"static"``, ``"post"``, ``"pre"``, ``"pre_depthwise"`` or
+                ``"pre_full"``; None for none.
 
         Raises:
-            ValueError: an unknown ``conv``, or an even ``window_size`` of sliding attention.
+            ValueError: an unknown ``conv``, an even ``window_size`` of sliding attention, or
+                ``num_heads`` without a number for the stage.
         """
-        heads = num_heads[stage]
+        heads = heads_of(num_heads, stage)
         if conv is not None:
             if conv not in CONVOLUTIONS:
                 raise ValueError(f"conv={conv!r}: {', '.join(CONVOLUTIONS)} and None are valid")

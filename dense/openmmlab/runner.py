@@ -22,7 +22,7 @@ from dense.backbone import revert_sync_batchnorm
 from dense.openmmlab import announcing as announcing  # registers a hook of every saved config
 from dense.openmmlab import checkpoints
 from dense.openmmlab.backbone import fit_channels
-from dense.openmmlab.schedule import TIMES
+from dense.openmmlab.schedule import TIMES, without_empty
 from dense.runs import earlier
 from dense.seeding import SeededDataset
 from dense.waiting import waiting
@@ -214,7 +214,9 @@ class DenseRunner(Runner):
         )
 
     def build_param_scheduler(self, scheduler: Any) -> Any:
-        """As in MMEngine; :meth:`resume` keeps the times of what is built."""
+        """As in MMEngine, without empty schedules; :meth:`resume` keeps the times of the others."""
+        if isinstance(scheduler, list):
+            scheduler = without_empty(scheduler, self.train_dataloader)
         built = super().build_param_scheduler(scheduler)
         lists = built.values() if isinstance(built, dict) else [built]
         self._times = [

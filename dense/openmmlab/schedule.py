@@ -1,6 +1,7 @@
 """Learning rate schedules of MMEngine's Runner."""
 
 import math
+from collections.abc import Sized
 from typing import Any
 
 from mmengine.optim import _ParamScheduler
@@ -10,6 +11,28 @@ from torch.optim import Optimizer
 # Arguments of MMEngine's schedules, and of ours, that are numbers of iterations or epochs; the
 # schedules keep them as attributes.
 TIMES = {"begin", "end", "T_max", "total_iters", "step_size", "milestones", "warmup"}
+
+
+def without_empty(schedules: list[Any], loader: Sized) -> list[Any]:
+    """Leave out what ends before its first iteration, which MMEngine's schedules refuse.
+
+    The warm-up of a short training on a few photos is such a one: a small part of an epoch.
+
+    >>> without_empty([dict(type="LinearLR", end=0.1, convert_to_iter_based=True)], range(8))
+    []
+
+    Args:
+        schedules: of a config.
+        loader: of the training, with the iterations of an epoch.
+    """
+
+    def is_empty(schedule: Any) -> bool:
+        if not isinstance(schedule, dict) or not schedule.get("convert_to_iter_based"):
+            return False
+        first, last = schedule.get("begin", 0), schedule.get("end")
+        return last is not None and int(first * len(loader)) >= int(last * len(loader))
+
+    return [schedule for schedule in schedules if not is_empty(schedule)]
 
 
 @PARAM_SCHEDULERS.register_module()

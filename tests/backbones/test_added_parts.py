@@ -115,7 +115,9 @@ def test_files_with_them_have_our_layout_alone(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(se_ratio=1 / 64), r"se_ratio=0.015625: 32 channels need 0.03125 or more"),
+        (dict(se_ratio=1 / 64), r"se_ratio=0.015625: 32 channels need 0.03125 to 1, or 0 "),
+        (dict(se_ratio=16), "se_ratio=16: 32 channels need"),
+        (dict(se_ratio=float("nan")), "se_ratio=nan: 32 channels need"),
         (dict(se_ratio=-1), "se_ratio=-1: 32 channels need"),
         (dict(local_kernel=-3), "local_kernel=-3: 1 or more is needed"),
     ],

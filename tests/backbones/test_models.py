@@ -252,3 +252,10 @@ def test_another_size_keeps_what_is_frozen(family):
     else:
         model.set_input_size(window_size=9)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["swin_nano", "swin_local_mlp_nano", "dw_conv_nano"])
+@pytest.mark.parametrize("num_heads", [4, (1, 2), (0, 0, 0, 0), (1, -2, 4, 8)])
+def test_heads_that_are_no_number_for_each_stage_are_refused(name, num_heads):
+    with pytest.raises(ValueError, match="num_heads=.*: a number from 1 for each stage, as"):
+        timm.create_model(name, num_heads=num_heads)

@@ -289,6 +289,13 @@ def test_epochs_move_the_schedule_and_blocks_are_recomputed(run, tmp_path, monke
     run("--eval-only", work / "epoch_1.pth", work_dir=tmp_path / "evaluated")
 
 
+def test_a_warm_up_of_less_than_an_iteration_is_none(run):
+    """Of the nano recipe's 20 epochs one is left, of 3 iterations, and a tenth of it."""
+    work = run("--epochs", "1", options=["train_cfg.max_epochs=20"])
+    lines = next(work.glob("*/vis_data/scalars.json")).read_text().splitlines()
+    assert (work / "epoch_1.pth").is_file() and lines
+
+
 def test_a_tenth_of_300_epochs():
     cfg = Config.fromfile(CONFIGS / "dw_conv_tiny_8xb128-300e_in1k-224x224.py")
     set_length(cfg, "epochs", 30)
