@@ -96,7 +96,7 @@ def anneal_after_warmup(cfg: Config) -> None:
         schedule.warmup_prefix = True
 
 
-def world_size(launcher: str) -> int:
+def world_size(launcher: str | None) -> int:
     """Number of processes that the launcher started, 1 without a launcher."""
     variable = {"pytorch": "WORLD_SIZE", "slurm": "SLURM_NTASKS", "mpi": "OMPI_COMM_WORLD_SIZE"}
     return int(os.environ.get(variable.get(launcher, ""), 1))
@@ -122,8 +122,8 @@ def build(cfg: Config, training: bool = True, real_labels: str | None = None) ->
         real_labels: ReaL's label file, or ``"timm"`` for timm's copy.
 
     Raises:
-        ConfigError: the data is missing or its classes differ from the config's, or the model
-            cannot be built.
+        ConfigError: the data is missing, less than a batch, or its classes differ from the
+            config's, or the model cannot be built.
     """
     with waiting("listing the photos"):
         train, val = (DATASETS.build(cfg[loader].dataset) for loader in LOADERS)
@@ -133,6 +133,13 @@ def build(cfg: Config, training: bool = True, real_labels: str | None = None) ->
         raise ConfigError(
             f"training has {len(ours)} classes, validation {len(theirs)}; only one of them has "
             f"{', '.join(odd)}"
+        )
+    batch = cfg.train_dataloader.batch_size * world_size(cfg.get("launcher"))
+    dropped = training and cfg.train_dataloader.get("drop_last")
+    if dropped and not isinstance(train, ImageStream) and len(train) < batch:
+        raise ConfigError(
+            f"{len(train)} photos to train on are less than a batch of {batch} over all processes: "
+            "a smaller --batch-size is needed"
         )
     if cfg.get("sync_bn") and not torch.cuda.is_available():
         print_log("no CUDA: SyncBN falls back to BN", logger="current")

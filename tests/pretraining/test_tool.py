@@ -289,6 +289,11 @@ def test_epochs_move_the_schedule_and_blocks_are_recomputed(run, tmp_path, monke
     run("--eval-only", work / "epoch_1.pth", work_dir=tmp_path / "evaluated")
 
 
+def test_photos_for_less_than_a_batch_are_said_to_be(run):
+    with pytest.raises(SystemExit, match="24 photos to train on are less than a batch of 25"):
+        run("--batch-size", "25")
+
+
 def test_a_warm_up_of_less_than_an_iteration_is_none(run):
     """Of the nano recipe's 20 epochs one is left, of 3 iterations, and a tenth of it."""
     work = run("--epochs", "1", options=["train_cfg.max_epochs=20"])
