@@ -105,8 +105,11 @@ class Result:
         """
         try:
             content = json.loads(path.read_text())
-            content["fingerprint"] = tuple(content["fingerprint"])
-            content["top1"] = tuple(map(tuple, content["top1"]))
+            content["fingerprint"] = tuple(map(float, content["fingerprint"]))
+            content["top1"] = tuple((epoch, float(value)) for epoch, value in content["top1"])
+            content["minutes"] = float(content["minutes"])
+            if not content["top1"]:
+                raise ValueError("top1 is empty")
             return cls(**content)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no result of a comparison: {error}") from error

@@ -102,9 +102,26 @@ def test_a_result_is_of_its_recipe_and_network(tmp_path):
     assert Result.read(one.write(tmp_path)) == one
     assert one.is_of("r", (1.0 + 1e-9,)) and not one.is_of("s", (1.0,))
     assert not one.is_of("r", (1.0001,)) and not one.is_of("r", (1.0, 2.0))
-    (tmp_path / "a_seed0.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(top1=[]),
+        dict(top1=[[1]]),
+        dict(top1=[[1, "x"]]),
+        dict(fingerprint=["x"]),
+        dict(minutes="x"),
+        dict(other=1),
+        None,
+    ],
+)
+def test_a_damaged_result_is_named(change, tmp_path):
+    path = result("a", 0, 5.0).write(tmp_path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | change) if change else "{}")
     with pytest.raises(ValueError, match="a_seed0.json is no result of a comparison"):
-        Result.read(tmp_path / "a_seed0.json")
+        Result.read(path)
 
 
 @pytest.mark.parametrize("family", ["swin", "i_d_dw_conv"])
