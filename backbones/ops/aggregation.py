@@ -14,7 +14,7 @@ from backbones.ops.common import (
     triton_kernels,
     windows,
 )
-from backbones.ops.dispatch import attempt, choose, exporting
+from backbones.ops.dispatch import attempt, choose, exporting, operator
 
 _NAME = "inhomogeneous_aggregation"
 
@@ -68,7 +68,7 @@ def _check(x: Tensor, kernels: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("dense::aggregate", mutates_args=())
+@operator("aggregate", _NAME)
 def _aggregate(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     """``x`` is ``(B, H, W, G, S)`` with C = G*S, ``kernels`` ``(B, H, W, G, K*K)``."""
     backend, dtype = choose(_NAME, x), x.dtype
@@ -92,7 +92,7 @@ def _shape(x: Tensor) -> list[int]:
     return [*x.shape[:3], x.shape[4], x.shape[3]]
 
 
-@torch.library.custom_op("dense::aggregate_backward", mutates_args=())
+@operator("aggregate_backward", _NAME)
 def _backward(grad: Tensor, x: Tensor, kernels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     backend = choose(_NAME, x)
     if backend == "native":

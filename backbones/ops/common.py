@@ -18,10 +18,12 @@ T = TypeVar("T")
 
 class _Here(threading.local):
     backend: str | None = None
+    traced: bool = False
 
 
 here = _Here()
-"""The backend that :func:`forced_here` asks for in this thread, None if it does not."""
+"""Of this thread: the ``backend`` that :func:`forced_here` asks for, None if it does not, and
+whether a compiler traces the launches of Triton kernels (:func:`traced_here`)."""
 
 
 @contextmanager
@@ -32,6 +34,16 @@ def forced_here(backend: str) -> Iterator[None]:
         yield
     finally:
         here.backend = before
+
+
+@contextmanager
+def traced_here() -> Iterator[None]:
+    """Put the launches of Triton kernels in this thread into the graph that is being traced."""
+    before, here.traced = here.traced, True
+    try:
+        yield
+    finally:
+        here.traced = before
 
 
 def same_padding(kernel_size: int) -> tuple[int, int]:

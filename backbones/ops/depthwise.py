@@ -14,7 +14,7 @@ from backbones.ops.common import (
     triton_kernels,
     windows,
 )
-from backbones.ops.dispatch import attempt, choose, exporting
+from backbones.ops.dispatch import attempt, choose, exporting, operator
 
 # Static and dynamic share one implementation; static has a kernel batch of 1.
 _NAME = "dynamic_depthwise_conv"
@@ -125,7 +125,7 @@ def _own(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.dense.depthwise(x.to(autocast_dtype(x)), taps, bias, kernels.shape[-1])
 
 
-@torch.library.custom_op("dense::depthwise", mutates_args=())
+@operator("depthwise", _NAME)
 def _depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     """``x`` is ``(B, H, W, C)``, ``taps`` ``(B or 1, K*K, C)``, which may be of a wider dtype."""
     backend = choose(_NAME, x)
@@ -140,7 +140,7 @@ def _depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tenso
     return _plain(x, taps, bias, size).contiguous()
 
 
-@torch.library.custom_op("dense::depthwise_backward", mutates_args=())
+@operator("depthwise_backward", _NAME)
 def _depthwise_backward(
     grad: Tensor, x: Tensor, taps: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:

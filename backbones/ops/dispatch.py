@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from backbones.ops import native, verdicts
 from backbones.ops.cases import first_case
-from backbones.ops.common import dtype_under_autocast, here
+from backbones.ops.common import dtype_under_autocast, here, traced_here
 
 BACKENDS = ("reference", "torch", "native", "onednn", "triton")
 OPERATORS = {
@@ -157,6 +157,46 @@ def _is_of_a_compiler(error: Exception) -> bool:
         return True
     # CUDA's errors are RuntimeErrors too, and so is what a launch returns.
     return type(error) is RuntimeError and any(part in str(error) for part in _COMPILERS_SAY)
+
+
+def operator(name: str, known: str) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """Decorate a function of maps to be the operator ``dense::name``, opaque to compilers.
+
+    Only where Triton computes a map of known sizes, torch.compile sees the launches of the kernels
+    in place of the operator, as with ``torch.library.triton_op``: Inductor plans their memory and
+    launches them without Python. Sizes that are open would become guards, a graph for each.
+
+    Args:
+        name: of the operator.
+        known: its key in :data:`OPERATORS`.
+    """
+
+    def register(function: Callable) -> torch.library.CustomOpDef:
+        made = torch.library.custom_op(f"dense::{name}", mutates_args=())(function)
+        try:
+            from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+        except ImportError:
+            return made
+
+        def trace(mode, op, types, args, kwargs):
+            tensors = [t for t in args if isinstance(t, Tensor)]
+            ordinary = all(issubclass(t, FunctionalTensor) or t is Tensor for t in types)
+            if not ordinary or not _sees_through(known, tensors):
+                return mode.__torch_dispatch__(op, types, args, kwargs)
+            with mode, traced_here():
+                return function(*args, **kwargs)
+
+        made.register_torch_dispatch(FunctionalTensorMode, trace)
+        return made
+
+    return register
+
+
+def _sees_through(known: str, tensors: list[Tensor]) -> bool:
+    x = tensors[0]
+    if x.device.type not in GPUS or explain(known, x.device, x.dtype)[0] != "triton":
+        return False
+    return not any(isinstance(n, torch.SymInt) for t in tensors for n in t.shape)
 
 
 def exporting() -> bool:

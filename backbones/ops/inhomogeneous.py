@@ -22,7 +22,7 @@ from backbones.ops.common import (
     triton_kernels,
     without_autocast,
 )
-from backbones.ops.dispatch import attempt, choose, exporting
+from backbones.ops.dispatch import attempt, choose, exporting, operator
 
 _NAME = "inhomogeneous_dynamic_depthwise_conv"
 # Elements of the map in a chunk of the torch backend on a CPU: what a tap touches fits the cache.
@@ -84,7 +84,7 @@ def inhomogeneous_dynamic_depthwise_conv(
     return out.flatten(-2)
 
 
-@torch.library.custom_op("dense::predict_and_aggregate", mutates_args=())
+@operator("predict_and_aggregate", _NAME)
 def _forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
     """``out[p] = sum over taps k of x[p + k] * (hidden[p] @ weight[k].T + bias[k])``.
 
@@ -102,7 +102,7 @@ def _forward(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int)
     return _torch_forward(x, hidden, weight, bias, size).mT.contiguous()
 
 
-@torch.library.custom_op("dense::predict_and_aggregate_backward", mutates_args=())
+@operator("predict_and_aggregate_backward", _NAME)
 def _backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from backbones.ops.common import (
     triton_kernels,
     without_autocast,
 )
-from backbones.ops.dispatch import attempt, choose, exporting
+from backbones.ops.dispatch import attempt, choose, exporting, operator
 from backbones.ops.halos import (
     add_halos,
     hidden_keys,
@@ -76,7 +76,7 @@ def sliding_attention(qkv: Tensor, bias: Tensor, num_heads: int, window_size: Si
         return torch.ops.dense.sliding_attention(qkv, bias, num_heads, [rows, columns])
 
 
-@torch.library.custom_op("dense::sliding_attention", mutates_args=())
+@operator("sliding_attention", _NAME)
 def _attend(qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int]) -> Tensor:
     backend, given = choose(_NAME, qkv), (num_heads, window_size)
     if backend == "triton":
@@ -93,7 +93,7 @@ def _attend(qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int]) -
     return out.to(qkv.dtype)
 
 
-@torch.library.custom_op("dense::sliding_attention_backward", mutates_args=())
+@operator("sliding_attention_backward", _NAME)
 def _attend_backward(
     grad: Tensor, qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int]
 ) -> tuple[Tensor, Tensor]:

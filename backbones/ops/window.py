@@ -17,7 +17,7 @@ from backbones.ops.common import (
     triton_kernels,
     without_autocast,
 )
-from backbones.ops.dispatch import attempt, choose, exporting
+from backbones.ops.dispatch import attempt, choose, exporting, operator
 from backbones.ops.windows import Size, partition, region_mask, reverse, roll, surely
 
 # Partial sums over windows times heads in the C kernels: enough tasks for many threads.
@@ -237,7 +237,7 @@ def _fits(window_size: Size) -> bool:
     return window_size[0] * window_size[1] <= _POSITIONS
 
 
-@torch.library.custom_op("dense::window_attention", mutates_args=())
+@operator("window_attention", "window_attention")
 def _attend(
     qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int], shift: list[int]
 ) -> Tensor:
@@ -256,7 +256,7 @@ def _attend(
     return out.to(qkv.dtype)
 
 
-@torch.library.custom_op("dense::window_attention_backward", mutates_args=())
+@operator("window_attention_backward", "window_attention")
 def _attend_backward(
     grad: Tensor,
     qkv: Tensor,
@@ -284,7 +284,7 @@ def _attend_backward(
     return grad_qkv.to(qkv.dtype), parts.sum(0).to(bias.dtype)
 
 
-@torch.library.custom_op("dense::local_mlp", mutates_args=())
+@operator("local_mlp", "local_mlp")
 def _mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]) -> Tensor:
     backend = choose("local_mlp", value)
     if backend == "triton":
@@ -301,7 +301,7 @@ def _mix(value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]
     return out.to(value.dtype)
 
 
-@torch.library.custom_op("dense::local_mlp_backward", mutates_args=())
+@operator("local_mlp_backward", "local_mlp")
 def _mix_backward(
     grad: Tensor, value: Tensor, mixing: Tensor, window_size: list[int], shift: list[int]
 ) -> tuple[Tensor, Tensor]:

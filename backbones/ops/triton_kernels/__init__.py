@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from backbones.ops.common import here
+
 # Most partial sums over positions: enough for every multiprocessor of a large GPU.
 PARTS = 256
 # Arguments that change with the image size: Triton must not compile a kernel for each.
@@ -25,10 +27,17 @@ def launches(function: Callable) -> Callable:
 
     @wraps(function)
     def launch(first: torch.Tensor, *others):
+        if here.traced:
+            return function(first, *others)
         with torch.cuda.device_of(first):
             return function(first, *others)
 
     return launch
+
+
+def visible(kernel: Callable) -> Callable:
+    """A kernel to launch, of which a compiler that traces the launch sees the source."""
+    return torch.library.wrap_triton(kernel) if here.traced else kernel
 
 
 def power(n: int, least: int = 16) -> int:

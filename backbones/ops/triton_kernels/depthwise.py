@@ -21,6 +21,7 @@ from backbones.ops.triton_kernels import (
     parts,
     power,
     span,
+    visible,
 )
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
@@ -130,7 +131,7 @@ def weight_gradient(x: Tensor, grad: Tensor, kernels: int, size: int, before: in
     block_c = divisor(channels, 32, 32)
     out = x.new_empty(kernels, chunks, size**2, channels, dtype=torch.float32)
     grid = (kernels * chunks * size * triton.cdiv(channels, block_c),)
-    _weight_gradient[grid](
+    visible(_weight_gradient)[grid](
         x, grad, out, height, width, channels, rows, chunks, shared, size, before,
         TAPS=power(size, 1), BLOCK_W=32, BLOCK_C=block_c,
     )  # fmt: skip

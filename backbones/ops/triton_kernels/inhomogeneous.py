@@ -25,6 +25,7 @@ from backbones.ops.triton_kernels import (
     parts,
     power,
     span,
+    visible,
 )
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
@@ -246,7 +247,7 @@ def backward(
             x, grad, weight, grad_hidden, *sizes, bucket(x), blocks_g, size, before,
             TAPS=taps, **fixed,
         )  # fmt: skip
-        _weight_gradient[(chunks * size * blocks * blocks_g,)](
+        visible(_weight_gradient)[(chunks * size * blocks * blocks_g,)](
             x, grad, hidden, grad_weight, grad_bias, *sizes, rows, chunks, size, before,
             TAPS=taps, BLOCK_P=32, num_warps=8, **fixed,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, added, launches, operands, parts, power
+from backbones.ops.triton_kernels import CHANGING, added, launches, operands, parts, power, visible
 from backbones.ops.triton_kernels.window import _places
 
 # Windows per program of the forward pass, which loads their weights once.
@@ -89,7 +89,7 @@ def backward(
     chunks = max(1, parts(members, mixing.numel()) // sets)
     grad_mixing = mixing.new_zeros(chunks, *mixing.shape, dtype=torch.float32)
     if members:
-        _weight_gradient[(sets * chunks, mixing.shape[-3])](
+        visible(_weight_gradient)[(sets * chunks, mixing.shape[-3])](
             value, grad, grad_mixing, sets, members, chunks, *sizes, *blocks, num_warps=WARPS
         )
     return _run_mix(grad, mixing, window_size, shift, back=True), added(grad_mixing, 0)
@@ -102,7 +102,7 @@ def _run_mix(
     sets, members, sizes, blocks = _options(value, mixing, window_size, shift)
     if members:
         chunks = triton.cdiv(members, _WINDOWS)
-        _mix[(sets * chunks, mixing.shape[-3])](
+        visible(_mix)[(sets * chunks, mixing.shape[-3])](
             value, mixing, out, sets, members, chunks, *sizes, back, *blocks, num_warps=WARPS
         )
     return out

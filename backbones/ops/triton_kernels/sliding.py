@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, added, launches, parts, power, span
+from backbones.ops.triton_kernels import CHANGING, added, launches, parts, power, span, visible
 
 # Elements of a tile: queries, gradients and sums of 4 warps fit their registers.
 _ELEMENTS = 2048
@@ -157,7 +157,7 @@ def forward(qkv: Tensor, bias: Tensor, num_heads: int, window_size: list[int]) -
     positions, sizes, blocks = _options(qkv, num_heads, window_size)
     if positions:
         grid = triton.cdiv(positions, blocks["BLOCK_P"]), num_heads
-        _forward[grid](qkv, bias, out, positions, *sizes, **blocks)
+        visible(_forward)[grid](qkv, bias, out, positions, *sizes, **blocks)
     return out
 
 
@@ -175,11 +175,11 @@ def backward(
         shape = *qkv.shape[:3], num_heads
         stored = [qkv.new_empty(shape, dtype=torch.float32) for _ in range(3)]
         maps = grad, qkv, bias, grad_qkv
-        _query_gradient[(chunks, num_heads)](
+        visible(_query_gradient)[(chunks, num_heads)](
             *maps, grad_bias, *stored, positions, chunks, *sizes,
             **blocks, BLOCK_N=power(bias.shape[1]),
         )  # fmt: skip
-        _key_gradient[(tiles, num_heads)](*maps, *stored, positions, *sizes, **blocks)
+        visible(_key_gradient)[(tiles, num_heads)](*maps, *stored, positions, *sizes, **blocks)
     return grad_qkv, added(grad_bias, 0)
 
 

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 import triton
 
+from backbones.ops.triton_kernels import visible
+
 # Kernel arguments that key a timing, beside the dtypes.
 _KEY = ["C", "S", "G", "D", "N", "heads", "K", "gather", "flip", "back", "bucket"]
 
@@ -37,7 +39,7 @@ def run(
         kernel = _tuned(kernel, tiles)
     else:
         constants |= tiles[0].all_kwargs()
-    kernel[grid](*arguments, **constants)
+    visible(kernel)[grid](*arguments, **constants)
 
 
 def _times() -> bool:

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backbones.ops.triton_kernels import CHANGING, added, launches, operands, parts, power, span
+from backbones.ops.triton_kernels import (
+    CHANGING,
+    added,
+    launches,
+    operands,
+    parts,
+    power,
+    span,
+    visible,
+)
 from backbones.ops.triton_kernels.tuning import bucket, run, tile
 
 # Of the backward pass. Three 64x64 tiles exceed the registers of 4 warps, and with the windows of
@@ -169,7 +178,7 @@ def backward(
     chunks = parts(windows, bias.numel())
     grad_bias = bias.new_zeros(chunks, *bias.shape, dtype=torch.float32)
     if windows:
-        _backward[(chunks, num_heads)](
+        visible(_backward)[(chunks, num_heads)](
             grad, qkv, bias, grad_qkv, grad_bias, windows, chunks, *sizes, **blocks, **BACKWARD
         )
     return grad_qkv, added(grad_bias, 0)
