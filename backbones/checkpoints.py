@@ -85,6 +85,7 @@ def load_checkpoint(
     *,
     classes: Sequence[str] | None = None,
     prefix: str | None = None,
+    partial: bool = False,
     weights_only: bool = True,
 ) -> LoadReport:
     """Load a checkpoint into the backbone of a model, in place.
@@ -101,6 +102,9 @@ def load_checkpoint(
             classes; None takes ImageNet's sorted wnids for 1000 or 21841 outputs. The same wnids
             stand for a file without class names, for Swin's 21841 in the order of Swin's list.
         prefix: prefix of the backbone's names in a file with several backbones; None finds it.
+        partial: also accept a file that lacks weights of a pyramid, such as those that
+            squeeze-excitation adds to its family: the model keeps its own, and the report and a
+            warning name them. What the file has must fit all the same.
         weights_only: False also unpickles unsafe files, which can run code: only for trusted files.
 
     Returns:
@@ -113,7 +117,8 @@ def load_checkpoint(
     given, their_classes = read_with_classes(source, weights_only=weights_only)
     if not isinstance(model, VOLO | Twins):
         model = _pyramid_in(model)
-    state_dict, report = fit(given, model, str(source), their_classes, classes, prefix)
+    given = given, model, str(source), their_classes, classes, prefix
+    state_dict, report = fit(*given, partial=partial)
     model.load_state_dict(state_dict, strict=False)
     _logger.info("%s", report)
     return report
@@ -133,6 +138,7 @@ def fit(
     their_classes: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
     prefix: str | None = None,
+    partial: bool = False,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Rename and resize a state dict for ``model``, and check that it is complete.
 
@@ -144,6 +150,7 @@ def fit(
         their_classes: class names of the file's classifier, if known.
         classes: class names of the model's classifier, if known.
         prefix: prefix of the backbone's names; None finds it.
+        partial: accept that weights of a pyramid are missing, with a warning, if others are there.
 
     Returns:
         The entries to load, by the model's names, and the report.
@@ -178,7 +185,7 @@ def fit(
         elsewhere=len(state_dict) - len(own),
         classifier=classifier,
     )
-    _refuse_partial(report, wrong, given, wanted)
+    _refuse_partial(report, wrong, given, wanted, partial)
     return fitting, report
 
 
@@ -251,9 +258,14 @@ def _lines(**kinds: Sequence[str]) -> list[str]:
     return [f"  {kind}: {_some(names)}" for kind, names in kinds.items() if names]
 
 
-def _refuse_partial(report: LoadReport, wrong: list[str], given: Mapping, wanted: Mapping) -> None:
+def _refuse_partial(
+    report: LoadReport, wrong: list[str], given: Mapping, wanted: Mapping, partial: bool
+) -> None:
     shapes = {entry.split()[0] for entry in wrong}
     missing = [n for n in report.missing if n not in shapes and not _OPTIONAL.search(n)]
+    if partial and missing and report.matched:
+        _logger.warning("%s lacks %s: the model keeps its own", report.source, _some(missing))
+        missing = []
     # A backbone with few out_indices is built without the later stages.
     last = max(map(_stage, wanted))
     unexpected = [n for n in report.unexpected if not _OPTIONAL.search(n) and _stage(n) <= last]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import backbones
+from backbones import ablations
 from backbones.layers import SqueezeExcite
 from backbones.layouts import LAYOUTS, from_ours
 from backbones.pyramid import LocalConv
@@ -110,6 +111,40 @@ def test_files_with_them_have_our_layout_alone(tmp_path):
     torch.save(build("swin_nano").state_dict(), tmp_path / "without.pth")
     with pytest.raises(backbones.CheckpointError, match="missing: .*local"):
         backbones.load_checkpoint(other, tmp_path / "without.pth")
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["swin_se", "dw_conv_se", "i_d_dw_conv_local", "swin_sliding_pre", "swin_sliding_pre_full"],
+)
+def test_what_the_family_has_is_loaded_if_asked_for(row, tmp_path, caplog):
+    """Rows with layers of their own start from their family, but for these layers."""
+    family = ablations.ABLATIONS[row].model
+    trained = build(f"{family}_nano", seed=1).state_dict()
+    torch.save(trained, tmp_path / "family.pth")
+    name, options = ablations.ablated(row, f"{family}_nano")
+    model = build(name, **options)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(backbones.CheckpointError, match="missing"):
+        backbones.load_checkpoint(model, tmp_path / "family.pth")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    report = backbones.load_checkpoint(model, tmp_path / "family.pth", partial=True)
+    assert report.missing and set(report.missing) == before.keys() - trained.keys()
+    assert report.missing[0] in caplog.text
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained.get(name, before[name])), name
+
+
+def test_a_partial_load_leaves_nothing_of_the_file_over(tmp_path):
+    torch.save(build("swin_nano").state_dict(), tmp_path / "swin.pth")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    model = build("dw_conv_nano")
+    with pytest.raises(backbones.CheckpointError, match="unexpected"):
+        backbones.load_checkpoint(model, tmp_path / "swin.pth", partial=True)
+    with pytest.raises(backbones.CheckpointError):
+        backbones.load_checkpoint(model, tmp_path / "other.pth", partial=True)
+    with pytest.raises(backbones.CheckpointError, match="shape"):
+        backbones.load_checkpoint(build("swin_tiny"), tmp_path / "swin.pth", partial=True)
 
 
 @pytest.mark.parametrize(
