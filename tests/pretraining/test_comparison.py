@@ -15,6 +15,8 @@ from dense.analysis.comparison import Entry, Network, Result
 from dense.steps import State
 from tests.support import ROOT, load_tool
 
+PRETRAINING = ROOT / "configs/pretraining"
+
 
 @pytest.fixture(scope="module")
 def tool():
@@ -198,6 +200,13 @@ def test_all_networks_have_one_recipe(tool, arguments):
         assert cfg.param_scheduler[0].end == cfg.param_scheduler[1].begin == 1
         recipes.add(json.dumps(cfg.to_dict(), sort_keys=True, default=str))
     assert len(recipes) == 1
+
+
+def test_the_pages_table_is_of_the_kept_results(tool):
+    results = [Result.read(path) for path in (PRETRAINING / "comparison").glob("*.json")]
+    found = comparison.entries(tool.networks("nano", ["all"]), results)
+    assert {tuple(run.seed for run in entry.results) for entry in found} == {(0, 1, 2)}
+    assert comparison.table(found) in (PRETRAINING / "README.md").read_text()
 
 
 def test_all_rows_but_heads_in_between(tool):
