@@ -61,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--rounds", type=int, default=9, help="timed steps of each contender (%(default)s)")
     add("--seconds", type=float, default=60, help="time limit of a contest, approximate (60)")
+    add("--only", metavar="TEXT", help="contests whose title contains TEXT, such as sliding")
     add("--resume", action="store_true", help="keep the contests in OUT and run the others")
     args = parser.parse_args(argv)
     if args.batch is not None and args.batch < 1:
@@ -110,7 +111,12 @@ def planned(args: argparse.Namespace) -> list[measure.Contest]:
         "scaling": lambda: networks.scaling_contests(device, args.modes, dtype),
         "models": lambda: models.contests(device),
     }
-    return [contest for suite in dict.fromkeys(args.suites) for contest in make[suite]()]
+    found = [contest for suite in dict.fromkeys(args.suites) for contest in make[suite]()]
+    chosen = [contest for contest in found if (args.only or "") in contest.title]
+    if not chosen:
+        titles = "; ".join(contest.title for contest in found)
+        raise SystemExit(f"benchmark: --only {args.only}: no contest has it in its title: {titles}")
+    return chosen
 
 
 def main(argv: list[str] | None = None) -> int:

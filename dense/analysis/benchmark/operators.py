@@ -17,6 +17,8 @@ from dense.analysis.benchmark.measure import Contender, Contest, Step
 
 # Batch, height, width of the feature map: 8 images of 224x224, and one of 800x1344.
 SHAPES = ((8, 56, 56), (1, 200, 336))
+# The third stage at 224x224, where sliding attention has windows of half the map.
+DEEP = (8, 14, 14)
 CHANNELS, HEADS, GROUPS, KERNEL, WINDOW = 96, 3, 32, 7, (7, 7)
 TAPS = KERNEL**2
 POSITIONS = WINDOW[0] * WINDOW[1]
@@ -26,18 +28,26 @@ Function = Callable[..., Tensor]
 def contests(device: torch.device, modes: Sequence[str]) -> list[Contest]:
     """Every operator at both shapes, in inference (forward) and training (forward and backward)."""
     found = []
-    for images, height, width in SHAPES:
+    for shape in SHAPES:
         for make in OPERATORS:
-            name, functions = make(images, height, width, device)
-            for mode in modes:
-                what = "forward" if mode == "inference" else "forward + backward"
-                contenders = tuple(
-                    Contender(label, _builder(prepare, mode), ours=label.startswith("ours"))
-                    for label, prepare in functions.items()
-                )
-                title = f"{name}, {what}, {images}x{CHANNELS}x{height}x{width}"
-                pixels = images * height * width
-                found.append(Contest("operators", title, contenders, images, pixels))
+            found += _contests(make(*shape, device), shape, CHANNELS, modes)
+    deep = _sliding(*DEEP, device, channels=4 * CHANNELS)
+    return found + _contests(deep, DEEP, 4 * CHANNELS, modes)
+
+
+def _contests(
+    made: tuple[str, dict], shape: tuple[int, int, int], channels: int, modes: Sequence[str]
+) -> list[Contest]:
+    (name, functions), (images, height, width) = made, shape
+    found = []
+    for mode in modes:
+        what = "forward" if mode == "inference" else "forward + backward"
+        contenders = tuple(
+            Contender(label, _builder(prepare, mode), ours=label.startswith("ours"))
+            for label, prepare in functions.items()
+        )
+        title = f"{name}, {what}, {images}x{channels}x{height}x{width}"
+        found.append(Contest("operators", title, contenders, images, images * height * width))
     return found
 
 
@@ -292,14 +302,22 @@ def _attention(images: int, height: int, width: int, device: torch.device, shift
 _shifted_attention = partial(_attention, shift=WINDOW[0] // 2)
 
 
-def _sliding(images: int, height: int, width: int, device: torch.device):
+def _sliding(images: int, height: int, width: int, device: torch.device, channels: int = CHANNELS):
+    heads = channels * HEADS // CHANNELS
     inside = F.pad(torch.ones(height, width, device=device), [KERNEL // 2] * 4)
     inside = inside.unfold(0, KERNEL, 1).unfold(1, KERNEL, 1).flatten(2) > 0
 
     def inputs() -> list[Tensor]:
         return [
-            _random(device, images, height, width, 3 * CHANNELS),
-            _random(device, HEADS, TAPS),
+            _random(device, images, height, width, 3 * channels),
+            _random(device, heads, TAPS),
+        ]
+
+    def shifted() -> list[Tensor]:
+        sides = _whole_windows(height, width)
+        return [
+            _random(device, images, *sides, 3 * channels),
+            _random(device, heads, POSITIONS, POSITIONS),
         ]
 
     def windows(x: Tensor) -> Tensor:
@@ -308,8 +326,8 @@ def _sliding(images: int, height: int, width: int, device: torch.device):
         return x.unfold(1, KERNEL, 1).unfold(2, KERNEL, 1).flatten(-2)
 
     def unfolded(qkv: Tensor, bias: Tensor) -> Tensor:
-        query, key, value = qkv.unflatten(-1, (3, HEADS, -1)).unbind(3)
-        query = query * (CHANNELS // HEADS) ** -0.5
+        query, key, value = qkv.unflatten(-1, (3, heads, -1)).unbind(3)
+        query = query * (channels // heads) ** -0.5
         scores = (query[..., None, :] @ windows(key))[..., 0, :] + bias
         scores = scores.masked_fill(~inside[:, :, None], -math.inf)
         return (scores.softmax(-1)[..., None, :] @ windows(value).mT).flatten(3)
@@ -317,8 +335,12 @@ def _sliding(images: int, height: int, width: int, device: torch.device):
     functions = {
         "unfold": lambda: (unfolded, inputs()),
         "ours": lambda: (
-            partial(ops.sliding_attention, num_heads=HEADS, window_size=WINDOW),
+            partial(ops.sliding_attention, num_heads=heads, window_size=WINDOW),
             inputs(),
+        ),
+        "ours, shifted windows": lambda: (
+            partial(ops.window_attention, num_heads=heads, window_size=WINDOW, shift=(3, 3)),
+            shifted(),
         ),
     }
     return "sliding attention", functions
