@@ -9,6 +9,7 @@ from backbones.layers import Size, is_plain
 from backbones.mixers.conv import AROUND, ConvMixer
 from backbones.mixers.norm import normalise
 from backbones.ops.common import widened, without_float16
+from backbones.ops.dispatch import keeps_operators
 
 
 class InhomogeneousDynamicDepthwiseConv(ConvMixer):
@@ -67,7 +68,9 @@ class InhomogeneousDynamicDepthwiseConv(ConvMixer):
         x = widened(x, weight)
         with without_float16(weight):
             hidden = F.relu(normalise(self.reduce_norm, self.reduce(x)))
-            if is_plain(self.expand, nn.Linear):
+            # While torch.export captures a graph, no parameters are plain ones.
+            kept = keeps_operators() and type(self.expand) is nn.Linear
+            if kept or is_plain(self.expand, nn.Linear):
                 # Fused, so that the kernels, num_groups*K*K numbers per position, are never stored.
                 return ops.inhomogeneous_dynamic_depthwise_conv(
                     x, hidden, self.expand.weight, self.expand.bias, self.kernel_size

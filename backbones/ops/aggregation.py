@@ -10,7 +10,7 @@ from backbones.ops.common import (
     pad,
     promoted,
     register_backward,
-    sum_of_taps,
+    sum_of_rows,
     triton_kernels,
     windows,
 )
@@ -146,9 +146,8 @@ def _by_taps(x: Tensor, kernels: Tensor, size: int) -> Tensor:
 def _by_rows(x: Tensor, kernels: Tensor, size: int) -> Tensor:
     """For export."""
     taps = kernels.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (size, size))
-    taps, x = taps.permute(4, 5, 0, 1, 2, 3), x.transpose(-1, -2)
-    out = sum_of_taps(promoted(x), size, [], [taps], lambda _, given: given[0])
-    return out.to(x.dtype).transpose(-1, -2)
+    out = sum_of_rows(promoted(x.mT), size, lambda row: taps[:, :, :, None, :, row])
+    return out.to(x.dtype).mT
 
 
 @_aggregate.register_fake

@@ -19,11 +19,13 @@ T = TypeVar("T")
 class _Here(threading.local):
     backend: str | None = None
     traced: bool = False
+    keeps: bool = False
 
 
 here = _Here()
-"""Of this thread: the ``backend`` that :func:`forced_here` asks for, None if it does not, and
-whether a compiler traces the launches of Triton kernels (:func:`traced_here`)."""
+"""Of this thread: the ``backend`` that :func:`forced_here` asks for, None if it does not, whether a
+compiler traces the launches of Triton kernels (:func:`traced_here`), and whether graphs keep
+operators (:func:`.dispatch.kept_operators`)."""
 
 
 @contextmanager
@@ -167,83 +169,22 @@ def windows(padded: Tensor, shape: torch.Size, size: int) -> list[Tensor]:
     ]
 
 
-def can_scan(*tensors: Tensor) -> bool:
-    """Whether a graph can have :func:`scanned`: not a trace, nor one that records gradients."""
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not (torch.jit.is_tracing() or recorded)
-
-
-def scanned(
-    step: Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]],
-    carry: list[Tensor],
-    given: list[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """A step along the first axis of some tensors: one node of an exported graph, ONNX's Scan.
-
-    OpenVINO reads a step that uses nothing but its arguments and numbers.
-
-    Args:
-        step: ``step(carry, slices)`` returns the next carry and the slices of the results.
-        carry: what the first step gets.
-        given: the tensors, whose first axes are of one length.
-
-    Returns:
-        The last carry, and the results, stacked.
-    """
-    from torch._higher_order_ops.scan import scan
-
-    def own(tensors: list[Tensor]) -> list[Tensor]:
-        return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-
-    # An operator of higher order returns none of its arguments, and a carry keeps its strides.
-    return scan(lambda *args: tuple(map(own, step(*args))), own(carry), own(given))
-
-
-def sum_of_taps(
-    x: Tensor,
-    size: int,
-    shared: list[Tensor],
-    given: list[Tensor],
-    tap: Callable[[list[Tensor], list[Tensor]], Tensor],
-) -> Tensor:
+def sum_of_rows(x: Tensor, size: int, kernels: Callable[[int], Tensor]) -> Tensor:
     """The sum over K*K taps of a window of ``x`` times the tap's kernels, for exported graphs.
 
-    A step for each row of taps keeps the graph small where :func:`can_scan` allows it.
+    Graphs are captured faster the fewer nodes they have: K taps are one product.
 
     Args:
         x: ``(B, H, W, S, G)``.
         size: K.
-        shared: tensors that every tap gets.
-        given: ``(K, K, ...)``, of which a tap gets its own part.
-        tap: ``tap(shared, given)`` returns ``(B, H, W, G)``.
+        kernels: of a row of taps, ``(B, H, W, 1, G, K)``.
 
     Returns:
         ``(B, H, W, S, G)``.
     """
-    number = x.shape[3]
-    # As (S*B, ...) in between: ONNX Runtime would move the transposition behind the products, whose
-    # innermost axis is then S.
-    planes = x.movedim(3, 0).flatten(0, 1)
-    planes = F.pad(planes, (0, 0, *same_padding(size), *same_padding(size)))
-    planes = planes.unflatten(0, (number, -1))
-    out = torch.zeros_like(x.movedim(3, 0))
-    offsets = torch.arange(size, device=x.device)[:, None]
-    rows, columns = (offsets + torch.arange(n, device=x.device) for n in x.shape[1:3])
-
-    def step(carry: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        (out, planes, *shared), (rows, columns, *given) = carry, row
-        across = planes.index_select(2, rows)
-        for k, column in enumerate(columns):
-            out = out + across.index_select(3, column) * tap(shared, [t[k] for t in given])
-        return [out, planes, *shared], []
-
-    carry, steps = [out, planes, *shared], [rows, columns.expand(size, size, -1), *given]
-    if can_scan(x, *shared, *given):
-        carry, _ = scanned(step, carry, steps)
-    else:
-        for row in range(size):
-            carry, _ = step(carry, [t[row] for t in steps])
-    return carry[0].movedim(0, 3)
+    across = pad(x, size).unfold(2, size, 1)
+    products = (across[:, row : row + x.shape[1]] * kernels(row) for row in range(size))
+    return sum(product.sum(-1) for product in products)
 
 
 def constant(make: Callable[..., T]) -> Callable[..., T]:

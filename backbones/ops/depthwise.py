@@ -8,13 +8,11 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
-    can_scan,
     same_padding,
-    scanned,
     triton_kernels,
     windows,
 )
-from backbones.ops.dispatch import attempt, choose, exporting, operator
+from backbones.ops.dispatch import attempt, choose, exporting, keeps_operators, operator
 
 # Static and dynamic share one implementation; static has a kernel batch of 1.
 _NAME = "dynamic_depthwise_conv"
@@ -70,7 +68,11 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
     if backend == "reference":
         return reference.dynamic_depthwise_conv(x, kernels, bias)
     if exporting():
-        return (_by_image if can_scan(x, kernels) else _by_taps)(x, kernels, bias)
+        if keeps_operators() and _suits(x, kernels):
+            return _own(x, kernels, bias)
+        # ONNX and traces fix a number of groups, and with it the batch.
+        fixed = torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+        return (_by_taps if fixed else _grouped)(x, kernels, bias)
     if x.shape[0] == 0:
         return _by_taps(x, kernels, bias)
     return _grouped(x, kernels, bias)
@@ -88,23 +90,8 @@ def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def _by_image(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """For export: a convolution for each image, as a group count of B*C would fix the batch."""
-    channels, size = kernels.shape[1], kernels.shape[-1]
-    padded = F.pad(x.permute(0, 3, 1, 2), (*same_padding(size), *same_padding(size)))
-
-    def convolve(carry: list[Tensor], image: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        x, kernels = image
-        return carry, [F.conv2d(x[None], kernels[:, None], groups=channels)[0]]
-
-    # A scan carries something.
-    _, (out,) = scanned(convolve, [padded.new_zeros(1)], [padded, kernels.to(x.dtype)])
-    out = out.permute(0, 2, 3, 1)
-    return out if bias is None else out + bias.to(out.dtype)
-
-
 def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """For graphs without a scan, and for batches of no image, which a convolution refuses."""
+    """For ONNX, traces, and batches of no image, which a convolution refuses."""
     size = kernels.shape[-1]
     padded = F.pad(x, (0, 0, *same_padding(size), *same_padding(size)))
     taps = kernels.to(x.dtype).permute(2, 3, 0, 1).flatten(0, 1)[:, :, None, None]

@@ -204,6 +204,21 @@ def exporting() -> bool:
     return _is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
+@contextmanager
+def kept_operators() -> Iterator[None]:
+    """Keep ``dense::predict_and_aggregate`` and ``dense::depthwise`` in graphs captured in here."""
+    before, here.keeps = here.keeps, True
+    try:
+        yield
+    finally:
+        here.keeps = before
+
+
+def keeps_operators() -> bool:
+    """Whether this is inside of :func:`kept_operators`, in this thread."""
+    return here.keeps
+
+
 @torch.compiler.assume_constant_result
 def _is_exporting() -> bool:
     # If Dynamo traced this call, it would be True under torch.compile as well.

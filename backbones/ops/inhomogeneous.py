@@ -18,11 +18,11 @@ from backbones.ops.common import (
     promoted,
     register_backward,
     same_padding,
-    sum_of_taps,
+    sum_of_rows,
     triton_kernels,
     without_autocast,
 )
-from backbones.ops.dispatch import attempt, choose, exporting, operator
+from backbones.ops.dispatch import attempt, choose, exporting, keeps_operators, operator
 
 _NAME = "inhomogeneous_dynamic_depthwise_conv"
 # Elements of the map in a chunk of the torch backend on a CPU: what a tap touches fits the cache.
@@ -71,9 +71,8 @@ def inhomogeneous_dynamic_depthwise_conv(
     x, hidden = x.to(dtype), hidden.to(dtype)
     shared = x.unflatten(-1, (groups, -1))
     with without_autocast(x):
-        if exporting():
-            by_tap = _by_tap(shared, weight.to(dtype), bias.to(dtype))
-            out = _by_rows(by_tap[0], hidden, *by_tap[1:], kernel_size).transpose(-1, -2)
+        if exporting() and not keeps_operators():
+            out = _by_rows(shared, hidden, weight.to(dtype), bias.to(dtype), kernel_size)
         elif backend == "reference":
             return reference.inhomogeneous_dynamic_depthwise_conv(
                 x, hidden, weight.to(dtype), bias.to(dtype), kernel_size
@@ -227,12 +226,15 @@ def _torch_backward(
 
 
 def _by_rows(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    """For export: PyTorch's own operators only."""
-    given = [t.unflatten(0, (size, size)) for t in (weight, bias)]
-    out = sum_of_taps(
-        promoted(x), size, [hidden], given, lambda shared, given: F.linear(*shared, *given)
-    )
-    return out.to(x.dtype)
+    """For export, :func:`_forward` by PyTorch's own operators."""
+    groups = x.shape[3]
+    weight, bias = (t.unflatten(0, (groups, size, size)) for t in (weight, bias))
+
+    def kernels(row: int) -> Tensor:
+        of_row = F.linear(hidden, weight[:, row].flatten(0, 1), bias[:, row].flatten())
+        return of_row.unflatten(-1, (1, groups, size)).to(x.dtype)
+
+    return sum_of_rows(promoted(x.mT), size, kernels).to(x.dtype).mT
 
 
 def _pad_planes(planes: Tensor, size: int) -> Tensor:

@@ -22,7 +22,7 @@ import backbones
 from backbones.families import FAMILIES
 from dense.backbone import DenseBackbone
 from dense.export import checking, files, numbers
-from dense.export.graphs import LARGEST, SMALLEST, captured
+from dense.export.graphs import LARGEST, SMALLEST
 from dense.export.sources import Source
 
 _COMPARED = 2  # photos
@@ -68,15 +68,14 @@ def rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[str]]:
     """The table's rows of a network: format, error, megabytes, latency ratio."""
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder, "backbone.onnx")
-        program = captured(source.network)
-        files.write(program, source.about, graph)
+        files.write(source.network, source.about, graph)
         for kind, suffix in files.FORMATS.items():
             file = graph.with_suffix(suffix)
             written = [file]
             if kind == "openvino":
                 written = files.to_openvino(graph, file)
             elif kind == "torch-export":
-                written = files.write(program, source.about, file)
+                written = files.write(source.network, source.about, file)
             found = _compared(source, file, photos)
             error = max(found.errors.values())
             yield [kind, f"{error:.1e}", _megabytes(written), f"{found.ratio:.2f}"]

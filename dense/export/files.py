@@ -59,7 +59,7 @@ def write(network, about: dict[str, Any], path: Path) -> list[Path]:
     """Write a network (:class:`.sources.Source`) in the format of the path's suffix.
 
     Args:
-        network: ``(B, 3, H, W)`` to a tuple of tensors, or its graph, by :func:`.graphs.captured`.
+        network: ``(B, 3, H, W)`` to a tuple of tensors.
         about: the metadata.
         path: with a suffix of :data:`FORMATS`.
 
@@ -70,31 +70,18 @@ def write(network, about: dict[str, Any], path: Path) -> list[Path]:
 
     from dense.export.graphs import captured
 
-    program = captured(network) if isinstance(network, torch.nn.Module) else network
     if path.suffix == ".pt2":
+        program = captured(network)
         torch.export.save(program, path, extra_files={_EXTRA_FILE: json.dumps(about)})
         return [path]
-    graph = path.with_suffix(".onnx")
-    _write_onnx(program, about, graph)
+    import onnx
+
+    from dense.export.operators import to_onnx
+
+    graph, made = path.with_suffix(".onnx"), to_onnx(network, about["outputs"])
+    made.metadata_props.add(key=KEY, value=json.dumps(about))
+    onnx.save(made, graph)
     return [graph] if path.suffix == ".onnx" else to_openvino(graph, path)
-
-
-def _write_onnx(program, about: dict[str, Any], path: Path) -> None:
-    import torch
-
-    from dense.export.graphs import IMAGE, open_sizes
-
-    with open_sizes():
-        made = torch.onnx.export(
-            program,
-            dynamo=True,
-            input_names=[IMAGE],
-            output_names=about["outputs"],
-            optimize=True,
-            verbose=False,
-        )
-    made.model.metadata_props[KEY] = json.dumps(about)
-    made.save(path)
 
 
 def to_openvino(graph: Path, path: Path, precision: str | None = None) -> list[Path]:
