@@ -1,13 +1,14 @@
-"""Export a trained classifier, segmentor, or the backbone of one, and check the file on photos.
+"""Export a trained classifier, segmentor or detector, or the backbone of one; check it on photos.
 
     python tools/export.py work_dirs/segmentor --to onnx
 
-CHECKPOINT is a .pth of pretrain.py or train_segmentor.py, or the folder of the run. The file holds
-one graph for every batch, height and width from 32 pixels up, and in its metadata what an image
-needs before it and the names of the classes: tools/predict.py --checkpoint takes it, and
-dense/export/README.md runs it without PyTorch. It is run beside the eager network on photos of
-several sizes; where an output differs by more than the bar, nothing is kept and the exit status is
-1. --int8 is calibrated on the same photos and keeps in float32 what it must.
+CHECKPOINT is a .pth of pretrain.py, train_segmentor.py or train_detector.py, or the folder of the
+run. The file holds one graph for every batch (a detector's: of one image), height and width from 32
+pixels up, and in its metadata what an image needs before it and the names of the classes:
+tools/predict.py --checkpoint takes it, and dense/export/README.md runs it without PyTorch. It is
+run beside the eager network on photos of several sizes; where an output differs by more than the
+bar, nothing is kept and the exit status is 1. --int8 is calibrated on the same photos and keeps in
+float32 what it must. Detectors are written in float32, as onnx or openvino.
 """
 
 import argparse
@@ -24,6 +25,7 @@ with waiting("importing PyTorch"):
     from dense.export.numbers import PRECISIONS
 
 SAMPLES = ("imagenet/val", "ADEChallengeData2016/images/validation")
+DETECTORS = ("onnx", "openvino")  # the formats of detectors
 COMPARED, CALIBRATED = 2, 16  # photos
 
 
@@ -32,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", help=".pth of a whole classifier or segmentor, or its folder")
+    add("checkpoint", help=".pth of a whole network, or its folder")
     add("--to", required=True, metavar="FORMAT", help=", ".join(FORMATS))
     add("--part", choices=("whole", "backbone"), default="whole", help="default: %(default)s")
     add("--config", help="the training's config; default: the one beside the checkpoint")
@@ -61,11 +63,15 @@ def export(args: argparse.Namespace) -> int:
     # Before what takes long: PyTorch, the frameworks, the capture of the graph.
     import torch
 
-    from dense.export import checking, files, sources
+    from dense.export import files, sources
 
     photos = find_photos(args.photos, CALIBRATED if args.precision == "int8" else COMPARED)
     with waiting(f"importing the framework and loading {args.checkpoint}"):
         source = sources.read_source(args.checkpoint, args.config, args.part)
+    if source.about["task"] == "detection" and (
+        args.to not in DETECTORS or args.precision != "float32"
+    ):
+        raise ExportError(f"detectors are written in float32 as {' or '.join(DETECTORS)}")
     source.about.update(format=args.to, precision=args.precision)
     out = Path(args.out) if args.out else _beside(Path(args.checkpoint), args.part, suffix)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,7 @@ def export(args: argparse.Namespace) -> int:
             written = write(source, Path(scratch, out.name), args.precision, photos)
         with waiting("comparing the file with the network"):
             run = files.Runner(written[0], torch.get_num_threads())
-            found = checking.compare(source, run, photos[:COMPARED])
+            found = compare(source, run, photos[:COMPARED])
         print("\n".join(found.lines(args.to)))
         if missed := found.missed(args.precision):
             print(f"export: {missed}: nothing is kept", file=sys.stderr)
@@ -87,14 +93,25 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def compare(source, run, photos):
+    """The file beside eager, as its task needs it."""
+    if source.about["task"] == "detection":
+        from dense.export.detections import compare_detections
+
+        return compare_detections(source, run, photos)
+    from dense.export import checking
+
+    return checking.compare(source, run, photos)
+
+
 def write(source, out: Path, precision: str, photos) -> list[Path]:
     """Write the file in a precision; return its files, first the one that is read."""
     from dense.export import checking, files, numbers
 
     if precision == "float32":
-        return files.write(source.network, source.about, out)
+        return files.write(source.capture(source.network), source.about, out)
     graph = out.with_name(".float32.onnx")
-    files.write(source.network, source.about, graph)
+    files.write(source.capture(source.network), source.about, graph)
     if precision in ("bf16", "fp16"):
         return files.to_openvino(graph, out, precision)
     smaller = out.with_suffix(".onnx")

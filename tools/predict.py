@@ -86,9 +86,9 @@ def segmentation_writer(predictor, args: argparse.Namespace):
     return prediction.segmentation_writer(predictor, not args.no_legend)
 
 
-def load_exported(args: argparse.Namespace):
+def load_exported(args: argparse.Namespace, ids: coco.CocoIds | None):
     """The framework of a file of ``tools/export.py``, and a function that makes its writer."""
-    from dense.export.predictor import load_predictor
+    from dense.export.predictor import Detector, load_predictor
 
     for name, given in (("--config", args.config), ("--device", args.device)):
         if given not in (None, "cpu"):
@@ -97,6 +97,14 @@ def load_exported(args: argparse.Namespace):
                 "holds what it needs"
             )
     predictor = load_predictor(args.checkpoint)
+    if isinstance(predictor, Detector):
+        return "detection", partial(
+            prediction.detection_writer,
+            predictor,
+            args.score_thr,
+            legend=not args.no_legend,
+            image_id=ids and ids.image,
+        )
     if hasattr(predictor, "palette"):
         return "segmentation", lambda: segmentation_writer(predictor, args)
     return "classification", lambda: prediction.classification_writer(predictor)
@@ -125,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         ids = coco.CocoIds(args.coco) if args.coco else None
         if is_exported(args.checkpoint):
-            framework, make_writer = load_exported(args)
+            framework, make_writer = load_exported(args, ids)
         else:
             config = config or str(recipes.config_beside(args.checkpoint))
             framework = recipes.framework_of(config)

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from backbones import fuse
 from dense.backbone import revert_sync_batchnorm
@@ -41,11 +42,7 @@ def load_predictor(
         LazyConfigError: the config cannot be read.
         CheckpointError: the checkpoint cannot be read or does not fit.
     """
-    cfg = load_config(config_file or str(Path(checkpoint).parent / "config.yaml"))
-    names = _class_names(cfg, checkpoint)
-    model = revert_sync_batchnorm(instantiate(cfg.model)).to(device).eval()
-    WholeCheckpointer(model).load_weights(checkpoint, complete=True)
-    fuse(model, inplace=True)
+    model, cfg, names = load_model(config_file, checkpoint, device)
     mapper = cfg.dataloader.test.mapper
     resize = T.AugmentationList(instantiate(mapper.augmentations))
     bgr = mapper.image_format == "BGR"
@@ -68,6 +65,22 @@ def load_predictor(
         }
 
     return predict
+
+
+def load_model(
+    config_file: str | None, checkpoint: str, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, DictConfig, list[str]]:
+    """Load a trained detector as :func:`load_predictor` does.
+
+    Returns:
+        The model in evaluation mode, its config and the class names.
+    """
+    cfg = load_config(config_file or str(Path(checkpoint).parent / "config.yaml"))
+    names = _class_names(cfg, checkpoint)
+    model = revert_sync_batchnorm(instantiate(cfg.model)).to(device).eval()
+    WholeCheckpointer(model).load_weights(checkpoint, complete=True)
+    fuse(model, inplace=True)
+    return model, cfg, names
 
 
 def _class_names(cfg: DictConfig, checkpoint: str) -> list[str]:

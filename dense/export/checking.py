@@ -56,8 +56,6 @@ class Comparison:
         """The comparison for a terminal."""
         width = max(map(len, self.errors))
         sizes = ", ".join(f"{columns}x{rows}" for rows, columns in self.sizes)
-        file, eager = (f"{1e3 * seconds:.1f} ms" for seconds in self.latency)
-        rows, columns = self.sizes[0]
         return [
             f"beside eager, on photos of {sizes}:",
             *(
@@ -65,10 +63,18 @@ class Comparison:
                 f"smallest cosine {self.cosines[name]:.5f}"
                 for name, error in self.errors.items()
             ),
-            f"  latency at {columns}x{rows}: {engine} {file}, eager {eager}, "
-            f"ratio {self.ratio:.2f} ({torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()})",
+            latency_line(engine, self.sizes[0], self.latency),
         ]
+
+
+def latency_line(engine: str, size: tuple[int, int], latency: tuple[float, float]) -> str:
+    """Seconds of a file and of eager, for a terminal."""
+    file, eager = (f"{1e3 * seconds:.1f} ms" for seconds in latency)
+    return (
+        f"  latency at {size[1]}x{size[0]}: {engine} {file}, eager {eager}, "
+        f"ratio {latency[0] / latency[1]:.2f} ({torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()})"
+    )
 
 
 def sizes_of(source: Source) -> tuple[tuple[int, int], ...]:
@@ -99,13 +105,16 @@ def find_photos(folder: str | os.PathLike, count: int) -> list[np.ndarray]:
 
 def normalised(photo: np.ndarray, about: dict, size: tuple[int, int] | None = None) -> np.ndarray:
     """A photo, resized to rows and columns, as ``(1, 3, H, W)`` float32: the input of a file."""
-    if size is not None:
-        resized = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR)
-        photo = np.asarray(resized)
-    if about["channels"] == "BGR":
-        photo = photo[..., ::-1]
-    pixels = (photo.astype(np.float32) - np.float32(about["mean"])) / np.float32(about["std"])
+    photo = in_order(photo, about, size).astype(np.float32)
+    pixels = (photo - np.float32(about["mean"])) / np.float32(about["std"])
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+def in_order(photo: np.ndarray, about: dict, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A photo, resized to rows and columns, in the channels' order of the network."""
+    if size is not None:
+        photo = np.asarray(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR))
+    return photo[..., ::-1] if about["channels"] == "BGR" else photo
 
 
 def compare(
@@ -134,7 +143,7 @@ def compare(
             errors[name] = float(np.maximum(errors[name], _error(ours, true)))
             cosines[name] = float(np.minimum(cosines[name], _cosine(ours, true)))
     image = normalised(photos[0], source.about, sizes[0])
-    latency = tuple(_seconds(f, image, repeats) for f in (run, lambda x: eager(source, x)))
+    latency = tuple(seconds(f, image, repeats) for f in (run, lambda x: eager(source, x)))
     return Comparison((*sizes, (least, least)), errors, cosines, latency)
 
 
@@ -164,7 +173,8 @@ def _cosine(ours: np.ndarray, true: np.ndarray) -> float:
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
-def _seconds(function: Callable, image: np.ndarray, repeats: int) -> float:
+def seconds(function: Callable, image: np.ndarray, repeats: int) -> float:
+    """The median of a function's times, after one that does not count."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

@@ -2,15 +2,18 @@
 
 The metadata is JSON under the key ``dense_backbones``:
 
-* ``task``: ``classification``, ``segmentation`` or ``features``; ``outputs``: their names;
+* ``task``: ``classification``, ``segmentation``, ``detection`` or ``features``; ``outputs``: their
+  names;
 * ``channels`` (``RGB`` or ``BGR``), ``mean``, ``std``: of the input ``image``, ``(B, 3, H, W)``,
-  float32, which is ``(pixels - mean) / std`` of pixels from 0 to 255;
+  float32, which is ``(pixels - mean) / std`` of pixels from 0 to 255; ``batch``: B, if fixed;
 * ``sides``: the fewest and most rows and columns in pixels that the file is made for;
 * ``classes`` and, of segmentors, ``palette``: names and RGB colours, by index;
 * ``transform``: of classifiers, what timm's ``create_transform`` makes of a photo;
-* ``resize``: of segmentors, the long and the short side to fit a photo into, or null;
+* ``resize``: of segmentors, the long and the short side to fit a photo into, or null; detectors
+  have one;
   ``align_corners``: of the scores' resizing to the photo;
-* ``model``: the recipe; ``format``; ``precision``, ``bf16`` where the engine shall compute in it.
+* ``model``: the recipe, of detectors the backbone; ``format``; ``precision``, ``bf16`` where the
+  engine shall compute in it.
 """
 
 import json
@@ -152,6 +155,8 @@ class Runner:
                 f"{self.path} is for images of {least} to {most} pixels a side, "
                 f"not {width}x{height}"
             )
+        if image.shape[0] != self.about.get("batch", image.shape[0]):
+            raise ExportError(f"{self.path} is for one image at a time, not {image.shape[0]}")
         return self._run(image)
 
 

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 
+from dense import require
 from dense.export.checking import normalised
 from dense.export.files import ExportError, Runner
 from dense.images import check_rgb
@@ -78,11 +79,49 @@ class Segmentor:
         return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
-_PREDICTORS = {"classification": Classifier, "segmentation": Segmentor}
+class Detector:
+    """An exported detector as a function of one image, as
+    :func:`dense.detection.predictor.load_predictor` returns it.
+
+    Args:
+        run: the file.
+    """
+
+    def __init__(self, run: Runner):
+        require("detectron2", "detection")
+        self._run = run
+
+    def __call__(self, image: np.ndarray) -> dict:
+        """``(H, W, 3)`` uint8 RGB to the detections."""
+        import torch
+        from detectron2.data.transforms import ResizeShortestEdge
+        from detectron2.modeling.postprocessing import detector_postprocess
+        from detectron2.structures import Boxes, Instances
+
+        check_rgb(image)
+        about = self._run.about
+        long, short = about["resize"]
+        seen = ResizeShortestEdge(short, long).get_transform(image).apply_image(image)
+        boxes, scores, classes, *masks = map(torch.from_numpy, self._run(normalised(seen, about)))
+        found = Instances(seen.shape[:2], pred_boxes=Boxes(boxes), scores=scores)
+        found.pred_classes = classes
+        if masks:
+            found.pred_masks = masks[0][:, None]
+        found = detector_postprocess(found, *image.shape[:2])
+        return {
+            "boxes": found.pred_boxes.tensor.numpy(),
+            "scores": found.scores.numpy(),
+            "classes": found.pred_classes.numpy(),
+            "masks": found.pred_masks.numpy() if masks else None,
+            "class_names": about["classes"],
+        }
 
 
-def load_predictor(path: str | os.PathLike) -> Classifier | Segmentor:
-    """Load an exported classifier or segmentor as a function of one image.
+_PREDICTORS = {"classification": Classifier, "segmentation": Segmentor, "detection": Detector}
+
+
+def load_predictor(path: str | os.PathLike) -> Classifier | Segmentor | Detector:
+    """Load an exported classifier, segmentor or detector as a function of one image.
 
     >>> predict = load_predictor("work_dirs/mine/mine.onnx")
     >>> predict(image)  # (H, W, 3) uint8 RGB to (H, W) int32 class indices

@@ -9,10 +9,11 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from dense import recipes
 from dense.export.files import ExportError
-from dense.export.graphs import LARGEST, SMALLEST
+from dense.export.graphs import LARGEST, SMALLEST, captured
 
 PARTS = ("whole", "backbone")
 
@@ -24,18 +25,20 @@ class Source:
     Attributes:
         network: in evaluation mode, ``(B, 3, H, W)``, normalised, to a tuple of tensors.
         about: what the file's metadata will be; :mod:`dense.export.files` lists its keys.
-        size: rows and columns of the images that it was trained on.
+        size: rows and columns of the images that it was trained on; a detector's, of evaluation.
+        capture: makes the network's graph.
     """
 
     network: nn.Module
     about: dict[str, Any]
     size: tuple[int, int]
+    capture: Callable[[nn.Module], ExportedProgram] = captured
 
 
 def read_source(
     checkpoint: str | os.PathLike, config: str | None = None, part: str = "whole"
 ) -> Source:
-    """Load a trained classifier or segmentor, or the backbone of one.
+    """Load a trained classifier, segmentor or detector, or the backbone of one.
 
     >>> read_source("work_dirs/mine").about["task"]
     'segmentation'
@@ -62,9 +65,16 @@ def read_source(
 def _file_of(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
         return checkpoint
-    from dense.openmmlab.checkpoints import newest_whole
+    # Detectron2's training leaves its config under this name.
+    if (checkpoint / "config.yaml").is_file():
+        from dense.detection.checkpoint import WholeCheckpointer
 
-    newest, _ = newest_whole(checkpoint)
+        last = WholeCheckpointer(nn.Module(), str(checkpoint)).last_whole()
+        newest = Path(last) if last else None
+    else:
+        from dense.openmmlab.checkpoints import newest_whole
+
+        newest, _ = newest_whole(checkpoint)
     if newest is None:
         raise ExportError(f"{checkpoint} holds no finished checkpoint: name the .pth file")
     return newest
@@ -120,7 +130,36 @@ def _segmentor(config: str, checkpoint: str, part: str) -> Source:
     return Source(_Outputs(segmentor, logits), about, size)
 
 
-_READERS = {"classification": _classifier, "segmentation": _segmentor}
+def _detector(config: str, checkpoint: str, part: str) -> Source:
+    import detectron2.data.transforms as T
+    from detectron2.config import instantiate
+
+    from dense.detection.cascade import PaperCascadeROIHeads
+    from dense.detection.predictor import load_model
+    from dense.export.detector import DetectorGraph, captured_detector
+
+    model, cfg, names = load_model(config, checkpoint)
+    backbone = getattr(model.backbone, "bottom_up", model.backbone)
+    mean, std = (value.flatten().tolist() for value in (model.pixel_mean, model.pixel_std))
+    about = _about("detection", backbone.name, mean, std)
+    mapper = cfg.dataloader.test.mapper
+    steps = instantiate(mapper.augmentations)
+    if len(steps) != 1 or not isinstance(steps[0], T.ResizeShortestEdge):
+        raise ExportError(f"{config}: of a detector's test, a file holds one ResizeShortestEdge")
+    short, long = steps[0].short_edge_length[0], steps[0].max_size
+    about |= {"channels": mapper.image_format, "resize": [long, short], "batch": 1}
+    size = short, min(long, short * 4 // 3)
+    if part == "backbone":
+        features = _Outputs(backbone, lambda image: tuple(backbone(image).values()))
+        return Source(features, _of_features(about, backbone.strides), size)
+    if not isinstance(getattr(model, "roi_heads", None), PaperCascadeROIHeads):
+        raise ExportError(f"{config}: of detectors, Cascade R-CNNs of our recipes are exported")
+    masks = ["masks"] if model.roi_heads.mask_on else []
+    about |= {"classes": names, "outputs": ["boxes", "scores", "classes", *masks]}
+    return Source(DetectorGraph(model), about, size, captured_detector)
+
+
+_READERS = {"classification": _classifier, "segmentation": _segmentor, "detection": _detector}
 
 
 class _Outputs(nn.Module):

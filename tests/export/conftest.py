@@ -1,4 +1,4 @@
-"""A small trained classifier and segmentor, as their trainings leave them."""
+"""A small trained classifier, segmentor and detector, as their trainings leave them."""
 
 import numpy as np
 import pytest
@@ -94,3 +94,49 @@ def segmentor(tmp_path_factory):
 def segmentor_file(segmentor, photos, tmp_path_factory):
     """The segmentor as ONNX."""
     return exported(segmentor, photos, tmp_path_factory.mktemp("onnx"), "onnx")
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory):
+    """The checkpoint of a Cascade Mask R-CNN of three classes, with its config."""
+    pytest.importorskip("detectron2")
+    return make_detector(tmp_path_factory.mktemp("detector"))
+
+
+@pytest.fixture(scope="session")
+def detector_file(detector, photos, tmp_path_factory):
+    """The detector as ONNX."""
+    return exported(detector, photos, tmp_path_factory.mktemp("onnx"), "onnx")
+
+
+def make_detector(folder, *options: str):
+    """Random weights, scaled until boxes move, scores differ and photos have detections.
+
+    Returns:
+        The checkpoint in the folder, with the config that training saves.
+    """
+    import torch
+    from detectron2.config import LazyConfig, instantiate
+
+    from dense.backbone import revert_sync_batchnorm
+    from dense.detection.config import load_config
+    from dense.recipes import RECIPES
+
+    config = str(RECIPES / "detection/cascade_mask_rcnn_dw_conv_nano.py")
+    small = ["model.roi_heads.num_classes=3", "+model.backbone.bottom_up.depths=[1,1,1,1]"]
+    # So high that nothing is found on some images.
+    small += ["model.roi_heads.box_predictors.2.test_score_thresh=0.9"]
+    cfg = load_config(config, [*small, *options])
+    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(instantiate(cfg.model))
+    scales = {"cls_score": 1.0, "bbox_pred": 0.1, "anchor_deltas": 0.1, "objectness_logits": 0.1}
+    scales["mask_head"] = 0.1
+    for name, weight in model.named_parameters():
+        for part, scale in scales.items():
+            if part in name and "weight" in name:
+                torch.nn.init.normal_(weight, std=scale)
+    weights = model.state_dict()
+    content = {"model": weights, "classes": ["cat", "dog", "bus"], "trainer": {}, "iteration": 9}
+    torch.save(content, folder / "model_final.pth")
+    return folder / "model_final.pth"
