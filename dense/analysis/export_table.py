@@ -1,12 +1,14 @@
 """The tables of dense/export/README.md: every family in every format beside eager.
 
     python -m dense.analysis.export_table --no-latency
+    python -m dense.analysis.export_table --detectors --no-latency
     python -m dense.analysis.export_table --smaller --size tiny --photos FOLDER
 
 Networks have random weights, batch norms with statistics, and are compared by
 :func:`dense.export.checking.compare`, at three sizes and the smallest. --smaller compares bfloat16,
 float16 weights and int8 with eager, level by level, and their speed with float32's in the same
-engine; its int8 files keep in float32 what tools/export.py would keep.
+engine; its int8 files keep in float32 what tools/export.py would keep. --detectors compares nano
+detectors by :func:`dense.export.detections.compare_detections`.
 """
 
 import argparse
@@ -20,10 +22,12 @@ from torch import nn
 
 import backbones
 from backbones.families import FAMILIES
+from dense.analysis.random_detectors import write_detector
 from dense.backbone import DenseBackbone
 from dense.export import checking, files, numbers
+from dense.export.detections import compare_detections
 from dense.export.graphs import LARGEST, SMALLEST
-from dense.export.sources import Source
+from dense.export.sources import Source, read_source
 
 _COMPARED = 2  # photos
 
@@ -38,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--side", type=int, default=224, help="rows and columns in pixels (%(default)s)")
     add("--no-latency", action="store_true", help="leave out what another load would change")
     add("--smaller", action="store_true", help="the table of bfloat16, float16 and int8")
+    add("--detectors", action="store_true", help="the table of whole detectors, nano")
     add("--photos", help="folder of photos; default: drawn scenes")
     add("--calibrated", type=int, default=8, help="photos that int8 is calibrated on (%(default)s)")
     args = parser.parse_args(argv)
@@ -46,11 +51,25 @@ def main(argv: list[str] | None = None) -> None:
     if args.smaller:
         heads = ["backbone", "numbers", "engine", "cosines of strides 4, 8, 16, 32", "MB"]
         heads += ["stay in float32", "speed over float32's"]
+    if args.detectors:
+        heads = [
+            "backbone",
+            "format",
+            "detections",
+            "boxes, pixels",
+            "scores",
+            "masks",
+            *heads[-2:],
+        ]
     heads = heads[: -1 if args.no_latency else None]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
     for family in args.families:
-        source = random_source(f"{family}_{args.size}", args.side)
-        for row in measure(source, photos_of(args.photos, args.calibrated)):
+        photos = photos_of(args.photos, args.calibrated)
+        if args.detectors:
+            found = detector_rows(family, photos)
+        else:
+            found = measure(random_source(f"{family}_{args.size}", args.side), photos)
+        for row in found:
             cells = f"`{family}_{args.size}`", *row
             print(f"| {' | '.join(cells[: len(heads)])} |", flush=True)
 
@@ -79,6 +98,21 @@ def rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[str]]:
             found = _compared(source, file, photos)
             error = max(found.errors.values())
             yield [kind, f"{error:.1e}", _megabytes(written), f"{found.ratio:.2f}"]
+
+
+def detector_rows(family: str, photos: Sequence[np.ndarray]) -> Iterator[list[str]]:
+    """Rows of a detector: format, detections, their largest errors, megabytes, latency ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = read_source(write_detector(Path(folder), family))
+        graph = Path(folder, "detector.onnx")
+        files.write(source.network, source.about, graph)
+        converted = files.to_openvino(graph, graph.with_suffix(".xml"))
+        for kind, written in (("onnx", [graph]), ("openvino", converted)):
+            run = files.Runner(written[0], torch.get_num_threads())
+            found = compare_detections(source, run, photos[:_COMPARED])
+            errors = [f"{error:.1e}" for error in found.errors.values()]
+            count = str(found.pairs) if not found.alone else f"{found.alone} alone"
+            yield [kind, count, *errors, _megabytes(written), f"{found.ratio:.2f}"]
 
 
 def smaller_rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[str]]:

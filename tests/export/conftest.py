@@ -110,33 +110,9 @@ def detector_file(detector, photos, tmp_path_factory):
 
 
 def make_detector(folder, *options: str):
-    """Random weights, scaled until boxes move, scores differ and photos have detections.
+    """Of one block in each stage, with a threshold so high that some images have no detection."""
+    from dense.analysis.random_detectors import write_detector
 
-    Returns:
-        The checkpoint in the folder, with the config that training saves.
-    """
-    import torch
-    from detectron2.config import LazyConfig, instantiate
-
-    from dense.backbone import revert_sync_batchnorm
-    from dense.detection.config import load_config
-    from dense.recipes import RECIPES
-
-    config = str(RECIPES / "detection/cascade_mask_rcnn_dw_conv_nano.py")
-    small = ["model.roi_heads.num_classes=3", "+model.backbone.bottom_up.depths=[1,1,1,1]"]
-    # So high that nothing is found on some images.
+    small = ["+model.backbone.bottom_up.depths=[1,1,1,1]"]
     small += ["model.roi_heads.box_predictors.2.test_score_thresh=0.9"]
-    cfg = load_config(config, [*small, *options])
-    LazyConfig.save(cfg, str(folder / "config.yaml"))
-    torch.manual_seed(0)
-    model = revert_sync_batchnorm(instantiate(cfg.model))
-    scales = {"cls_score": 1.0, "bbox_pred": 0.1, "anchor_deltas": 0.1, "objectness_logits": 0.1}
-    scales["mask_head"] = 0.1
-    for name, weight in model.named_parameters():
-        for part, scale in scales.items():
-            if part in name and "weight" in name:
-                torch.nn.init.normal_(weight, std=scale)
-    weights = model.state_dict()
-    content = {"model": weights, "classes": ["cat", "dog", "bus"], "trainer": {}, "iteration": 9}
-    torch.save(content, folder / "model_final.pth")
-    return folder / "model_final.pth"
+    return write_detector(folder, "dw_conv", *small, *options)

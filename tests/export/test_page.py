@@ -10,8 +10,9 @@ from tests.support import ROOT, run_without
 PAGE = (ROOT / "dense/export/README.md").read_text()
 
 
-def snippet(heading: str) -> str:
-    return re.search(rf"^## {heading}.*?^```python\n(.*?)^```", PAGE, re.S | re.M)[1]
+def snippet(heading: str, number: int = 0) -> str:
+    section = re.search(rf"^## {heading}.*?\n(.*?)(?:^## |\Z)", PAGE, re.S | re.M)[1]
+    return re.findall(r"^```python\n(.*?)^```", section, re.S | re.M)[number]
 
 
 @pytest.mark.slow
@@ -25,6 +26,27 @@ def test_without_pytorch(heading, segmentor_file, photos, tmp_path):
     done = run_without(("torch", "timm", "backbones", "dense"), code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(150, 200) ['")
+
+
+@pytest.mark.slow
+def test_a_detector_without_pytorch(detector_file, photos):
+    from dense.export.predictor import load_predictor
+    from dense.images import read_image
+
+    code = f"file, photo = {str(detector_file)!r}, {str(photos / '0.png')!r}\n"
+    imports = snippet("ONNX Runtime").split("\n\n")[0]
+    code += f"{imports}\n{snippet('ONNX Runtime', 1)}"
+    done = run_without(("torch", "timm", "backbones", "dense", "detectron2"), code)
+    assert done.returncode == 0, done.stderr
+    found = load_predictor(detector_file)(read_image(photos / "0.png"))
+    names = [found["class_names"][index] for index in found["classes"]]
+    lines = done.stdout.splitlines()
+    assert len(names) > 5 and [line.split()[0] for line in lines] == names
+    boxes = [[int(v) for v in re.search(r"\((.*)\)", line)[1].split(",")] for line in lines]
+    assert abs(boxes - found["boxes"]).max() < 1
+    areas = [int(line.split()[-2]) for line in lines]
+    for ours, mask in zip(areas, found["masks"], strict=True):
+        assert ours == pytest.approx(mask.sum(), rel=0.2, abs=100)
 
 
 @pytest.mark.slow

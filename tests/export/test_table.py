@@ -19,6 +19,21 @@ def test_rows_of_a_family(capsys):
 
 
 @pytest.mark.e2e
+def test_rows_of_a_detector(capsys):
+    pytest.importorskip("detectron2")
+    from dense.analysis.export_table import main
+
+    main(["--detectors", "--families", "dw_conv", "--no-latency"])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| backbone | format | detections | boxes, pixels | scores | masks | MB |"
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:2] for row in cells] == [["`dw_conv_nano`", k] for k in ("onnx", "openvino")]
+    for _, _, count, box, score, mask, size in cells:
+        assert int(count) > 50 and float(box) < 0.01 and float(score) < 1e-4 > float(mask)
+        assert 5 < float(size) < 20
+
+
+@pytest.mark.e2e
 def test_smaller_numbers_of_a_family(capsys):
     from dense.analysis.export_table import main
 

@@ -94,6 +94,36 @@ def test_predictions_are_the_checkpoints(segmentor, segmentor_file, photos, tmp_
     assert len(seen) > 1
 
 
+@pytest.mark.e2e
+def test_miou_through_files(segmentor, segmentor_file, sample_data, tmp_path):
+    """The truth is eager's labels of photos, changed in every third row: eager's mIoU, to 0.1."""
+    from dense.export import predictor
+    from dense.export.checking import find_photos
+    from dense.segmentation import load_predictor
+
+    checkpoint = load_predictor(str(segmentor.parent / "upernet.py"), str(segmentor))
+    photos = find_photos(sample_data / "ADEChallengeData2016/images/validation", 8)
+    eager = [checkpoint(photo) for photo in photos]
+    truth = [labels.copy() for labels in eager]
+    for labels in truth:
+        labels[::3] = (labels[::3] + 1) % 3
+    expected = mean_iou(eager, truth)
+    assert 30 < expected < 90
+    openvino = files.to_openvino(segmentor_file, tmp_path / "file.xml")[0]
+    for file in (segmentor_file, openvino):
+        predict = predictor.load_predictor(file)
+        ours = [predict(photo) for photo in photos]
+        assert mean_iou(ours, truth) == pytest.approx(expected, abs=0.1)
+
+
+def mean_iou(labels: list[np.ndarray], truth: list[np.ndarray]) -> float:
+    """In percent, over all positions and the classes of the truth."""
+    ours, true = (np.concatenate([one.ravel() for one in each]) for each in (labels, truth))
+    kinds = np.unique(true)
+    both = [((ours == k) & (true == k)).sum() / ((ours == k) | (true == k)).sum() for k in kinds]
+    return 100 * float(np.mean(both))
+
+
 @pytest.mark.slow
 def test_classes_are_the_checkpoints(classifier, photos, tmp_path):
     predict = load_tool("predict")
