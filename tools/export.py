@@ -109,9 +109,9 @@ def write(source, out: Path, precision: str, photos) -> list[Path]:
     from dense.export import checking, files, numbers
 
     if precision == "float32":
-        return files.write(source.capture(source.network), source.about, out)
+        return files.write(source.network, source.about, out)
     graph = out.with_name(".float32.onnx")
-    files.write(source.capture(source.network), source.about, graph)
+    files.write(source.network, source.about, graph)
     if precision in ("bf16", "fp16"):
         return files.to_openvino(graph, out, precision)
     smaller = out.with_suffix(".onnx")

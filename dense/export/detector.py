@@ -8,25 +8,24 @@ import torch.nn.functional as F
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import nms
 
-from dense.export.graphs import LARGEST, SMALLEST, open_sizes
-
 Features = dict[str, Tensor]
-_EXAMPLE = 260, 296  # no stage's map is a single window
 
 
 class DetectorGraph(nn.Module):
     """A detector's inference without what cannot be in a graph: lists of ``Instances``.
 
-    The layers are the detector's own. The number of boxes depends on the image and may be zero.
+    The layers are the detector's own. The number of boxes depends on the image and may be zero;
+    of several images, each box's would have to travel through all heads.
 
     Args:
         model: with :class:`dense.detection.cascade.PaperCascadeROIHeads`, in evaluation mode.
     """
+
+    images = 1
 
     def __init__(self, model: GeneralizedRCNN):
         super().__init__()
@@ -99,28 +98,6 @@ class DetectorGraph(nn.Module):
             of_class = torch.zeros_like(classes) if logits.shape[1] == 1 else classes
             masks.append(logits[torch.arange(logits.shape[0]), of_class].sigmoid())
         return torch.stack(masks).mean(0)
-
-
-def captured_detector(detector: DetectorGraph) -> ExportedProgram:
-    """The graph of a detector: one image, of any height and width.
-
-    >>> program = captured_detector(DetectorGraph(model))
-
-    The batch is 1: the number of boxes of each image would have to travel through all heads.
-    """
-    image = torch.zeros(1, 3, *_EXAMPLE, device=next(detector.parameters()).device)
-    sides = {
-        2: Dim("height", min=SMALLEST, max=LARGEST),
-        3: Dim("width", min=SMALLEST, max=LARGEST),
-    }
-    with open_sizes(), torch.no_grad():
-        program = torch.export.export(detector, (image,), dynamic_shapes=(sides,))
-    # torchvision says of NMS, and torch.export then asserts, that it keeps two boxes or more.
-    for node in list(program.graph.nodes):
-        if node.target is torch.ops.aten._assert_scalar.default:
-            program.graph.erase_node(node)
-    program.graph.eliminate_dead_code()
-    return program
 
 
 def clipped(boxes: Tensor, size: Sequence[int]) -> Tensor:

@@ -30,21 +30,31 @@ def captured(model: nn.Module, channels: int = 3) -> ExportedProgram:
     >>> program.module()(torch.randn(1, 3, 33, 480))
 
     Args:
-        model: in evaluation mode; called with ``image``, ``(B, 3, H, W)``.
+        model: in evaluation mode; called with ``image``, ``(B, 3, H, W)``. Its ``images``, if it
+            has this attribute, is the only B.
         channels: of the image.
 
     Returns:
         A program for batches from 1 and sides from :data:`SMALLEST` to :data:`LARGEST`.
     """
     like = next(model.parameters())
-    image = torch.zeros(_BATCH, channels, _ROWS, _COLUMNS, dtype=like.dtype, device=like.device)
+    batch = getattr(model, "images", None)
+    shape = batch or _BATCH, channels, _ROWS, _COLUMNS
+    image = torch.zeros(shape, dtype=like.dtype, device=like.device)
     sides = {
-        0: Dim("batch", min=1, max=2**20),
         2: Dim("height", min=SMALLEST, max=LARGEST),
         3: Dim("width", min=SMALLEST, max=LARGEST),
     }
+    if batch is None:
+        sides[0] = Dim("batch", min=1, max=2**20)
     with open_sizes(), exact_pooling(model), torch.no_grad():
-        return torch.export.export(model, (image,), dynamic_shapes=(sides,))
+        program = torch.export.export(model, (image,), dynamic_shapes=(sides,))
+    # torchvision says of NMS, and torch.export then asserts, that it keeps two boxes or more.
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    return program
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from dense import recipes
 from dense.export.files import ExportError
-from dense.export.graphs import LARGEST, SMALLEST, captured
+from dense.export.graphs import LARGEST, SMALLEST
 
 PARTS = ("whole", "backbone")
 
@@ -26,13 +25,11 @@ class Source:
         network: in evaluation mode, ``(B, 3, H, W)``, normalised, to a tuple of tensors.
         about: what the file's metadata will be; :mod:`dense.export.files` lists its keys.
         size: rows and columns of the images that it was trained on; a detector's, of evaluation.
-        capture: makes the network's graph.
     """
 
     network: nn.Module
     about: dict[str, Any]
     size: tuple[int, int]
-    capture: Callable[[nn.Module], ExportedProgram] = captured
 
 
 def read_source(
@@ -136,7 +133,7 @@ def _detector(config: str, checkpoint: str, part: str) -> Source:
 
     from dense.detection.cascade import PaperCascadeROIHeads
     from dense.detection.predictor import load_model
-    from dense.export.detector import DetectorGraph, captured_detector
+    from dense.export.detector import DetectorGraph
 
     model, cfg, names = load_model(config, checkpoint)
     backbone = getattr(model.backbone, "bottom_up", model.backbone)
@@ -147,7 +144,7 @@ def _detector(config: str, checkpoint: str, part: str) -> Source:
     if len(steps) != 1 or not isinstance(steps[0], T.ResizeShortestEdge):
         raise ExportError(f"{config}: of a detector's test, a file holds one ResizeShortestEdge")
     short, long = steps[0].short_edge_length[0], steps[0].max_size
-    about |= {"channels": mapper.image_format, "resize": [long, short], "batch": 1}
+    about |= {"channels": mapper.image_format, "resize": [long, short]}
     size = short, min(long, short * 4 // 3)
     if part == "backbone":
         features = _Outputs(backbone, lambda image: tuple(backbone(image).values()))
@@ -155,8 +152,8 @@ def _detector(config: str, checkpoint: str, part: str) -> Source:
     if not isinstance(getattr(model, "roi_heads", None), PaperCascadeROIHeads):
         raise ExportError(f"{config}: of detectors, Cascade R-CNNs of our recipes are exported")
     masks = ["masks"] if model.roi_heads.mask_on else []
-    about |= {"classes": names, "outputs": ["boxes", "scores", "classes", *masks]}
-    return Source(DetectorGraph(model), about, size, captured_detector)
+    about |= {"classes": names, "outputs": ["boxes", "scores", "classes", *masks], "batch": 1}
+    return Source(DetectorGraph(model), about, size)
 
 
 _READERS = {"classification": _classifier, "segmentation": _segmentor, "detection": _detector}
