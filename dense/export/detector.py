@@ -148,9 +148,8 @@ def _first(places: Tensor, most: int) -> Tensor:
 
 def _alone(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Of boxes ``(N, 4)``, which ones NMS keeps, ``(N,)``; how many it keeps has no known bound."""
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept[nms(boxes, scores, threshold)] = True
-    return kept
+    places = nms(boxes, scores, threshold)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(0, places, True)
 
 
 def _of_class(boxes: Tensor, scores: Tensor) -> Tensor:
