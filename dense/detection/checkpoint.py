@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _logger = logging.getLogger(__name__)
 
 
 BEST = "model_best"
+# As Detectron2 names it.
+FINAL = "model_final"
 
 
 class WholeCheckpointer(DetectionCheckpointer):
@@ -70,6 +73,13 @@ class WholeCheckpointer(DetectionCheckpointer):
         files.write(path, lambda partial: torch.save(data, partial), size=size)
         if name != BEST:
             files.write(Path(self.save_dir, "last_checkpoint"), path.name)
+
+    def copy(self, path: str, name: str) -> None:
+        """Write a checkpoint again as ``<name>.pth``, the last one then."""
+        other = Path(self.save_dir, f"{name}.pth")
+        size = os.path.getsize(path)
+        files.write(other, lambda partial: shutil.copyfile(path, partial), size=size)
+        files.write(Path(self.save_dir, "last_checkpoint"), other.name)
 
     @staticmethod
     def read_classes(path: str) -> list[str] | None:

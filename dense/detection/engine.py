@@ -19,6 +19,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -29,7 +30,7 @@ from dense import files, journal
 from dense.backbone import revert_sync_batchnorm
 from dense.detection.announcing import Announce
 from dense.detection.backbone import PyramidBackbone
-from dense.detection.checkpoint import WholeCheckpointer
+from dense.detection.checkpoint import FINAL, WholeCheckpointer
 from dense.detection.config import LazyConfigError
 from dense.detection.hooks import (
     EarlyStop,
@@ -182,7 +183,21 @@ def train(
         on_ready()
     if first >= cfg.train.max_iter:
         _logger.info(f"{last} has all iterations (train.max_iter={cfg.train.max_iter})")
-        evaluate(cfg, parallel)
+        resumed = ValidateOnResume(evaluation, folder, best)
+        trainer.register_hooks([resumed])
+        with EventStorage(first) as trainer.storage:
+            trainer.start_iter, trainer.iter, trainer.max_iter = first, first - 1, first
+            # A kill may have come between the last iteration and what follows it.
+            if Path(last).stem != FINAL and is_main:
+                checkpointer.copy(last, FINAL)
+            if best:
+                best.before_train()
+            # Detectron2 counts the evaluation at the end as one iteration later.
+            if resumed.validate(first):
+                for writer in writers:
+                    writer.write()
+            else:
+                evaluate(cfg, parallel)
         return
     announce = [Announce(cfg, last, config_file)] if is_main else []
     trainer.register_hooks(
@@ -196,7 +211,7 @@ def train(
         trainer.train(first, cfg.train.max_iter)
     except StoppedEarly as stopped:
         _logger.info(str(stopped))
-        checkpointer.save("model_final", iteration=trainer.iter)
+        checkpointer.save(FINAL, iteration=trainer.iter)
     if is_main:
         journal.end(folder)
 

@@ -212,14 +212,20 @@ class ValidateOnResume(HookBase):
     def before_train(self) -> None:
         """Evaluate if one was due and ``metrics.json`` has no results of it."""
         first, period = self.trainer.start_iter, self._evaluation._period
-        due = first > 0 and period > 0 and first % period == 0 and not self._is_logged(first - 1)
-        if comm.all_gather(due)[0]:
-            storage = self.trainer.storage
-            storage.iter = first - 1
+        if first > 0 and period > 0 and first % period == 0:
+            self.validate(first - 1)
+
+    def validate(self, iteration: int) -> bool:
+        """Evaluate if ``metrics.json`` has no results of that iteration; return whether it did."""
+        storage, first = self.trainer.storage, self.trainer.start_iter
+        missing = comm.all_gather(not self._is_logged(iteration))[0]
+        if missing:
+            storage.iter = iteration
             self._evaluation._do_eval()
             if self._best:
                 self._best._best_checking()
             storage.iter = first
+        return missing
 
     def _is_logged(self, iteration: int) -> bool:
         path = Path(self._folder, METRICS)

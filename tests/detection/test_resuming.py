@@ -1,6 +1,7 @@
 """A detector that was stopped and resumed is the one that was not; a loss of NaN stops all."""
 
 import itertools
+import json
 import logging
 import os
 import signal
@@ -228,6 +229,35 @@ def test_signals_and_evaluations_cut_off(coco_files, tmp_path, monkeypatch, keep
         run(name, "--resume")
         assert logged(name) == logged("whole")
         assert_same(content(tmp_path / "whole"), content(tmp_path / name))
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_what_a_kill_cut_off_after_the_last_iteration(coco_files, tmp_path, monkeypatch, final):
+    """The last checkpoint of the period is there, perhaps the final one, not the validation."""
+
+    def run(*more):
+        options = ["train.max_iter=2", "train.checkpointer.period=2", "train.eval_period=2"]
+        words = ["--config-file", NANO, "--output-dir", str(tmp_path / "run")]
+        main(monkeypatch, *words, *coco_files.arguments(), *SMALL, *options, *more)
+
+    run()
+    whole, folder = content(tmp_path / "run"), tmp_path / "run"
+    lines = (folder / "metrics.json").read_text().splitlines(keepends=True)
+    assert any("bbox/AP" in line for line in lines)
+    (folder / "metrics.json").write_text("".join(n for n in lines if "bbox/AP" not in n))
+    (folder / "model_best.pth").unlink()
+    if not final:
+        (folder / "model_final.pth").unlink()
+        (folder / "last_checkpoint").write_text("model_0000001.pth")
+    run("--resume")
+    assert_same(content(folder), whole)
+    again = files.json_lines(folder / "metrics.json")
+    evaluated = [line["iteration"] for line in again if "bbox/AP" in line]
+    assert evaluated == [line["iteration"] for line in map(json.loads, lines) if "bbox/AP" in line]
+    assert (folder / "model_best.pth").is_file()
+    # All is there: nothing is written twice.
+    run("--resume")
+    assert files.json_lines(folder / "metrics.json") == again
 
 
 def test_what_cannot_be_resumed_is_named_and_left_as_it_is(coco_files, tmp_path):
