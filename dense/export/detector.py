@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
@@ -162,13 +163,16 @@ def _best(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``fast_rcnn_inference_single_image``."""
     valid = boxes.isfinite().all(2).all(1) & scores.isfinite().all(1)
-    scores = torch.where(valid[:, None], scores, 0)[:, :-1]
+    scores, count = torch.where(valid[:, None], scores, 0)[:, :-1], scores.shape[1] - 1
     rows, classes = (scores > predictor.test_score_thresh).nonzero(as_tuple=True)
     scores = scores[rows, classes]
     boxes = boxes[rows, 0 if boxes.shape[1] == 1 else classes]
-    # Boxes of different classes are moved apart, as in torchvision's batched_nms.
-    apart = classes.to(boxes) * (torch.sym_max(*size) + 1)
-    kept = _alone(boxes + apart[:, None], scores, predictor.test_nms_thresh)
+    # Boxes of different classes are moved apart, as in torchvision's batched_nms; over a square, as
+    # rounding of the eightieth class's in a row would decide on boxes of 30 pixels.
+    across = isqrt(count - 1) + 1
+    cells = torch.stack((classes % across, classes // across), 1) - across // 2
+    apart = cells.to(boxes) * (torch.sym_max(*size) + 1)
+    kept = _alone(boxes + apart.repeat(1, 2), scores, predictor.test_nms_thresh)
     boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
     best = _first(scores.argsort(descending=True), predictor.test_topk_per_image)
     return boxes[best], scores[best], classes[best]

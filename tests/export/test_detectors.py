@@ -119,6 +119,28 @@ def test_mistakes_are_told(mistake, source, images, monkeypatch):
     assert compare_detections(source, run, images[:1], 1).missed()
 
 
+def test_classes_apart_are_hardly_rounded():
+    """Pairs that overlap by 0.5, give or take 2e-4, of 80 classes of a large image."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from dense.export.detector import _best
+
+    classes, side = 80, 30.0
+    corners = torch.rand(classes, 2, generator=torch.Generator().manual_seed(0)) * 1500
+    overlaps = 0.5 + 2e-4 * (-1.0) ** torch.arange(classes)
+    shift = side * (1 - overlaps) / (1 + overlaps)
+    first = torch.cat([corners, corners + side], 1)
+    second = first + torch.stack([shift, 0 * shift] * 2, 1)
+    scores = torch.cat([0.9 * torch.eye(classes), 0.8 * torch.eye(classes)])
+    scores = torch.cat([scores, torch.zeros(2 * classes, 1)], 1)
+    boxes = torch.cat([first, second])[:, None]
+    given = dict(test_score_thresh=0.1, test_nms_thresh=0.5, test_topk_per_image=1000)
+    found = _best(boxes, scores, SimpleNamespace(**given), (1600, 1600))
+    assert found[2].bincount().tolist() == [1 if overlap > 0.5 else 2 for overlap in overlaps]
+
+
 def found(*scores: float, classes=None, shift: float = 0.0, masks=None) -> Found:
     corners = np.arange(len(scores), dtype=np.float32)[:, None] * 10
     boxes = corners + np.float32([0, 0, 5, 5]) + np.float32(shift)
