@@ -21,7 +21,7 @@ from dense.waiting import waiting
 
 with waiting("importing PyTorch"):
     from backbones import CheckpointError
-    from dense.export.files import FORMATS, ExportError, require_engine
+    from dense.export.files import FORMATS, ExportError, kind_of, require_engine
     from dense.export.numbers import PRECISIONS
 
 SAMPLES = ("imagenet/val", "ADEChallengeData2016/images/validation")
@@ -58,8 +58,9 @@ def export(args: argparse.Namespace) -> int:
         valid = ", ".join(PRECISIONS[args.precision])
         raise ExportError(f"--{args.precision} --to {args.to}: {valid} can be written in it")
     suffix = FORMATS[args.to]
-    if args.out and Path(args.out).suffix != suffix:
-        raise ExportError(f"--out {args.out}: a file of {args.to} ends in {suffix}")
+    if args.out and (kind := kind_of(args.out)) != args.to:
+        other = f", one of {kind} in {FORMATS[kind]}" if kind else ""
+        raise ExportError(f"--out {args.out}: a file of {args.to} ends in {suffix}{other}")
     # Before what takes long: PyTorch, the frameworks, the capture of the graph.
     import torch
 

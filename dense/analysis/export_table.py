@@ -93,7 +93,7 @@ def rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[str]]:
             written = [file]
             if kind == "openvino":
                 written = files.to_openvino(graph, file)
-            elif kind == "torch-export":
+            elif kind != "onnx":
                 written = files.write(source.network, source.about, file)
             found = _compared(source, file, photos)
             error = max(found.errors.values())

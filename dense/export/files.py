@@ -18,6 +18,7 @@ The metadata is JSON under the key ``dense_backbones``:
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from dense import require
 
 KEY = "dense_backbones"
 _EXTRA_FILE = f"{KEY}.json"
-FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "aotinductor": ".aoti.pt2"}
 """The suffix of each format; OpenVINO's weights are beside the file, as ``.bin``."""
 
 
@@ -38,7 +39,13 @@ class ExportError(ValueError):
 
 def is_exported(path: str | os.PathLike) -> bool:
     """Whether a file has the suffix of an exported one."""
-    return Path(path).suffix in FORMATS.values()
+    return kind_of(path) is not None
+
+
+def kind_of(path: str | os.PathLike) -> str | None:
+    """The format of a file's suffix, a key of :data:`FORMATS`, None if it is of none."""
+    fits = [kind for kind, suffix in FORMATS.items() if Path(path).name.endswith(suffix)]
+    return max(fits, key=lambda kind: len(FORMATS[kind]), default=None)
 
 
 _ENGINES = {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -48,10 +55,12 @@ def require_engine(kind: str) -> None:
     """Raise an ImportError with install instructions if what writes a format is missing.
 
     Raises:
-        ExportError: there is no such format.
+        ExportError: there is no such format, or no compiler for it.
     """
     if kind not in FORMATS:
         raise ExportError(f"--to {kind}: {', '.join(FORMATS)} are valid")
+    if kind == "aotinductor" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ExportError(f"--to {kind} needs a C++ compiler: g++, or the one that CXX names")
     needs = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
     needs["openvino"] = (*needs["onnx"], "openvino")
     for package in needs.get(kind, ()):
@@ -71,11 +80,17 @@ def write(network, about: dict[str, Any], path: Path) -> list[Path]:
     """
     import torch
 
-    from dense.export.graphs import captured
+    from dense.export.graphs import captured, open_sizes
 
-    if path.suffix == ".pt2":
+    if kind_of(path) == "torch-export":
         program = captured(network)
         torch.export.save(program, path, extra_files={_EXTRA_FILE: json.dumps(about)})
+        return [path]
+    if kind_of(path) == "aotinductor":
+        options = {"aot_inductor.metadata": {KEY: json.dumps(about)}}
+        program, given = captured(network), dict(package_path=str(path), inductor_configs=options)
+        with open_sizes():
+            torch._inductor.aoti_compile_and_package(program, **given)
         return [path]
     import onnx
 
@@ -128,8 +143,7 @@ class Runner:
         self.path = Path(path)
         if not self.path.is_file():
             raise ExportError(f"{path} does not exist")
-        kind = next((k for k, suffix in FORMATS.items() if suffix == self.path.suffix), None)
-        if kind is None:
+        if (kind := kind_of(path)) is None:
             raise ExportError(f"{path}: {', '.join(FORMATS.values())} are the exported files")
         if package := _ENGINES.get(kind):
             require(package, "export")
@@ -188,12 +202,30 @@ def _read_torch_export(path: Path, threads: int | None) -> tuple[str | None, Cal
 
     extra = {_EXTRA_FILE: ""}
     module = torch.export.load(path, extra_files=extra).module()
+    return extra[_EXTRA_FILE], _of_arrays(module)
+
+
+def _read_aotinductor(path: Path, threads: int | None) -> tuple[str | None, Callable]:
+    import torch._inductor
+
+    module = torch._inductor.aoti_load_package(path)
+    return module.get_metadata().get(KEY), _of_arrays(module)
+
+
+def _of_arrays(module: Callable) -> Callable:
+    """A function of tensors as one of arrays."""
+    import torch
 
     def run(image: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
             return [out.numpy() for out in module(torch.from_numpy(image))]
 
-    return extra[_EXTRA_FILE], run
+    return run
 
 
-_READERS = {"onnx": _read_onnx, "openvino": _read_openvino, "torch-export": _read_torch_export}
+_READERS = {
+    "onnx": _read_onnx,
+    "openvino": _read_openvino,
+    "torch-export": _read_torch_export,
+    "aotinductor": _read_aotinductor,
+}

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-PRECISIONS = {"float32": ("onnx", "openvino", "torch-export"), "int8": ("onnx", "openvino")}
+from dense.export.files import FORMATS
+
+PRECISIONS = {"float32": tuple(FORMATS), "int8": ("onnx", "openvino")}
 PRECISIONS |= {"bf16": ("openvino",), "fp16": ("openvino",)}
 """The formats that each precision is written in."""
 

@@ -1,18 +1,21 @@
 """The snippets of dense/export/README.md run, those of an engine without PyTorch."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
 from dense.export import files
+from tests.export.conftest import exported
 from tests.support import ROOT, run_without
 
 PAGE = (ROOT / "dense/export/README.md").read_text()
 
 
-def snippet(heading: str, number: int = 0) -> str:
+def snippet(heading: str, number: int = 0, language: str = "python") -> str:
     section = re.search(rf"^## {heading}.*?\n(.*?)(?:^## |\Z)", PAGE, re.S | re.M)[1]
-    return re.findall(r"^```python\n(.*?)^```", section, re.S | re.M)[number]
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.S | re.M)[number]
 
 
 @pytest.mark.slow
@@ -59,3 +62,31 @@ def test_pythons_api(segmentor_file):
     exec(snippet("Python's API"), names)
     assert names["outputs"]["logits"].shape == (1, 3, 40, 50)
     assert names["program"].module()(torch.zeros(1, 3, 32, 40)).shape == (1, 2, 30, 38)
+
+
+@pytest.mark.e2e
+def test_in_cpp(classifier, photos, tmp_path):
+    """Compiled by the page's command, run without Python on an image of odd sides."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from dense.export.checking import normalised
+    from dense.export.sources import read_source
+
+    package = exported(classifier, photos, tmp_path, "aotinductor")
+    (tmp_path / "classify.cpp").write_text(snippet("LibTorch", language="cpp"))
+    command = snippet("LibTorch", language="sh").replace("$(python ", f"$({sys.executable} ")
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    pixels = np.asarray(Image.open(photos / "1.png"))[:97, :131]
+    (tmp_path / "pixels").write_bytes(pixels.tobytes())
+    words = [tmp_path / "classify", package, tmp_path / "pixels", "97", "131"]
+    done = subprocess.run(words, capture_output=True, text=True, env={}, check=True)
+    best, *logits = map(float, done.stdout.split())
+    source = read_source(classifier)
+    with torch.no_grad():
+        (expected,) = source.network(torch.from_numpy(normalised(pixels, source.about)))
+    assert best == expected.argmax()
+    np.testing.assert_allclose(logits, expected[0], atol=1e-4 * float(expected.abs().max()))
+    few = subprocess.run([*words[:3], "970", "131"], capture_output=True, text=True, env={})
+    assert few.returncode == 1 and "holds fewer pixels" in few.stderr

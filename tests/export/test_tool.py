@@ -165,13 +165,20 @@ def test_nothing_is_kept_of_a_wrong_file(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["CLASSIFIER", "--to", "tflite"], "--to tflite: onnx, openvino, torch-export are valid"),
+        (
+            ["CLASSIFIER", "--to", "tflite"],
+            "--to tflite: onnx, openvino, torch-export, aotinductor are",
+        ),
         (["gone.pth", "--to", "onnx"], "gone.pth does not exist"),
         (["LONELY", "--to", "onnx"], "holds no config; name the training's config by --config"),
         (["EMPTY", "--to", "onnx"], "holds no finished checkpoint: name the .pth file"),
         (["CLASSIFIER", "--to", "onnx", "--photos", "EMPTY"], "holds no photo (.jpg,"),
         (["CLASSIFIER", "--to", "onnx", "--photos", "gone"], "gone: there is no such folder"),
         (["CLASSIFIER", "--to", "onnx", "--out", "a.xml"], "a.xml: a file of onnx ends in .onnx"),
+        (
+            ["CLASSIFIER", "--to", "torch-export", "--out", "a.aoti.pt2"],
+            "a file of torch-export ends in .pt2, one of aotinductor in .aoti.pt2",
+        ),
     ],
 )
 def test_refused_in_one_line(words, message, classifier, tmp_path, capsys):
@@ -217,6 +224,12 @@ def test_another_onnx_file_is_told(tmp_path):
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(files.ExportError, match="has no metadata of ours"):
         files.Runner(tmp_path / "other.onnx")
+
+
+def test_a_missing_compiler_is_told_before_anything_is_read(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert tool.main(["gone.pth", "--to", "aotinductor"]) == 2
+    assert "needs a C++ compiler: g++, or the one that CXX names" in capsys.readouterr().err
 
 
 @pytest.mark.slow
