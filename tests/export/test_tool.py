@@ -71,12 +71,17 @@ def test_a_folder_and_a_backbone(classifier, photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_predictions_are_the_checkpoints(segmentor, segmentor_file, photos, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["onnx", pytest.param("aotinductor", marks=pytest.mark.e2e)])
+def test_predictions_are_the_checkpoints(kind, segmentor, request, photos, tmp_path, capsys):
     """Also of a photo that is resized before and after."""
     predict = load_tool("predict")
+    if kind == "onnx":
+        file = request.getfixturevalue("segmentor_file")
+    else:
+        file = exported(segmentor, photos, tmp_path, kind)
     Image.open(photos / "0.png").resize((500, 301)).save(tmp_path / "large.png")
     results = []
-    for number, given in enumerate((segmentor, segmentor_file)):
+    for number, given in enumerate((segmentor, file)):
         out = tmp_path / str(number)
         words = [str(photos), str(tmp_path / "large.png"), "--out", str(out), "--device", "cpu"]
         assert predict.main([*words, "--checkpoint", str(given)]) == 0, capsys.readouterr().err
