@@ -23,6 +23,9 @@ ERRORS: dict[str, Callable[[], Exception]] = {
     "no memory": lambda: MemoryError("planted"),
 }
 
+# Without these files a training goes on, and says so where it happens.
+WARNINGS = (f"{journal.FILE} is not written: ", "no plot of ", "no report of ")
+
 # May be empty: nothing is in them before the first iteration's line.
 _LOGS = (".lock", "metrics.json", "scalars.json")
 
@@ -32,7 +35,7 @@ class Outcome:
     """A run with one failing write; all but ``said`` should be 0.
 
     Attributes:
-        silent: 1 if it ended with exit status 0, for a failing ``run.json`` without a warning.
+        silent: 1 if it ended with exit status 0, without a warning of :data:`WARNINGS`.
         unsaid: 1 if the last line does not say that the disk is full.
         left: files half written, and files without content.
         tensors, metrics, validations: what differs once it is resumed.
@@ -68,8 +71,7 @@ def run(kind: str, error: str, number: int, world: World, out: Path) -> Outcome 
         return None
     output = done.stdout + done.stderr
     said = ([""] + output.strip().splitlines())[-1]
-    # Without run.json a training goes on, and says so where it happens.
-    goes_on = not done.returncode and f"{journal.FILE} is not written: " in output
+    goes_on = not done.returncode and any(warning in output for warning in WARNINGS)
     full = said.startswith(f"{training.tool}:") and "No space left on device" in said
     found = [path for path in folder.rglob("*") if path.is_file() and path.name not in _LOGS]
     left = sum(path.suffix == files.SUFFIX or not path.stat().st_size for path in found)
