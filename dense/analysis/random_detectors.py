@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dense import files
 from dense.recipes import RECIPES
 
 CLASSES = ("cat", "dog", "bus")
@@ -36,7 +37,7 @@ def write_detector(folder: Path, family: str, *options: str) -> Path:
 
     recipe = str(RECIPES / f"detection/cascade_mask_rcnn_{family}_nano.py")
     cfg = load_config(recipe, [f"model.roi_heads.num_classes={len(CLASSES)}", *options])
-    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    files.write(folder / "config.yaml", lambda partial: LazyConfig.save(cfg, str(partial)))
     torch.manual_seed(0)
     model = revert_sync_batchnorm(instantiate(cfg.model))
     for name, weight in model.named_parameters():
@@ -44,5 +45,6 @@ def write_detector(folder: Path, family: str, *options: str) -> Path:
             if part in name and "weight" in name:
                 nn.init.normal_(weight, std=scale)
     content = {"model": model.state_dict(), "classes": list(CLASSES), "trainer": {}, "iteration": 9}
-    torch.save(content, folder / "model_final.pth")
-    return folder / "model_final.pth"
+    path = folder / "model_final.pth"
+    files.write(path, lambda partial: torch.save(content, partial))
+    return path
