@@ -194,7 +194,7 @@ def _read_openvino(path: Path, threads: int | None) -> tuple[str | None, Callabl
     hint = "bf16" if about and json.loads(about).get("precision") == "bf16" else "f32"
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads or 0}
     compiled = openvino.compile_model(model, "CPU", options)
-    return about, lambda image: [compiled(image)[out] for out in compiled.outputs]
+    return about, lambda image: list(compiled(image).values())
 
 
 def _read_torch_export(path: Path, threads: int | None) -> tuple[str | None, Callable]:

@@ -237,6 +237,28 @@ def test_a_missing_compiler_is_told_before_anything_is_read(monkeypatch, capsys)
     assert "needs a C++ compiler: g++, or the one that CXX names" in capsys.readouterr().err
 
 
+def test_openvino_computes_once_for_all_outputs(tmp_path, monkeypatch):
+    onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 4, 4])
+        for name in ("image", "a", "b")
+    ]
+    nodes = [
+        onnx.helper.make_node(op, ["image"], [out]) for op, out in (("Relu", "a"), ("Neg", "b"))
+    ]
+    graph = onnx.helper.make_graph(nodes, "two", values[:1], values[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    model.metadata_props.add(key=files.KEY, value=json.dumps({"sides": [1, 9]}))
+    onnx.save(model, tmp_path / "two.onnx")
+    run = files.Runner(files.to_openvino(tmp_path / "two.onnx", tmp_path / "two.xml")[0])
+    calls, compute = [], openvino.CompiledModel.__call__
+    monkeypatch.setattr(
+        openvino.CompiledModel, "__call__", lambda *given: calls.append(1) or compute(*given)
+    )
+    a, b = run(np.full((1, 3, 4, 4), -2, np.float32))
+    assert len(calls) == 1 and (a == 0).all() and (b == 2).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["onnxruntime", "openvino"])
 def test_a_missing_engine_names_the_extra(package):
