@@ -19,13 +19,13 @@ T = TypeVar("T")
 class _Here(threading.local):
     backend: str | None = None
     traced: bool = False
-    keeps: bool = False
+    engine: str | None = None
 
 
 here = _Here()
 """Of this thread: the ``backend`` that :func:`forced_here` asks for, None if it does not, whether a
-compiler traces the launches of Triton kernels (:func:`traced_here`), and whether graphs keep
-operators (:func:`.dispatch.kept_operators`)."""
+compiler traces the launches of Triton kernels (:func:`traced_here`), and the engine that graphs are
+captured for (:func:`.dispatch.graphs_for`)."""
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
+    here,
     same_padding,
+    sum_of_rows,
     triton_kernels,
-    windows,
 )
 from backbones.ops.dispatch import attempt, choose, exporting, keeps_operators, operator
 
@@ -70,11 +71,11 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
     if exporting():
         if keeps_operators() and _suits(x, kernels):
             return _own(x, kernels, bias)
-        # ONNX and traces fix a number of groups, and with it the batch.
-        fixed = torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
-        return (_by_taps if fixed else _grouped)(x, kernels, bias)
+        # These fix a number of groups, and with it the batch.
+        fixed = here.engine or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+        return (_by_rows if fixed else _grouped)(x, kernels, bias)
     if x.shape[0] == 0:
-        return _by_taps(x, kernels, bias)
+        return _by_rows(x, kernels, bias)
     return _grouped(x, kernels, bias)
 
 
@@ -90,15 +91,11 @@ def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def _by_taps(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """For ONNX, traces, and batches of no image, which a convolution refuses."""
-    size = kernels.shape[-1]
-    padded = F.pad(x, (0, 0, *same_padding(size), *same_padding(size)))
-    taps = kernels.to(x.dtype).permute(2, 3, 0, 1).flatten(0, 1)[:, :, None, None]
-    out = 0 if bias is None else bias.to(x.dtype)
-    for tap, window in zip(taps, windows(padded, x.shape, size), strict=True):
-        out = out + window * tap
-    return out
+def _by_rows(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """Where a number of groups would be fixed, and for 0 images, which a convolution refuses."""
+    taps = kernels.to(x.dtype)[:, None, None, None]
+    out = sum_of_rows(x[:, :, :, None], kernels.shape[-1], lambda row: taps[..., row, :]).squeeze(3)
+    return out if bias is None else out + bias.to(x.dtype)
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -162,7 +159,7 @@ def _plain(x: Tensor, taps: Tensor, bias: Tensor | None, size: int) -> Tensor:
     kernels = taps.transpose(1, 2).unflatten(2, (size, size))
     if taps.shape[0] == 1:
         return _static(x, kernels.transpose(0, 1), bias)
-    return (_grouped if x.shape[0] else _by_taps)(x, kernels, bias)
+    return (_grouped if x.shape[0] else _by_rows)(x, kernels, bias)
 
 
 def _plain_backward(grad: Tensor, x: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -205,18 +205,22 @@ def exporting() -> bool:
 
 
 @contextmanager
-def kept_operators() -> Iterator[None]:
-    """Keep ``dense::predict_and_aggregate`` and ``dense::depthwise`` in graphs captured in here."""
-    before, here.keeps = here.keeps, True
+def graphs_for(engine: str) -> Iterator[None]:
+    """Capture graphs in here for an engine, ``"onnx"`` or ``"aotinductor"``.
+
+    ONNX's keep ``dense::predict_and_aggregate`` and ``dense::depthwise``. AOTInductor's have no
+    convolution with a group for each image, whose number it would fix.
+    """
+    before, here.engine = here.engine, engine
     try:
         yield
     finally:
-        here.keeps = before
+        here.engine = before
 
 
 def keeps_operators() -> bool:
-    """Whether this is inside of :func:`kept_operators`, in this thread."""
-    return here.keeps
+    """Whether graphs are captured for ONNX (:func:`graphs_for`), in this thread."""
+    return here.engine == "onnx"
 
 
 @torch.compiler.assume_constant_result

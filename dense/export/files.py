@@ -80,6 +80,7 @@ def write(network, about: dict[str, Any], path: Path) -> list[Path]:
     """
     import torch
 
+    from backbones.ops.dispatch import graphs_for
     from dense.export.graphs import captured, open_sizes
 
     if kind_of(path) == "torch-export":
@@ -88,9 +89,9 @@ def write(network, about: dict[str, Any], path: Path) -> list[Path]:
         return [path]
     if kind_of(path) == "aotinductor":
         options = {"aot_inductor.metadata": {KEY: json.dumps(about)}}
-        program, given = captured(network), dict(package_path=str(path), inductor_configs=options)
-        with open_sizes():
-            torch._inductor.aoti_compile_and_package(program, **given)
+        given = dict(package_path=str(path), inductor_configs=options)
+        with graphs_for("aotinductor"), open_sizes():
+            torch._inductor.aoti_compile_and_package(captured(network), **given)
         return [path]
     import onnx
 

@@ -14,7 +14,7 @@ from onnxscript.values import Op, Opset
 from torch import nn
 
 from backbones.ops.common import same_padding
-from backbones.ops.dispatch import kept_operators
+from backbones.ops.dispatch import graphs_for
 from dense.export.graphs import IMAGE, captured, open_sizes
 
 _DOMAIN, _VERSION = "dense_backbones", 1
@@ -33,7 +33,7 @@ def to_onnx(model: nn.Module, outputs: Sequence[str] | None = None) -> onnx.Mode
     Returns:
         A graph of ONNX's own operators, for the sizes of :func:`.graphs.captured`.
     """
-    with kept_operators():
+    with graphs_for("onnx"):
         program = captured(model)
     with open_sizes():
         made = torch.onnx.export(

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from backbones.ablations import ABLATIONS, ablated
+from backbones.ops.dispatch import graphs_for
 from dense.backbone import DenseBackbone
+from dense.export import files
 from dense.export.graphs import ExactPool, captured, exact_pooling
 from tests.backbones.test_export import scattered
 from tests.support import NANO, build
@@ -66,6 +68,25 @@ def test_every_size_of_predicted_kernels_in_onnx(name):
     assert {node.domain for node in made.graph.node} == {""} and not made.functions
     session = ort.InferenceSession(made.SerializeToString())
     agrees(lambda x: map(torch.from_numpy, session.run(None, {"image": x.numpy()})), model)
+
+
+def test_graphs_for_aotinductor_fix_no_batch():
+    """Inductor compiles the number of groups of the example: here, that of its images."""
+    model = dense("d_dw_conv_nano")
+    with graphs_for("aotinductor"):
+        program = captured(model)
+    nodes = [n for n in program.graph.nodes if "conv2d" in str(n.target)]
+    assert nodes and not any(isinstance(n.args[6], torch.fx.Node) for n in nodes if len(n.args) > 6)
+    agrees(program.module(), model, SIZES[:4])
+
+
+@pytest.mark.e2e
+def test_d_dw_conv_by_aotinductor(tmp_path):
+    model = scattered(DenseBackbone("d_dw_conv_nano", norm="BN", depths=(1, 1, 1, 1)))
+    about = dict(sides=[32, 8192], outputs=[])
+    (package,) = files.write(model, about, tmp_path / "d_dw_conv.aoti.pt2")
+    run = files.Runner(package)
+    agrees(lambda x: map(torch.from_numpy, run(x.numpy())), model)
 
 
 @pytest.mark.e2e
