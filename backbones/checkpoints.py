@@ -29,16 +29,17 @@ _22K = 21841
 # Entries that a file may lack, or have in excess: no stage depends on them.
 _OPTIONAL = re.compile(r"^(norm|norms\.\d+|head(\.fc)?)\.|num_batches_tracked$")
 _CLASSIFIER = ("head.fc.weight", "head.fc.bias")
-# What entries tell of a model's options.
-_OPTIONS = {
+# Entries of the parts that options add to a family.
+_ADDED = {
     r"\.se\.": "se_ratio",
     r"\.local\.": "local_kernel",
     r"\.center$": "norm_layer='centered_batchnorm'",
     r"\.mixer\.theta$": "conv='static'",
     r"\.mixer\.post$": "conv='post'",
     r"\.mixer\.pre\.": "conv='pre' or another pre-convolution",
-    r"\.mixer\.kernels$": "num_heads",
 }
+# What entries tell of a model's options.
+_OPTIONS = _ADDED | {r"\.mixer\.kernels$": "num_heads"}
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def load_checkpoint(
             classes; None takes ImageNet's sorted wnids for 1000 or 21841 outputs. The same wnids
             stand for a file without class names, for Swin's 21841 in the order of Swin's list.
         prefix: prefix of the backbone's names in a file with several backbones; None finds it.
-        partial: also accept a file that lacks weights of a pyramid, such as those that
-            squeeze-excitation adds to its family: the model keeps its own, and the report and a
-            warning name them. What the file has must fit all the same.
+        partial: also accept a file that lacks the parts which an option of the model adds to its
+            family, such as squeeze-excitation (``se_ratio``): the model keeps its own weights
+            there, and the report and a warning name them. All else must be there and fit.
         weights_only: False also unpickles unsafe files, which can run code: only for trusted files.
 
     Returns:
@@ -117,9 +118,8 @@ def load_checkpoint(
     given, their_classes = read_with_classes(source, weights_only=weights_only)
     if not isinstance(model, VOLO | Twins):
         model = _pyramid_in(model)
-    given = given, model, str(source), their_classes, classes, prefix
-    state_dict, report = fit(*given, partial=partial)
-    model.load_state_dict(state_dict, strict=False)
+    fitting, report = fit(given, model, str(source), their_classes, classes, prefix, partial)
+    model.load_state_dict(fitting, strict=False)
     _logger.info("%s", report)
     return report
 
@@ -150,7 +150,7 @@ def fit(
         their_classes: class names of the file's classifier, if known.
         classes: class names of the model's classifier, if known.
         prefix: prefix of the backbone's names; None finds it.
-        partial: accept that weights of a pyramid are missing, with a warning, if others are there.
+        partial: accept that parts are missing which an option adds to a family, with a warning.
 
     Returns:
         The entries to load, by the model's names, and the report.
@@ -263,13 +263,14 @@ def _refuse_partial(
 ) -> None:
     shapes = {entry.split()[0] for entry in wrong}
     missing = [n for n in report.missing if n not in shapes and not _OPTIONAL.search(n)]
-    if partial and missing and report.matched:
-        _logger.warning("%s lacks %s: the model keeps its own", report.source, _some(missing))
-        missing = []
+    added = [n for n in missing if any(re.search(sign, n) for sign in _ADDED)] if partial else []
+    missing = [n for n in missing if n not in added]
     # A backbone with few out_indices is built without the later stages.
     last = max(map(_stage, wanted))
     unexpected = [n for n in report.unexpected if not _OPTIONAL.search(n) and _stage(n) <= last]
     if not (wrong or missing or unexpected):
+        if added:
+            _logger.warning("%s lacks %s: the model keeps its own", report.source, _some(added))
         return
     lines = [
         f"{report.source} does not fit: {len(report.matched)} of {len(wanted)} entries match. "

@@ -8,12 +8,18 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from backbones.ops import native, reference
 from backbones.ops.common import (
     autocast_dtype,
-    here,
     same_padding,
     sum_of_rows,
     triton_kernels,
 )
-from backbones.ops.dispatch import attempt, choose, exporting, keeps_operators, operator
+from backbones.ops.dispatch import (
+    attempt,
+    choose,
+    exporting,
+    fixes_groups,
+    keeps_operators,
+    operator,
+)
 
 # Static and dynamic share one implementation; static has a kernel batch of 1.
 _NAME = "dynamic_depthwise_conv"
@@ -71,12 +77,8 @@ def dynamic_depthwise_conv(x: Tensor, kernels: Tensor, bias: Tensor | None = Non
     if exporting():
         if keeps_operators() and _suits(x, kernels):
             return _own(x, kernels, bias)
-        # These fix a number of groups, and with it the batch.
-        fixed = here.engine or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
-        return (_by_rows if fixed else _grouped)(x, kernels, bias)
-    if x.shape[0] == 0:
-        return _by_rows(x, kernels, bias)
-    return _grouped(x, kernels, bias)
+        return (_by_rows if fixes_groups() else _grouped)(x, kernels, bias)
+    return (_grouped if x.shape[0] else _by_rows)(x, kernels, bias)
 
 
 def _grouped(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:

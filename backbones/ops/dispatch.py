@@ -223,6 +223,11 @@ def keeps_operators() -> bool:
     return here.engine == "onnx"
 
 
+def fixes_groups() -> bool:
+    """Whether the graph being captured would fix a number of groups that follows from the batch."""
+    return bool(here.engine) or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
 @torch.compiler.assume_constant_result
 def _is_exporting() -> bool:
     # If Dynamo traced this call, it would be True under torch.compile as well.

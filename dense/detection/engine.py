@@ -14,12 +14,12 @@ from typing import Any
 import cloudpickle
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import create_ddp_model, hooks, launch
+from detectron2.engine import TrainerBase, create_ddp_model, hooks, launch
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, EventWriter
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -173,6 +173,7 @@ def train(
             StopOnSignal(checkpointer),
         ]
     )
+    validation = ValidateOnResume(evaluation, folder, best)
     first = 0
     if last is not None:
         extra = checkpointer.resume(last)
@@ -183,26 +184,16 @@ def train(
         on_ready()
     if first >= cfg.train.max_iter:
         _logger.info(f"{last} has all iterations (train.max_iter={cfg.train.max_iter})")
-        resumed = ValidateOnResume(evaluation, folder, best)
-        trainer.register_hooks([resumed])
-        with EventStorage(first) as trainer.storage:
-            trainer.start_iter, trainer.iter, trainer.max_iter = first, first - 1, first
-            # A kill may have come between the last iteration and what follows it.
-            if Path(last).stem != FINAL and is_main:
-                checkpointer.copy(last, FINAL)
-            if best:
-                best.before_train()
-            # Detectron2 counts the evaluation at the end as one iteration later.
-            if resumed.validate(first):
-                for writer in writers:
-                    writer.write()
-            else:
-                evaluate(cfg, parallel)
+        # A kill may have come between the last iteration and what follows it.
+        if Path(last).stem != FINAL and is_main:
+            checkpointer.copy(last, FINAL)
+        if not _validated_at_last(trainer, first, validation, best, writers):
+            evaluate(cfg, parallel)
+        if is_main:
+            journal.end(folder)
         return
     announce = [Announce(cfg, last, config_file)] if is_main else []
-    trainer.register_hooks(
-        [*announce, SeedSteps(checkpointer.seed), ValidateOnResume(evaluation, folder, best)]
-    )
+    trainer.register_hooks([*announce, SeedSteps(checkpointer.seed), validation])
     trainer.data_loader = resumable(trainer.data_loader, checkpointer.seed, first)
     if early_stop:
         # After the evaluation that a kill cut off.
@@ -214,6 +205,26 @@ def train(
         checkpointer.save(FINAL, iteration=trainer.iter)
     if is_main:
         journal.end(folder)
+
+
+def _validated_at_last(
+    trainer: TrainerBase,
+    done: int,
+    validation: ValidateOnResume,
+    best: KeepBest | None,
+    writers: list[EventWriter],
+) -> bool:
+    """Run the validation that follows the last iteration if a kill cut it off; whether it did."""
+    trainer.register_hooks([validation])
+    with EventStorage(done) as trainer.storage:
+        trainer.start_iter, trainer.iter, trainer.max_iter = done, done - 1, done
+        if best:
+            best.before_train()
+        # Detectron2 counts the evaluation at the end as one iteration later.
+        late = validation.validate(done)
+        for writer in writers if late else []:
+            writer.write()
+    return late
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:

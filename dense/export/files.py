@@ -9,9 +9,8 @@ The metadata is JSON under the key ``dense_backbones``:
 * ``sides``: the fewest and most rows and columns in pixels that the file is made for;
 * ``classes`` and, of segmentors, ``palette``: names and RGB colours, by index;
 * ``transform``: of classifiers, what timm's ``create_transform`` makes of a photo;
-* ``resize``: of segmentors, the long and the short side to fit a photo into, or null; detectors
-  have one;
-  ``align_corners``: of the scores' resizing to the photo;
+* ``resize``: of segmentors and detectors, the long and the short side to fit a photo into, or
+  null; ``align_corners``: of the resizing of a segmentor's scores to the photo;
 * ``model``: the recipe, of detectors the backbone; ``format``; ``precision``, ``bf16`` where the
   engine shall compute in it.
 """

@@ -49,12 +49,19 @@ def captured(model: nn.Module, channels: int = 3) -> ExportedProgram:
         sides[0] = Dim("batch", min=1, max=2**20)
     with open_sizes(), exact_pooling(model), torch.no_grad():
         program = torch.export.export(model, (image,), dynamic_shapes=(sides,))
-    # torchvision says of NMS, and torch.export then asserts, that it keeps two boxes or more.
-    for node in list(program.graph.nodes):
+    _drop_counts_of_boxes(program)
+    return program
+
+
+def _drop_counts_of_boxes(program: ExportedProgram) -> None:
+    """Drop the assertions on the number of boxes that torchvision's NMS keeps: two or more."""
+    nodes = list(program.graph.nodes)
+    if not any(node.target is torch.ops.torchvision.nms.default for node in nodes):
+        return
+    for node in nodes:
         if node.target is torch.ops.aten._assert_scalar.default:
             program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
-    return program
 
 
 @contextmanager

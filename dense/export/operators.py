@@ -135,7 +135,8 @@ def _depthwise(size: int, channels: int) -> Iterable[str]:
     yield from _constant("pads", (0, 0, before, before, 0, 0, after, after))
     yield "padded = Pad(planes, pads)"
     yield "by_channel = Transpose<perm: ints = [0, 2, 1]>(taps)"
-    yield from _reshaped("kernels", "by_channel", (0, 0, 1, size, size))
+    yield from _constant("shape", (0, 0, 1, size, size))
+    yield "kernels = Reshape(by_channel, shape)"
     yield "convolved = Scan<num_scan_inputs: int = 2, body: graph = each"
     yield f"(float[{channels}, h, w] image, float[{channels}, 1, {size}, {size}] kernel)"
     yield f"=> (float[{channels}, rows, columns] done) {{"
@@ -149,8 +150,3 @@ def _depthwise(size: int, channels: int) -> Iterable[str]:
 
 def _constant(name: str, values: Iterable[int]) -> Iterable[str]:
     yield f"{name} = Constant<value_ints: ints = [{', '.join(map(str, values))}]>()"
-
-
-def _reshaped(name: str, given: str, shape: Iterable[int]) -> Iterable[str]:
-    yield from _constant(f"{name}_shape", shape)
-    yield f"{name} = Reshape({given}, {name}_shape)"

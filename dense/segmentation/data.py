@@ -215,15 +215,19 @@ def _cached_contents(masks: Sequence[Path]) -> Iterator[dict[Path, _Content]]:
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     cache = home / "dense-backbones/masks-2" / f"{name.hexdigest()[:16]}.json"
     known = {}
-    # A cache that cannot be read or written costs time, nothing else.
+    # A cache that cannot be read costs time, nothing else.
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         for path, entry in json.loads(cache.read_text()).items():
             known[Path(path)] = _Content(*entry[:-1], tuple(entry[-1]))
     held = {mask: known[mask] for mask in masks if mask in known and _is_current(mask, known[mask])}
     yield held
-    with contextlib.suppress(OSError):
+    if held == known:
+        return
+    try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         files.write(cache, json.dumps({str(mask): entry for mask, entry in held.items()}))
+    except OSError as error:
+        _logger.warning(f"the next run reads all masks again, as {cache} is not written: {error}")
 
 
 def _is_current(mask: Path, content: _Content) -> bool:

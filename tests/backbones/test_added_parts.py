@@ -147,6 +147,18 @@ def test_a_partial_load_leaves_nothing_of_the_file_over(tmp_path):
         backbones.load_checkpoint(build("swin_tiny"), tmp_path / "swin.pth", partial=True)
 
 
+@pytest.mark.parametrize("lacking", ["patch_embed", "stages.1.blocks.0.mixer", "norm1"])
+def test_a_partial_load_needs_all_of_the_family(lacking, tmp_path):
+    """A warning is not enough where the network would be left random."""
+    weights = build("swin_nano").state_dict()
+    torch.save({k: v for k, v in weights.items() if lacking not in k}, tmp_path / "part.pth")
+    model = build("swin_nano", se_ratio=1 / 16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(backbones.CheckpointError, match=rf"missing: .*{lacking}"):
+        backbones.load_checkpoint(model, tmp_path / "part.pth", partial=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

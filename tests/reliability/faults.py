@@ -24,7 +24,12 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 }
 
 # Without these files a training goes on, and says so where it happens.
-WARNINGS = (f"{journal.FILE} is not written: ", "no plot of ", "no report of ")
+WARNINGS = (
+    f"{journal.FILE} is not written: ",
+    "no plot of ",
+    "no report of ",
+    "the next run reads all masks again",
+)
 
 # May be empty: nothing is in them before the first iteration's line.
 _LOGS = (".lock", "metrics.json", "scalars.json")

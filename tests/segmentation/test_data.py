@@ -277,6 +277,15 @@ def test_masks_are_read_again_only_if_they_change(pair, tmp_path, monkeypatch):
         check_masks([pair], CLASSES)
 
 
+def test_a_cache_that_cannot_be_written_is_said(pair, tmp_path, monkeypatch, caplog):
+    """A file lies in the folder's place, which no user may write through, not root either."""
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    check_masks([pair], CLASSES)
+    assert "the next run reads all masks again" in caplog.text
+    assert str(tmp_path / "cache") in caplog.text
+
+
 def test_what_is_odd_is_said(pair, caplog):
     save(pair[1], np.zeros((4, 6)))
     check_masks([pair], CLASSES)
