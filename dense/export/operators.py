@@ -4,6 +4,7 @@ An operator's own products would be hundreds of nodes a block, which take long t
 optimise: they replace its call at the end.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 import onnx
@@ -31,7 +32,8 @@ def to_onnx(model: nn.Module, outputs: Sequence[str] | None = None) -> onnx.Mode
         outputs: their names.
 
     Returns:
-        A graph of ONNX's own operators, for the sizes of :func:`.graphs.captured`.
+        A graph of ONNX's own operators, for the sizes of :func:`.graphs.captured`. ``batch``,
+        ``height`` and ``width`` are the names of those that are open.
     """
     with graphs_for("onnx"):
         program = captured(model)
@@ -45,7 +47,7 @@ def to_onnx(model: nn.Module, outputs: Sequence[str] | None = None) -> onnx.Mode
             verbose=False,
             custom_translation_table=_translations(),
         )
-    return _defined(made.model_proto)
+    return _with_named_sizes(_defined(made.model_proto))
 
 
 def _translations() -> dict:
@@ -76,6 +78,20 @@ def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
         head = f'<domain: "{_DOMAIN}", opset_import: ["": {version}]>'
         model.functions.append(onnx.parser.parse_function(f"{head}\n{name} {body}"))
     return inline_local_functions(model)
+
+
+def _with_named_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with the image's sizes by their names, in place of torch.export's symbols."""
+    graph = model.graph
+    symbols = (size.dim_param for size in graph.input[0].type.tensor_type.shape.dim)
+    names = dict(zip(symbols, ("batch", "channels", "height", "width"), strict=True))
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = re.sub(
+                    r"\w+", lambda found: names.get(found[0], found[0]), size.dim_param
+                )
+    return model
 
 
 def _node(name: str, *inputs: str) -> Op:

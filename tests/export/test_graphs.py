@@ -67,6 +67,8 @@ def test_every_size_of_predicted_kernels_in_onnx(name):
     # ONNX's own operators alone; not even as functions, which OpenVINO does not read.
     assert {node.domain for node in made.graph.node} == {""} and not made.functions
     session = ort.InferenceSession(made.SerializeToString())
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    assert [out.shape[0] for out in session.get_outputs()] == ["batch"] * 4
     agrees(lambda x: map(torch.from_numpy, session.run(None, {"image": x.numpy()})), model)
 
 

@@ -1,4 +1,7 @@
-"""Networks exported to ONNX for one size of image, in ONNX Runtime and in OpenVINO."""
+"""Networks exported to ONNX, in ONNX Runtime and in OpenVINO.
+
+Ours are the graph for all sizes that ``tools/export.py`` writes; others are exported for one size.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,7 +10,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from backbones import Pyramid
 from dense.analysis.benchmark.measure import Step
+from dense.export.operators import to_onnx
 
 
 def steps(
@@ -29,6 +34,8 @@ def steps(
     @cache
     def exported() -> tuple[bytes, Tensor]:
         model, x = make()
+        if isinstance(model, Pyramid):
+            return to_onnx(model).SerializeToString(), x
         with torch.no_grad():
             program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
         return program.model_proto.SerializeToString(), x

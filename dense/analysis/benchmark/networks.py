@@ -62,11 +62,11 @@ def contests(
             contenders = []
             for name, make in makers.items():
                 shape = (images, 3, *size)
+                plain = _our(name, "training") if name in ours else make
                 counted = None
                 if limit:
                     # A backward pass has two products for each of the forward pass.
                     passes = 1 if mode == "inference" else 3
-                    plain = _our(name, "training") if name in ours else make
                     counted = passes * complexity.flops(plain(size), shape)
                 more = dict(ours=name in ours, multiply_adds=counted)
                 options = make, size, images, mode, device, dtype
@@ -75,7 +75,7 @@ def contests(
                     build = _builder(*options, compile_it=True)
                     contenders.append(Contender(f"{name}, compiled", build, **more))
                 if engines and mode == "inference" and not name.startswith("torchvision"):
-                    contenders += _in_engines(name, make, size, images, dtype, more)
+                    contenders += _in_engines(name, plain, size, images, dtype, more)
             if limit:
                 contenders.append(_product(device, dtype))
             title = f"{scale}, {mode}, {size[0]}x{size[1]}, batch {images}"
