@@ -179,11 +179,15 @@ def run_soak(args: argparse.Namespace, built: world.World, log: Log) -> int:
             print(f"soak: {kind}, {args.iterations} iterations", flush=True)
             log.add(soak.run(kind, built, runs_of(args), args.iterations), training=kind)
     rows = [
-        [kind, e["iterations"], f"{e['memory']:.0f}", f"{e['growth']:+.2f}%", e["files"]]
+        [
+            *(kind, e["iterations"], f"{e['memory']:.0f}"),
+            *(f"{e['growth']:+.2f}%", f"{e['late']:+.2f}%", e["files"]),
+        ]
         for kind in trainings.TRAININGS
         for e in log.of(training=kind)
     ]
-    head = ("training", "iterations", "memory, MB", "its growth", "more open files")
+    head = ("training", "iterations", "memory, MB", "its growth", "since half-way")
+    head += ("more open files",)
     write_table("soak", head, rows)
     outcomes = [
         soak.Outcome(**{key: e[key] for key in e if key != "training"}) for e in log.entries

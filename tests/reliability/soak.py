@@ -27,6 +27,7 @@ class Outcome:
         iterations: steps of the optimizer.
         memory: MB of resident memory, the median of the first 200 steps that count.
         growth: of the last 200 steps' median over it, in percent.
+        late: of the same over the 200 steps from the middle on, in percent.
         files: open files more than at first.
         said: the last line of a training that failed.
     """
@@ -34,6 +35,7 @@ class Outcome:
     iterations: int
     memory: float
     growth: float
+    late: float
     files: int
     said: str = ""
 
@@ -57,17 +59,18 @@ def run(kind: str, world: World, out: Path, iterations: int) -> Outcome:
     readings = files.json_lines(log)
     shutil.rmtree(folder)
     said = (done.stdout + done.stderr).strip().splitlines()[-1][:300] if done.returncode else ""
+    return outcome(readings, said)
+
+
+def outcome(readings: list[dict], said: str = "") -> Outcome:
+    """What the readings of a training say."""
     counting = [reading for reading in readings if reading["step"] >= WARM]
-    first, last = counting[: WARM // EVERY], counting[-WARM // EVERY :]
-    memory, later = (median(r["memory"] for r in part) for part in (first, last))
-    opened, left = (max(r["files"] for r in part) for part in (first, last))
-    return Outcome(
-        readings[-1]["step"],
-        round(memory, 1),
-        round(100 * (later / memory - 1), 2),
-        left - opened,
-        said,
-    )
+    some, middle = WARM // EVERY, len(counting) // 2
+    parts = counting[:some], counting[middle : middle + some], counting[-some:]
+    first, half, last = (median(r["memory"] for r in part) for part in parts)
+    opened, left = (max(r["files"] for r in part) for part in (parts[0], parts[-1]))
+    growth, late = (round(100 * (last / before - 1), 2) for before in (first, half))
+    return Outcome(readings[-1]["step"], round(first, 1), growth, late, left - opened, said)
 
 
 def _measured(log: Path, tool: Path, *words: str) -> None:
