@@ -57,7 +57,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="start the cosine after warm-up, as Swin since 2022-10 (default: at step 0)",
     )
-    add("--eval-only", metavar="CHECKPOINT", help="evaluate a checkpoint, do not train")
+    add(
+        "--eval-only",
+        metavar="CHECKPOINT",
+        help="evaluate a checkpoint or a file of tools/export.py, do not train",
+    )
     add(
         "--real-labels",
         nargs="?",
@@ -89,11 +93,13 @@ def main(argv: list[str] | None = None) -> None:
         require("mmengine", "pretraining")
         with waiting("importing PyTorch and timm"):
             from backbones import CheckpointError
+            from dense.export.files import ExportError
             from dense.openmmlab.config import ConfigError
             from dense.pretraining.data import TooManyUnreadable
     except ImportError as error:
         sys.exit(f"pretrain: {error}")
-    foreseen = (ConfigError, CheckpointError, FloatingPointError, TooManyUnreadable)
+    foreseen = (ConfigError, CheckpointError, ExportError, ImportError)
+    foreseen += (FloatingPointError, TooManyUnreadable)
     runs.run_tool("pretrain", lambda: train(args), *foreseen)
 
 

@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("config", help="the config of the training")
-    add("checkpoint", help="a checkpoint of the training")
+    add("checkpoint", help="a checkpoint of the training, or what tools/export.py made of one")
     add("--work-dir", help="logs and results (default: test/ beside the checkpoint)")
     add("--tta", action="store_true", help="average over six sizes of a photo and their mirrors")
     add("--out", help="output folder of the predicted label maps, as PNG")
@@ -45,6 +45,7 @@ def main() -> None:
         require("mmseg", "segmentation")
         with waiting("importing PyTorch and MMSegmentation"):
             from backbones import CheckpointError
+            from dense.export.files import ExportError, is_exported
             from dense.openmmlab.config import require_task
             from dense.segmentation import config
             from dense.segmentation.data import ConfigError
@@ -57,7 +58,10 @@ def main() -> None:
         cfg.launcher = args.launcher
         # Not the training's folder, whose config would be overwritten.
         cfg.work_dir = args.work_dir or str(Path(args.checkpoint).parent / "test")
-        cfg.load_from, cfg.resume = args.checkpoint, False
+        exported = is_exported(args.checkpoint)
+        if exported and args.tta:
+            raise ConfigError(f"--tta is for checkpoints, {args.checkpoint} is exported")
+        cfg.load_from, cfg.resume = None if exported else args.checkpoint, False
         if args.data_root:
             config.set_data_root(cfg, args.data_root)
         if args.out:
@@ -70,8 +74,11 @@ def main() -> None:
         config.check(cfg, training=False)
         if args.tta:
             config.use_tta(cfg)
-        config.build_runner(cfg).test()
-    except (ConfigError, CheckpointError) as error:
+        runner = config.build_runner(cfg)
+        if exported:
+            config.use_exported(runner, args.checkpoint)
+        runner.test()
+    except (ConfigError, CheckpointError, ExportError, ImportError) as error:
         sys.exit(f"test_segmentor: {' '.join(str(error).split())}")
 
 

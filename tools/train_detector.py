@@ -67,9 +67,11 @@ def main() -> None:
         from dense import runs
         from dense.detection import engine as engine
         from dense.detection.config import LazyConfigError
+        from dense.export.files import ExportError
         from dense.images import TooManyUnreadable
 
-    foreseen = (LazyConfigError, CheckpointError, FloatingPointError, TooManyUnreadable)
+    foreseen = (LazyConfigError, CheckpointError, ExportError, ImportError)
+    foreseen += (FloatingPointError, TooManyUnreadable)
     runs.run_tool("train_detector", lambda: run(args), *foreseen)
 
 

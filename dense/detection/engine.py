@@ -44,6 +44,7 @@ from dense.detection.hooks import (
 from dense.detection.resuming import SeedSteps, resumable
 from dense.detection.trainer import build_trainer
 from dense.detection.tta import check_tta, with_tta
+from dense.export.files import ExportError, is_exported
 from dense.images import TooManyUnreadable
 from dense.runs import Stopped
 from dense.waiting import waiting
@@ -85,7 +86,8 @@ def start(cfg: DictConfig, args: Namespace) -> None:
     except ProcessRaisedException as error:
         # The error is the text of the process's traceback.
         name, _, reason = str(error).strip().splitlines()[-1].partition(": ")
-        for kind in (CheckpointError, LazyConfigError, FloatingPointError, TooManyUnreadable):
+        kinds = CheckpointError, LazyConfigError, ExportError, FloatingPointError, TooManyUnreadable
+        for kind in kinds:
             if name.rpartition(".")[2] == kind.__name__:
                 raise kind(reason) from error
         if name.rpartition(".")[2] == _StoppedProcess.__name__:
@@ -104,6 +106,8 @@ def check(cfg: DictConfig, args: Namespace) -> None:
         raise LazyConfigError("--eval-only needs dataloader.evaluator, which the config lacks")
     if args.tta:
         check_tta(cfg, args.eval_only)
+    if args.tta and is_exported(cfg.train.init_checkpoint):
+        raise LazyConfigError(f"--tta is for checkpoints, {cfg.train.init_checkpoint} is exported")
     if args.early_stop and not args.eval_only:
         _check_evaluations(cfg)
     if args.num_machines > 1 and args.dist_url == "auto":
@@ -227,7 +231,7 @@ def _validated_at_last(
     return late
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
+def evaluate(cfg: DictConfig, model: nn.Module | Callable[[list[dict]], list[dict]]) -> dict | None:
     """Evaluate on ``cfg.dataloader.test``, print the results and write them to ``results.json``.
 
     Returns:
@@ -266,11 +270,21 @@ def _run(pickled: bytes, processes: int) -> None:
                 raise
             raise _StoppedProcess(f"{stopped.number} {stopped.checkpoint}") from None
         return
+    if is_exported(cfg.train.init_checkpoint):
+        evaluate(cfg, _exported(cfg))
+        return
     model = _built(cfg)
     checkpointer = WholeCheckpointer(model)
     extra = checkpointer.load_weights(cfg.train.init_checkpoint, complete=True)
     _same_classes(extra, _classes(cfg), cfg.train.init_checkpoint)
     evaluate(cfg, with_tta(cfg, model) if args.tta else model)
+
+
+def _exported(cfg: DictConfig) -> Callable[[list[dict]], list[dict]]:
+    """A file of ``tools/export.py`` as the model."""
+    from dense.export.evaluation import FileDetector, read_for
+
+    return FileDetector(read_for("detection", cfg.train.init_checkpoint, _classes(cfg)))
 
 
 def _built(cfg: DictConfig) -> nn.Module:

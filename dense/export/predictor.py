@@ -1,6 +1,7 @@
 """Predictors from exported files, which return what those of the checkpoints do."""
 
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,6 +9,9 @@ from dense import require
 from dense.export.checking import normalised
 from dense.export.files import ExportError, Runner
 from dense.images import check_rgb
+
+if TYPE_CHECKING:
+    from detectron2.structures import Instances
 
 
 class Classifier:
@@ -93,28 +97,34 @@ class Detector:
 
     def __call__(self, image: np.ndarray) -> dict:
         """``(H, W, 3)`` uint8 RGB to the detections."""
-        import torch
         from detectron2.data.transforms import ResizeShortestEdge
         from detectron2.modeling.postprocessing import detector_postprocess
-        from detectron2.structures import Boxes, Instances
 
         check_rgb(image)
         about = self._run.about
         long, short = about["resize"]
         seen = ResizeShortestEdge(short, long).get_transform(image).apply_image(image)
-        boxes, scores, classes, *masks = map(torch.from_numpy, self._run(normalised(seen, about)))
-        found = Instances(seen.shape[:2], pred_boxes=Boxes(boxes), scores=scores)
-        found.pred_classes = classes
-        if masks:
-            found.pred_masks = masks[0][:, None]
-        found = detector_postprocess(found, *image.shape[:2])
+        found = detector_postprocess(instances(self._run, seen), *image.shape[:2])
         return {
             "boxes": found.pred_boxes.tensor.numpy(),
             "scores": found.scores.numpy(),
             "classes": found.pred_classes.numpy(),
-            "masks": found.pred_masks.numpy() if masks else None,
+            "masks": found.pred_masks.numpy() if found.has("pred_masks") else None,
             "class_names": about["classes"],
         }
+
+
+def instances(run: Runner, image: np.ndarray) -> "Instances":
+    """What a detector's file finds on an image of its size, ``(H, W, 3)`` RGB, as Detectron2's."""
+    import torch
+    from detectron2.structures import Boxes, Instances
+
+    boxes, scores, classes, *masks = map(torch.from_numpy, run(normalised(image, run.about)))
+    found = Instances(image.shape[:2], pred_boxes=Boxes(boxes), scores=scores)
+    found.pred_classes = classes
+    if masks:
+        found.pred_masks = masks[0][:, None]
+    return found
 
 
 _PREDICTORS = {"classification": Classifier, "segmentation": Segmentor, "detection": Detector}

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 import backbones
+from dense.export.files import is_exported
 from dense.openmmlab.config import ConfigError, build_runner
 from dense.pretraining.data import ImageStream
 from dense.waiting import waiting
@@ -165,11 +166,20 @@ def build(cfg: Config, training: bool = True, real_labels: str | None = None) ->
 def evaluate(runner: Runner, checkpoint: str) -> dict[str, float]:
     """Validate a checkpoint with any supported key layout and return the metrics.
 
+    A file of ``tools/export.py`` takes the network's place.
+
     Raises:
         CheckpointError: the checkpoint cannot be read, does not fit or lacks the classifier.
+        ExportError: the file cannot be read, is of another task, or has other classes.
     """
-    network = runner.model.module.network if runner.distributed else runner.model.network
-    classes = runner.cfg.model.classes
+    model = runner.model.module if runner.distributed else runner.model
+    network, classes = model.network, runner.cfg.model.classes
+    if is_exported(checkpoint):
+        from dense.export.evaluation import logits_of, read_for
+        from dense.pretraining.predictor import readable
+
+        model.use(logits_of(read_for("classification", checkpoint, readable(classes))))
+        return runner.val()
     report = backbones.load_checkpoint(network, checkpoint, classes=classes)
     lacking = [name for name in report.missing if not name.endswith("num_batches_tracked")]
     if lacking:

@@ -1,6 +1,6 @@
 """mmengine model of a classifier and its loss."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -71,6 +71,10 @@ class ImageClassifier(BaseModel):
             self.criterion: nn.Module = SoftTargetCrossEntropy()
         else:
             self.criterion = LabelSmoothingCrossEntropy(label_smoothing)
+
+    def use(self, network: Callable[[Tensor], Tensor]) -> None:
+        """Have a function of images, ``(B, 3, H, W)`` to logits, compute what the network does."""
+        self._run = [network]
 
     def init_weights(self) -> None:
         """Load ``init``, if given, and keep the ``load_report``.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from dense.openmmlab.config import ConfigError, build_runner, load_config, use_amp, use_tta
@@ -16,7 +17,7 @@ from dense.options import listed_classes
 from dense.segmentation.data import check_folders, check_masks, check_overlap
 
 __all__ = ["build_runner", "check", "load_config", "set_data_root", "use_amp", "use_own_data"]
-__all__ += ["set_short_side", "set_test_data", "use_tta"]
+__all__ += ["set_short_side", "set_test_data", "use_exported", "use_tta"]
 
 _MODULES = ["dense.segmentation.dataset", "dense.segmentation.losses"]
 _OWN_DATA = ("train_images", "train_masks", "val_images", "val_masks", "classes")
@@ -26,6 +27,20 @@ _RESIZING = ("RandomChoice", "RandomChoiceResize", "RandomResize", "Resize")
 # Of the training images' short side; the long side is at most four times as long.
 _RATIOS = (0.75, 1.5)
 _TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+def use_exported(runner: Runner, path: str) -> None:
+    """Have a file of ``tools/export.py`` compute the logits of a runner's segmentor.
+
+    Raises:
+        ExportError: the file cannot be read, is of another task, or has other classes.
+        ImportError: the engine is not installed.
+    """
+    from dense.export.evaluation import read_for, use_in_segmentor
+
+    segmentor = runner.model.module if runner.distributed else runner.model
+    classes = runner.test_loop.dataloader.dataset.metainfo.get("classes")
+    use_in_segmentor(segmentor, read_for("segmentation", path, classes))
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
