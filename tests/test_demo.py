@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -402,3 +403,40 @@ def test_the_whole_demo_goes_on_after_a_kill(tmp_path):
     assert figures["box AP50"] == pytest.approx(results["bbox"]["AP50"], abs=0.06)
     assert sum(value.startswith("data:image/") for value in page.loaded) == 24
     assert page.tags.count("svg") == 2
+    if find_spec("onnxruntime"):
+        figures_through_onnx(out)
+
+
+def figures_through_onnx(out: Path) -> None:
+    """The demo's detector and segmentor as ONNX files have its AP and mIoU, to 0.1."""
+    coco, tested = out / "scenes" / scenes.COCO_FOLDER, out / "through_onnx"
+    photos, truth = coco / "val2017", coco / "annotations/instances_val2017.json"
+    for part in ("detector", "segmentor"):
+        tool("export", out / part, "--to", "onnx", "--photos", photos)
+    tool(
+        *("train_detector", "--config-file", out / "detector/config.yaml", "--eval-only"),
+        *("--num-gpus", 0, "--output-dir", tested / "detector"),
+        *("--val-json", truth, "--val-images", photos),
+        f"train.init_checkpoint={out / 'detector/detector.onnx'}",
+    )
+    (config,) = (out / "segmentor").glob("*.py")
+    file = out / "segmentor/segmentor.onnx"
+    tool("test_segmentor", config, file, "--work-dir", tested / "segmentor")
+    ours, true = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (tested / "detector", out / "detector/evaluation")
+    )
+    for kind in ("bbox", "segm"):
+        for name in ("AP", "AP50"):
+            assert ours[kind][name] == pytest.approx(true[kind][name], abs=0.1)
+    ours, true = (
+        report.mmengine_results(folder)[1] for folder in (tested / "segmentor", out / "segmentor")
+    )
+    print(ours, true)
+    assert ours["mIoU"] == pytest.approx(true["mIoU"], abs=0.1)
+
+
+def tool(name: str, *words) -> None:
+    command = [sys.executable, str(ROOT / f"tools/{name}.py"), *map(str, words)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -101,10 +101,10 @@ def _use_json(cfg: DictConfig, data: DictConfig, training: bool) -> list[str]:
     if training and "val" not in needed:
         _logger.warning("no validation data (--val-json): training without evaluation")
         evaluator = cfg.dataloader.pop("evaluator", None)
-        if evaluator is not None and "test" in needed:
+        if evaluator is not None:
             # For --eval-only with the saved config.
             cfg.dataloader.test_evaluator = evaluator
-    if not training and "test_evaluator" in cfg.dataloader:
+    elif "test_evaluator" in cfg.dataloader:
         cfg.dataloader.evaluator = cfg.dataloader.pop("test_evaluator")
     return classes
 

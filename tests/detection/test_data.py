@@ -122,6 +122,18 @@ def test_without_validation_data(cfg, caplog):
     assert "training without evaluation" in caplog.text
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_validation_data_that_come_later(cfg, coco_files, training):
+    """The saved config of a training without them evaluates: alone, and as the training goes on."""
+    evaluator = cfg.dataloader.evaluator
+    cfg.data.val_json = cfg.data.val_images = None
+    resolve_data(cfg, training=True)
+    cfg.data = coco_files.named()
+    resolve_data(cfg, training=training)
+    assert cfg.dataloader.evaluator == evaluator
+    assert len(instantiate(cfg.dataloader.test)) == 2
+
+
 def test_a_five_line_config(coco_files, tmp_path):
     configs = shutil.copytree(Path(NANO).parent, tmp_path / "configs")
     path = configs / "mine.py"
