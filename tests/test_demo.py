@@ -430,7 +430,8 @@ def figures_through_onnx(out: Path) -> None:
         for name in ("AP", "AP50"):
             assert ours[kind][name] == pytest.approx(true[kind][name], abs=0.1)
     ours, true = (
-        report.mmengine_results(folder)[1] for folder in (tested / "segmentor", out / "segmentor")
+        report.mmengine_results(folder)[1]
+        for folder in (tested / "segmentor", out / "segmentor/evaluation")
     )
     print(ours, true)
     assert ours["mIoU"] == pytest.approx(true["mIoU"], abs=0.1)

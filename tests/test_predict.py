@@ -267,7 +267,7 @@ class FakeSegmentor:
         )
 
 
-@pytest.mark.parametrize("count", [4, 300])
+@pytest.mark.parametrize("count", [4, 256, 257, 300])
 def test_label_maps_hold_class_indices(tmp_path, quadrants, count):
     pytest.importorskip("mmseg")
     segmentor = FakeSegmentor(count)

@@ -213,6 +213,8 @@ def test_a_picture_from_a_checkpoint(tool, photo, tmp_path, family):
     assert tool.main([str(word) for word in words]) == 0
     picture = np.asarray(Image.open(out).convert("RGB"))
     assert picture.std() > 10
+    # A row for each position: the photo and two channels, each 286 pixels a side.
+    assert picture.shape[:2] == pytest.approx((2 * 286, 3 * 286), abs=2)
     # Another position of the same photo has another picture.
     words[words.index("60,40")] = "10,80"
     assert tool.main([str(word) for word in words]) == 0

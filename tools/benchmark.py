@@ -36,7 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
     add("--out", default="work_dirs/benchmark", help="folder of the results")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="such as cuda:1 (%(default)s)")
     add(
         "--sizes",
         nargs="+",
@@ -45,7 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="image sizes as HEIGHTxWIDTH in pixels, such as 512x2048",
     )
     add("--batch", type=int, help="images in a step; default: chosen by the image size")
-    add("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
+    modes = ["inference", "training"]
+    add("--modes", nargs="+", choices=modes, default=modes, help="of networks; default: both")
     add("--scale", choices=("nano", "tiny", "base"), default="tiny", help="of our networks (tiny)")
     add("--compiled", action="store_true", help="networks under torch.compile too: minutes each")
     add("--engines", action="store_true", help="ONNX Runtime and OpenVINO too (CPU, inference)")

@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         default=[80, 90, 100],
         help="sm_80, 89, 90, ... (%(default)s)",
     )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: both"
+    )
     parser.add_argument("--tiles", action="store_true", help="all tiles that autotuning tries")
     parser.add_argument("--only", choices=("offsets", "resources"), help="a part, in less time")
     parser.add_argument("--kernels", default="", metavar="NAME", help="those whose name has NAME")

@@ -69,7 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="also report accuracy on ImageNet-ReaL labels: FILE (real.json), or timm's copy",
     )
-    add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+    launchers = "none", "pytorch", "slurm", "mpi"
+    add("--launcher", choices=launchers, default="none", help="what started the processes (none)")
     add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="config changes")
     # torch.distributed.launch still passes it.
     add("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)

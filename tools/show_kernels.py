@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("photo", type=Path)
+    add("photo", type=Path, help="an image file")
     add("--model", required=True, help="timm name of the network, such as d_dw_conv_tiny")
     add("--ablation", metavar="NAME", help="a row of the paper's ablations, in the model's size")
     add("--checkpoint", required=True, help="weights of the network, a file or URL")

@@ -27,7 +27,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tta", action="store_true", help="average over six sizes of a photo and their mirrors")
     add("--out", help="output folder of the predicted label maps, as PNG")
     add("--show-dir", help="output folder of pictures of predictions and ground truth")
-    add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+    launchers = "none", "pytorch", "slurm", "mpi"
+    add("--launcher", choices=launchers, default="none", help="what started the processes (none)")
     add("--data-root", help="folder of the data set (default: the config's data_root)")
     add("--test-images", help="folder of other images than the training was given to test on")
     add("--test-masks", help="folder of their masks")

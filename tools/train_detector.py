@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tta", action="store_true", help="with --eval-only: average over sizes and mirrors")
     add("--num-gpus", type=int, help="GPUs per machine; 0 is the CPU (default: 1 if there is one)")
     add("--num-processes", type=int, default=1, help="processes per machine on CPUs")
-    add("--num-machines", type=int, default=1)
+    add("--num-machines", type=int, default=1, help="that train together (1)")
     add("--machine-rank", type=int, default=0, help="0 on the first machine")
     add("--dist-url", default="auto", help="tcp://<first machine>:<port>, with several machines")
     add("overrides", nargs="*", metavar="key=value", help="changes to the config")

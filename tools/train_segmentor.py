@@ -36,7 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work-dir", help="logs and checkpoints (default: work_dirs/<name of the config>)")
     add_run_options(add, "iters", "work dir")
     add("--amp", action="store_true", help="bfloat16 where the device has it, else float16")
-    add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+    launchers = "none", "pytorch", "slurm", "mpi"
+    add("--launcher", choices=launchers, default="none", help="what started the processes (none)")
     add("--data-root", help="folder of the data set (default: the config's data_root)")
     add("--train-images", help="folder of the training images")
     add("--train-masks", help="folder of their masks: PNGs or TIFFs of the same names")

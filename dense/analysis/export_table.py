@@ -7,14 +7,16 @@
 Networks have random weights, batch norms with statistics, and are compared by
 :func:`dense.export.checking.compare`, at three sizes and the smallest. --smaller compares bfloat16,
 float16 weights and int8 with eager, level by level, and their speed with float32's in the same
-engine; its int8 files keep in float32 what tools/export.py would keep. --detectors compares nano
-detectors by :func:`dense.export.detections.compare_detections`.
+engine, for one image of a size that engines know beforehand; its int8 files keep in float32 what
+tools/export.py would keep. --detectors compares nano detectors by
+:func:`dense.export.detections.compare_detections`.
 """
 
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -122,7 +124,6 @@ def smaller_rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[
         files.write(source.network, source.about, graph)
         plain = {"OpenVINO": files.to_openvino(graph, graph.with_suffix(".xml"))[0]}
         plain["ONNX Runtime"] = graph
-        seconds = {name: _compared(source, f, photos).latency[0] for name, f in plain.items()}
         made = []
         for precision in ("bf16", "fp16"):
             file = Path(folder, f"{precision}.xml")
@@ -133,12 +134,21 @@ def smaller_rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[
         stay = ", ".join(f"{kind} ({count})" for kind, count in done.kept.items()) or "none"
         made.append(("int8", stay, files.to_openvino(int8, int8.with_suffix(".xml"))))
         made.append(("int8", stay, [int8]))
+        seconds = _seconds([*plain.values(), *(written[0] for *_, written in made)], batches[0])
         for precision, stay, written in made:
             engine = "OpenVINO" if written[0].suffix == ".xml" else "ONNX Runtime"
-            found = _compared(source, written[0], photos)
-            cosines = ", ".join(f"{value:.4f}" for value in found.cosines.values())
-            speed = f"{seconds[engine] / found.latency[0]:.2f}"
-            yield [precision, engine, cosines, _megabytes(written), stay, speed]
+            cosines = _compared(source, written[0], photos).cosines.values()
+            ratio = seconds[plain[engine]] / seconds[written[0]]
+            cells = ", ".join(f"{value:.4f}" for value in cosines), _megabytes(written), stay
+            yield [precision, engine, *cells, f"{ratio:.2f}"]
+
+
+def _seconds(paths: Sequence[Path], image: np.ndarray, rounds: int = 20) -> dict[Path, float]:
+    """The median times of files, made for the image's size, in turns."""
+    threads = torch.get_num_threads()
+    runs = {path: files.Runner(path, threads, image.shape) for path in paths}
+    times = [{p: checking.seconds(run, image, 1) for p, run in runs.items()} for _ in range(rounds)]
+    return {path: median(round_[path] for round_ in times) for path in paths}
 
 
 def _compared(source: Source, file: Path, photos: Sequence[np.ndarray]) -> checking.Comparison:

@@ -130,25 +130,34 @@ class Runner:
     Args:
         path: a file that ``tools/export.py`` wrote.
         threads: of ONNX Runtime or OpenVINO; None leaves their number to them.
+        shape: ``(B, C, H, W)`` of every image, for ONNX Runtime or OpenVINO, which then compute
+            beforehand what follows from the sizes; None is for images of any size.
 
     Attributes:
         about: the metadata.
 
     Raises:
-        ExportError: the file cannot be read, or has no metadata of ours.
+        ExportError: the file cannot be read, has no metadata of ours, or cannot have a shape.
         ImportError: the engine is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int | None = None):
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        threads: int | None = None,
+        shape: tuple[int, int, int, int] | None = None,
+    ):
+        self.path, self.shape = Path(path), shape
         if not self.path.is_file():
             raise ExportError(f"{path} does not exist")
         if (kind := kind_of(path)) is None:
             raise ExportError(f"{path}: {', '.join(FORMATS.values())} are the exported files")
         if package := _ENGINES.get(kind):
             require(package, "export")
+        elif shape:
+            raise ExportError(f"{path}: a shape is for {' and '.join(_ENGINES)}, not for {kind}")
         try:
-            about, self._run = _READERS[kind](self.path, threads)
+            about, self._run = _READERS[kind](self.path, threads, shape)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ExportError(f"{path} cannot be read as {kind}: {reason}") from error
@@ -171,24 +180,34 @@ class Runner:
             )
         if image.shape[0] != self.about.get("batch", image.shape[0]):
             raise ExportError(f"{self.path} is for one image at a time, not {image.shape[0]}")
+        if self.shape and image.shape != tuple(self.shape):
+            raise ExportError(f"{self.path} was read for {self.shape}, not for {image.shape}")
         return self._run(image)
 
 
-def _read_onnx(path: Path, threads: int | None) -> tuple[str | None, Callable]:
+_Shape = tuple[int, int, int, int] | None
+
+
+def _read_onnx(path: Path, threads: int | None, shape: _Shape) -> tuple[str | None, Callable]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
+    if shape:
+        for name, size in zip(("batch", "channels", "height", "width"), shape, strict=True):
+            options.add_free_dimension_override_by_name(name, size)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (name,) = (given.name for given in session.get_inputs())
     about = session.get_modelmeta().custom_metadata_map.get(KEY)
     return about, lambda image: session.run(None, {name: image})
 
 
-def _read_openvino(path: Path, threads: int | None) -> tuple[str | None, Callable]:
+def _read_openvino(path: Path, threads: int | None, shape: _Shape) -> tuple[str | None, Callable]:
     import openvino
 
     model = openvino.Core().read_model(path)
+    if shape:
+        model.reshape(list(shape))
     about = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else None
     # A CPU that computes bfloat16 would round float32 files otherwise.
     hint = "bf16" if about and json.loads(about).get("precision") == "bf16" else "f32"
@@ -197,7 +216,7 @@ def _read_openvino(path: Path, threads: int | None) -> tuple[str | None, Callabl
     return about, lambda image: list(compiled(image).values())
 
 
-def _read_torch_export(path: Path, threads: int | None) -> tuple[str | None, Callable]:
+def _read_torch_export(path: Path, *_: object) -> tuple[str | None, Callable]:
     import torch
 
     extra = {_EXTRA_FILE: ""}
@@ -205,7 +224,7 @@ def _read_torch_export(path: Path, threads: int | None) -> tuple[str | None, Cal
     return extra[_EXTRA_FILE], _of_arrays(module)
 
 
-def _read_aotinductor(path: Path, threads: int | None) -> tuple[str | None, Callable]:
+def _read_aotinductor(path: Path, *_: object) -> tuple[str | None, Callable]:
     import torch._inductor
 
     module = torch._inductor.aoti_load_package(path)

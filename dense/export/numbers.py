@@ -95,7 +95,12 @@ def quantise(
     graph: Path, out: Path, batches: Iterable[np.ndarray], in_float: Sequence[str]
 ) -> None:
     """Write int8 weights per channel and maps per tensor, as QDQ, which OpenVINO reads too."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     class Reader(CalibrationDataReader):
         def __init__(self):
@@ -112,9 +117,16 @@ def quantise(
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=list(_QUANTISED),
         per_channel=True,
+        # The products of x86's VNNI are of unsigned maps and signed weights.
+        activation_type=QuantType.QUInt8,
         nodes_to_exclude=list(in_float),
-        # Products of two maps, as in attention, stay in float.
-        extra_options={"MatMulConstBOnly": True},
+        extra_options={
+            # Products of two maps, as in attention, stay in float.
+            "MatMulConstBOnly": True,
+            # A sum in int32 becomes float, which biases and norms take; int8 would cost both
+            # precision and time.
+            "OpTypesToExcludeOutputQuantization": list(_QUANTISED),
+        },
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones import ops
 from backbones.ops import __main__ as command
@@ -28,6 +29,23 @@ cases = OperatorCases(kernel=7)
 @pytest.mark.parametrize("size", [(1, 1), (3, 20), (17, 12)])
 def test_backends_agree_with_the_reference(make, backend, size):
     agrees(make(size), backend)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("make", cases.all)
+def test_the_c_kernels_compute_what_they_are_forced_to(make):
+    """Not PyTorch's operators, whose values are the same; complex numbers are left to these."""
+    name, inputs, options = make((5, 8))
+    called = []
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with ops.force("native"), torch.no_grad(), Called():
+        getattr(ops, name)(*inputs, *options)
+    assert any(function.startswith("dense.") for function in called)
 
 
 # test_sizes.py has all kernels, groups and windows of the C kernels.

@@ -1,8 +1,34 @@
 """A file of class names, with or without their colours in masks."""
 
+import argparse
+
 import pytest
 
 from dense.options import listed_classes
+from tests.support import ROOT, load_tool
+
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
+# Of these the options are another tool's, or none.
+WITHOUT = ("setup_environment", "test_versions")
+
+
+class Parsing(Exception):
+    """Raised with the parser in place of parsing."""
+
+
+@pytest.mark.parametrize("name", [name for name in TOOLS if name not in WITHOUT])
+def test_every_option_says_what_it_is(name, monkeypatch):
+    def parse(parser, *_):
+        raise Parsing(parser)
+
+    for method in ("parse_args", "parse_known_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, parse)
+    tool = load_tool(name)
+    with pytest.raises(Parsing) as found:
+        getattr(tool, "parse_args", tool.main)([])
+    (parser,) = found.value.args
+    assert parser.description
+    assert not [a.option_strings or a.dest for a in parser._actions if not a.help]
 
 
 def test_names_on_the_command_line(tmp_path, monkeypatch):

@@ -53,6 +53,12 @@ def test_an_int8_file(segmentor_file, tmp_path):
             assert dequantised.op_type == "DequantizeLinear"
             (scale,) = (t for t in model.graph.initializer if t.name == dequantised.input[1])
             assert len(scale.dims) == 1 and scale.dims[0] > 1, "a scale per channel"
+            quantised = made_by[made_by[node.input[0]].input[0]]
+            (zero,) = (t for t in model.graph.initializer if t.name == quantised.input[2])
+            assert zero.data_type == onnx.TensorProto.UINT8
+            # A bias is added to the sum in float.
+            (user,) = (n for n in model.graph.node if node.output[0] in n.input)
+            assert user.op_type == "Add"
 
 
 def test_layers_return_to_float_until_the_bar_is_met(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
@@ -39,6 +40,15 @@ def averaged(model, path: Path, sizes) -> np.ndarray:
                 logits = F.interpolate(logits, side, mode="bilinear", align_corners=False)
             total = total + (logits.flip(3) if mirrored else logits).softmax(1)
     return total.argmax(1)[0].numpy()
+
+
+@pytest.mark.parametrize(("name", "short"), [("ade20k", 512), ("cityscapes", 1024)])
+def test_sizes_are_swins_ratios_of_the_tests(name, short):
+    cfg = Config.fromfile(CONFIGS / f"_base_/datasets/{name}.py")
+    [resizes] = [step.transforms[0] for step in cfg.tta_pipeline if step.type == "TestTimeAug"]
+    scales = [tuple(step.scale) for step in resizes]
+    assert scales == [(int(2048 * ratio), int(short * ratio)) for ratio in RATIOS]
+    assert all(step.type == "Resize" and step.keep_ratio for step in resizes)
 
 
 @pytest.fixture
