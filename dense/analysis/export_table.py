@@ -7,7 +7,7 @@
 Networks have random weights, batch norms with statistics, and are compared by
 :func:`dense.export.checking.compare`, at three sizes and the smallest. --smaller compares bfloat16,
 float16 weights and int8 with eager, level by level, and their speed with float32's in the same
-engine, for one image of a size that engines know beforehand; its int8 files keep in float32 what
+engine, for one image, whose size OpenVINO is told beforehand; its int8 files keep in float32 what
 tools/export.py would keep. --detectors compares nano detectors by
 :func:`dense.export.detections.compare_detections`.
 """
@@ -144,9 +144,10 @@ def smaller_rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[
 
 
 def _seconds(paths: Sequence[Path], image: np.ndarray, rounds: int = 20) -> dict[Path, float]:
-    """The median times of files, made for the image's size, in turns."""
+    """The median times of files, OpenVINO's made for the image's size, in turns."""
     threads = torch.get_num_threads()
-    runs = {path: files.Runner(path, threads, image.shape) for path in paths}
+    shapes = {path: image.shape if path.suffix == ".xml" else None for path in paths}
+    runs = {path: files.Runner(path, threads, shape) for path, shape in shapes.items()}
     times = [{p: checking.seconds(run, image, 1) for p, run in runs.items()} for _ in range(rounds)]
     return {path: median(round_[path] for round_ in times) for path in paths}
 

@@ -130,8 +130,9 @@ class Runner:
     Args:
         path: a file that ``tools/export.py`` wrote.
         threads: of ONNX Runtime or OpenVINO; None leaves their number to them.
-        shape: ``(B, C, H, W)`` of every image, for ONNX Runtime or OpenVINO, which then compute
-            beforehand what follows from the sizes; None is for images of any size.
+        shape: ``(B, C, H, W)`` of every image, for OpenVINO, which then computes beforehand what
+            follows from the sizes; None is for images of any size. ONNX Runtime gains nothing from
+            it, and runs int8 as float32.
 
     Attributes:
         about: the metadata.
@@ -154,8 +155,8 @@ class Runner:
             raise ExportError(f"{path}: {', '.join(FORMATS.values())} are the exported files")
         if package := _ENGINES.get(kind):
             require(package, "export")
-        elif shape:
-            raise ExportError(f"{path}: a shape is for {' and '.join(_ENGINES)}, not for {kind}")
+        if shape and kind != "openvino":
+            raise ExportError(f"{path}: a shape is for openvino, not for {kind}")
         try:
             about, self._run = _READERS[kind](self.path, threads, shape)
         except Exception as error:
@@ -188,14 +189,11 @@ class Runner:
 _Shape = tuple[int, int, int, int] | None
 
 
-def _read_onnx(path: Path, threads: int | None, shape: _Shape) -> tuple[str | None, Callable]:
+def _read_onnx(path: Path, threads: int | None, _: _Shape) -> tuple[str | None, Callable]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    if shape:
-        for name, size in zip(("batch", "channels", "height", "width"), shape, strict=True):
-            options.add_free_dimension_override_by_name(name, size)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (name,) = (given.name for given in session.get_inputs())
     about = session.get_modelmeta().custom_metadata_map.get(KEY)
