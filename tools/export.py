@@ -81,7 +81,7 @@ def export(args: argparse.Namespace) -> int:
             written = write(source, Path(scratch, out.name), args.precision, photos)
         with waiting("comparing the file with the network"):
             run = files.Runner(written[0], torch.get_num_threads())
-            found = compare(source, run, photos[:COMPARED])
+            found = compare(source, run, photos[:COMPARED], args.precision)
         print("\n".join(found.lines(args.to)))
         if missed := found.missed(args.precision):
             print(f"export: {missed}: nothing is kept", file=sys.stderr)
@@ -94,15 +94,15 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def compare(source, run, photos):
-    """The file beside eager, as its task needs it."""
+def compare(source, run, photos, precision: str):
+    """The file beside eager, as its task and precision need it."""
     if source.about["task"] == "detection":
         from dense.export.detections import compare_detections
 
         return compare_detections(source, run, photos)
     from dense.export import checking
 
-    return checking.compare(source, run, photos)
+    return checking.compare(source, run, photos, smallest=precision == "float32")
 
 
 def write(source, out: Path, precision: str, photos) -> list[Path]:
@@ -117,7 +117,7 @@ def write(source, out: Path, precision: str, photos) -> list[Path]:
         return files.to_openvino(graph, out, precision)
     smaller = out.with_suffix(".onnx")
     batches = [checking.normalised(photo, source.about, source.size) for photo in photos]
-    cosine_of = checking.cosines_with(source, photos)
+    cosine_of = checking.cosines_with(source, photos[:COMPARED])
     done = numbers.quantise_within(graph, smaller, batches, cosine_of, checking.COSINE)
     print("\n".join(done.lines()))
     return [smaller] if out == smaller else files.to_openvino(smaller, out)

@@ -3,12 +3,13 @@
     python -m dense.analysis.export_table --no-latency
     python -m dense.analysis.export_table --detectors --no-latency
     python -m dense.analysis.export_table --smaller --size tiny --photos FOLDER
+    python -m dense.analysis.export_table --smaller --checkpoints RUN/epoch_20.pth --photos FOLDER
 
 Networks have random weights, batch norms with statistics, and are compared by
-:func:`dense.export.checking.compare`, at three sizes and the smallest. --smaller compares bfloat16,
-float16 weights and int8 with eager, level by level, and their speed with float32's in the same
-engine, for one image, whose size OpenVINO is told beforehand; its int8 files keep in float32 what
-tools/export.py would keep. --detectors compares nano detectors by
+:func:`dense.export.checking.compare`, at three sizes and the smallest. --smaller has the speed of
+bfloat16, float16 weights and int8 over float32's in the same engine, for one image, whose size
+OpenVINO is told beforehand; with --checkpoints, their cosines with eager, level by level, and what
+tools/export.py keeps in float32. --detectors compares nano detectors by
 :func:`dense.export.detections.compare_detections`.
 """
 
@@ -44,36 +45,42 @@ def main(argv: list[str] | None = None) -> None:
     add("--side", type=int, default=224, help="rows and columns in pixels (%(default)s)")
     add("--no-latency", action="store_true", help="leave out what another load would change")
     add("--smaller", action="store_true", help="the table of bfloat16, float16 and int8")
+    add("--checkpoints", nargs="+", help="with --smaller: cosines of trained classifiers")
     add("--detectors", action="store_true", help="the table of whole detectors, nano")
     add("--photos", help="folder of photos; default: drawn scenes")
     add("--calibrated", type=int, default=8, help="photos that int8 is calibrated on (%(default)s)")
     args = parser.parse_args(argv)
-    measure = smaller_rows if args.smaller else rows
     heads = ["backbone", "format", "largest relative error", "MB", "latency over eager's"]
-    if args.smaller:
-        heads = ["backbone", "numbers", "engine", "cosines of strides 4, 8, 16, 32", "MB"]
-        heads += ["stay in float32", "speed over float32's"]
     if args.detectors:
-        heads = [
-            "backbone",
-            "format",
-            "detections",
-            "boxes, pixels",
-            "scores",
-            "masks",
-            *heads[-2:],
-        ]
-    heads = heads[: -1 if args.no_latency else None]
+        heads[2:3] = ["detections", "boxes, pixels", "scores", "masks"]
+    if args.smaller:
+        heads = ["backbone", "numbers", "engine", "MB", "speed over float32's"]
+    if args.checkpoints:
+        heads = ["backbone", "numbers", "engine", "cosines of strides 4, 8, 16, 32"]
+        heads += ["stay in float32"]
+    elif args.no_latency:
+        heads.pop()
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
-    for family in args.families:
-        photos = photos_of(args.photos, args.calibrated)
-        if args.detectors:
-            found = detector_rows(family, photos)
-        else:
-            found = measure(random_source(f"{family}_{args.size}", args.side), photos)
+    photos = photos_of(args.photos, args.calibrated)
+    for name, found in _measured(args, photos):
         for row in found:
-            cells = f"`{family}_{args.size}`", *row
-            print(f"| {' | '.join(cells[: len(heads)])} |", flush=True)
+            print(f"| {' | '.join([f'`{name}`', *row][: len(heads)])} |", flush=True)
+
+
+def _measured(
+    args: argparse.Namespace, photos: Sequence[np.ndarray]
+) -> Iterator[tuple[str, Iterator[list[str]]]]:
+    """Networks' names and rows."""
+    for checkpoint in args.checkpoints or ():
+        source = read_source(checkpoint, None, "backbone")
+        yield source.about["model"], trained_rows(source, photos)
+    for family in () if args.checkpoints else args.families:
+        name = f"{family}_{args.size}"
+        if args.detectors:
+            yield name, detector_rows(family, photos)
+        else:
+            measure = smaller_rows if args.smaller else rows
+            yield name, measure(random_source(name, args.side), photos)
 
 
 def photos_of(folder: str | None, count: int) -> list[np.ndarray]:
@@ -118,29 +125,52 @@ def detector_rows(family: str, photos: Sequence[np.ndarray]) -> Iterator[list[st
 
 
 def smaller_rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[str]]:
-    """Rows of a network: numbers, engine, cosines, megabytes, layers in float32, speed."""
+    """Rows of a network: numbers, engine, megabytes, speed over float32's in that engine.
+
+    All its layers are in int8. The cosines of random weights say nothing of trained ones: rounding
+    grows from layer to layer, that of bfloat16 too.
+    """
     with tempfile.TemporaryDirectory() as folder:
         graph, int8 = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         files.write(source.network, source.about, graph)
         plain = {"OpenVINO": files.to_openvino(graph, graph.with_suffix(".xml"))[0]}
         plain["ONNX Runtime"] = graph
-        made = []
-        for precision in ("bf16", "fp16"):
-            file = Path(folder, f"{precision}.xml")
-            made.append((precision, "-", files.to_openvino(graph, file, precision)))
+        batches = [checking.normalised(photo, source.about, source.size) for photo in photos]
+        numbers.quantise(graph, int8, batches, ())
+        made = _smaller(graph, int8)
+        seconds = _seconds([*plain.values(), *(written[0] for *_, written in made)], batches[0])
+        for precision, engine, written in made:
+            ratio = seconds[plain[engine]] / seconds[written[0]]
+            yield [precision, engine, _megabytes(written), f"{ratio:.2f}"]
+
+
+def trained_rows(source: Source, photos: Sequence[np.ndarray]) -> Iterator[list[str]]:
+    """Rows of a network: numbers, engine, the cosines of its maps, the layers left in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        graph, int8 = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
+        files.write(source.network, source.about, graph)
         batches = [checking.normalised(photo, source.about, source.size) for photo in photos]
         cosine_of = checking.cosines_with(source, photos[:_COMPARED])
         done = numbers.quantise_within(graph, int8, batches, cosine_of, checking.COSINE)
-        stay = ", ".join(f"{kind} ({count})" for kind, count in done.kept.items()) or "none"
-        made.append(("int8", stay, files.to_openvino(int8, int8.with_suffix(".xml"))))
-        made.append(("int8", stay, [int8]))
-        seconds = _seconds([*plain.values(), *(written[0] for *_, written in made)], batches[0])
-        for precision, stay, written in made:
-            engine = "OpenVINO" if written[0].suffix == ".xml" else "ONNX Runtime"
-            cosines = _compared(source, written[0], photos).cosines.values()
-            ratio = seconds[plain[engine]] / seconds[written[0]]
-            cells = ", ".join(f"{value:.4f}" for value in cosines), _megabytes(written), stay
-            yield [precision, engine, *cells, f"{ratio:.2f}"]
+        kept = ", ".join(f"{kind} ({count})" for kind, count in done.kept.items()) or "none"
+        for precision, engine, written in _smaller(graph, int8):
+            found = _compared(source, written[0], photos, smallest=False)
+            cosines = ", ".join(f"{value:.4f}" for value in found.cosines.values())
+            yield [precision, engine, cosines, kept if precision == "int8" else "-"]
+
+
+def _smaller(graph: Path, int8: Path) -> list[tuple[str, str, list[Path]]]:
+    """Numbers, engine and files of all precisions."""
+    made = [
+        (
+            precision,
+            "OpenVINO",
+            files.to_openvino(graph, graph.with_name(f"{precision}.xml"), precision),
+        )
+        for precision in ("bf16", "fp16")
+    ]
+    made.append(("int8", "OpenVINO", files.to_openvino(int8, int8.with_suffix(".xml"))))
+    return [*made, ("int8", "ONNX Runtime", [int8])]
 
 
 def _seconds(paths: Sequence[Path], image: np.ndarray, rounds: int = 20) -> dict[Path, float]:
@@ -152,9 +182,11 @@ def _seconds(paths: Sequence[Path], image: np.ndarray, rounds: int = 20) -> dict
     return {path: median(round_[path] for round_ in times) for path in paths}
 
 
-def _compared(source: Source, file: Path, photos: Sequence[np.ndarray]) -> checking.Comparison:
+def _compared(
+    source: Source, file: Path, photos: Sequence[np.ndarray], smallest: bool = True
+) -> checking.Comparison:
     run = files.Runner(file, torch.get_num_threads())
-    return checking.compare(source, run, photos[:_COMPARED])
+    return checking.compare(source, run, photos[:_COMPARED], smallest=smallest)
 
 
 def _megabytes(written: Sequence[Path]) -> str:
@@ -165,12 +197,6 @@ def random_source(name: str, side: int) -> Source:
     """A backbone with random weights and the statistics of random images."""
     torch.manual_seed(0)
     backbone = DenseBackbone(name, norm="BN")
-    with torch.no_grad():
-        backbone.train()
-        for module in backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None
-        backbone(torch.randn(4, 3, 64, 64))
     about = {
         "outputs": [f"stage{i}_stride{stride}" for i, stride in enumerate(backbone.strides)],
         "task": "features",
@@ -179,6 +205,12 @@ def random_source(name: str, side: int) -> Source:
         "std": [58.395, 57.12, 57.375],
         "sides": [SMALLEST, LARGEST],
     }
+    with torch.no_grad():
+        backbone.train()
+        for module in backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        backbone(torch.randn(4, 3, side, side))
     return Source(backbones.fuse(backbone.eval()), about, (side, side))
 
 

@@ -122,6 +122,7 @@ def compare(
     run: Runner | Callable[[np.ndarray], list[np.ndarray]],
     photos: Sequence[np.ndarray],
     repeats: int = 5,
+    smallest: bool = True,
 ) -> Comparison:
     """Run a file and the eager network on photos of three sizes, and of the smallest.
 
@@ -130,32 +131,49 @@ def compare(
         run: the file.
         photos: RGB; each is taken at each size, in a batch of all.
         repeats: of what is timed, after one that is not.
+        smallest: also of the smallest size, whose maps of a position or two show mistakes in a
+            graph; smaller numbers are calibrated on others.
     """
-    names, sizes = source.about["outputs"], sizes_of(source)
-    least = source.about["sides"][0]
+    names, given = source.about["outputs"], batches(source, photos)
+    if smallest:
+        least = source.about["sides"][0]
+        given |= batches(source, photos, [(least, least)])
     errors, cosines = dict.fromkeys(names, 0.0), dict.fromkeys(names, 1.0)
-    for size in (*sizes, (least, least)):
-        batch = np.concatenate([normalised(photo, source.about, size) for photo in photos])
+    for size, batch in given.items():
         for name, ours, true in zip(names, run(batch), eager(source, batch), strict=True):
             if ours.shape != true.shape:
                 raise ExportError(f"{name} is {ours.shape} at {size}, eager's is {true.shape}")
             # NumPy's keep a NaN, which Python's max and min drop.
             errors[name] = float(np.maximum(errors[name], _error(ours, true)))
             cosines[name] = float(np.minimum(cosines[name], _cosine(ours, true)))
-    image = normalised(photos[0], source.about, sizes[0])
+    image = normalised(photos[0], source.about, source.size)
     latency = tuple(seconds(f, image, repeats) for f in (run, lambda x: eager(source, x)))
-    return Comparison((*sizes, (least, least)), errors, cosines, latency)
+    return Comparison(tuple(given), errors, cosines, latency)
 
 
 def cosines_with(source: Source, photos: Sequence[np.ndarray]) -> Callable[[Path], float]:
-    """A function of a file: the smallest cosine of its outputs, at the training's size."""
-    batch = np.concatenate([normalised(photo, source.about, source.size) for photo in photos])
-    expected = eager(source, batch)
+    """A function of a file: the smallest cosine of its outputs on photos of three sizes."""
+    given = list(batches(source, photos).values())
+    expected = [eager(source, batch) for batch in given]
 
     def smallest(path: Path) -> float:
-        return float(np.min([*map(_cosine, Runner(path)(batch), expected)]))
+        run = Runner(path)
+        pairs = zip(given, expected, strict=True)
+        return float(np.min([[*map(_cosine, run(batch), true)] for batch, true in pairs]))
 
     return smallest
+
+
+def batches(
+    source: Source,
+    photos: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> dict[tuple[int, int], np.ndarray]:
+    """The photos as a batch of each size, those of :func:`sizes_of` if none are given."""
+    return {
+        size: np.concatenate([normalised(photo, source.about, size) for photo in photos])
+        for size in sizes or sizes_of(source)
+    }
 
 
 def eager(source: Source, image: np.ndarray) -> list[np.ndarray]:

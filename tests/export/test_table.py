@@ -33,16 +33,39 @@ def test_rows_of_a_detector(capsys):
         assert 5 < float(size) < 20
 
 
+FILES = [
+    *(["bf16", "OpenVINO"], ["fp16", "OpenVINO"]),
+    *(["int8", "OpenVINO"], ["int8", "ONNX Runtime"]),
+]
+
+
+def cells(printed: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in printed.splitlines()[2:]]
+
+
 @pytest.mark.e2e
 def test_smaller_numbers_of_a_family(capsys):
     from dense.analysis.export_table import main
 
     main(["--smaller", "--families", "dw_conv", "--side", "64", "--calibrated", "2"])
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[1:3] for row in rows] == [
-        *(["bf16", "OpenVINO"], ["fp16", "OpenVINO"]),
-        *(["int8", "OpenVINO"], ["int8", "ONNX Runtime"]),
-    ]
+    rows = cells(capsys.readouterr().out)
+    assert [row[1:3] for row in rows] == FILES
+    sizes = [float(row[3]) for row in rows]
+    # In megabytes: half and about a quarter of float32's 5.2, norms and biases apart.
+    assert sizes[:2] == pytest.approx([2.7, 2.7], abs=0.2)
+    assert sizes[2:] == pytest.approx([1.6, 1.6], abs=0.4)
+    assert all(float(row[4]) > 0 for row in rows)
+
+
+@pytest.mark.e2e
+def test_smaller_numbers_of_a_checkpoint(classifier, photos, capsys):
+    from dense.analysis.export_table import main
+
+    words = ["--smaller", "--checkpoints", str(classifier), "--photos", str(photos)]
+    main([*words, "--calibrated", "3"])
+    rows = cells(capsys.readouterr().out)
+    assert [row[1:3] for row in rows] == FILES and {row[0] for row in rows} == {"`small`"}
     for row in rows:
         cosines = [float(value) for value in row[3].split(", ")]
-        assert len(cosines) == 4 and 0.9 < min(cosines) <= 1 and float(row[6]) > 0
+        assert len(cosines) == 4 and 0.98 < min(cosines) <= 1
+        assert (row[4] == "-") is (row[1] != "int8")

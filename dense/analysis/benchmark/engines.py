@@ -1,6 +1,7 @@
 """Networks exported to ONNX, in ONNX Runtime and in OpenVINO.
 
-Ours are the graph for all sizes that ``tools/export.py`` writes; others are exported for one size.
+Ours are the graph for all sizes that ``tools/export.py`` writes, and OpenVINO is told the size; others
+are exported for one size.
 """
 
 from collections.abc import Callable
@@ -66,6 +67,8 @@ def _openvino(graph: bytes, x: Tensor, dtype: torch.dtype) -> Step:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
     }
-    compiled = core.compile_model(core.read_model(graph), "CPU", options)
+    model = core.read_model(graph)
+    model.reshape(list(x.shape))
+    compiled = core.compile_model(model, "CPU", options)
     image = x.numpy()
     return lambda: torch.from_numpy(compiled(image)[0])
