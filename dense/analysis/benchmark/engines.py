@@ -1,7 +1,7 @@
 """Networks exported to ONNX, in ONNX Runtime and in OpenVINO.
 
-Ours are the graph for all sizes that ``tools/export.py`` writes, and OpenVINO is told the size; others
-are exported for one size.
+Ours are the graph for all sizes that ``tools/export.py`` writes, and OpenVINO is told the size;
+others are exported for one size.
 """
 
 from collections.abc import Callable
