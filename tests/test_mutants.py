@@ -102,7 +102,9 @@ def test_the_tests_of_a_line(tmp_path):
     less, more = (f"tests/test_signs.py::test_{name}" for name in ("less", "more"))
     at = {name: SOURCE.index(name.encode()) for name in ("x <", "-1", "return 1", "def")}
     found = {name: touched.tests("signed/signs.py", place, files) for name, place in at.items()}
-    assert found == {"x <": [less, more], "-1": [less], "return 1": [more], "def": []}
-    assert touched.tests("signed/signs.py", at["x <"], ("tests/other",)) == []
+    of_each = {"x <": [less, more], "-1": [less], "return 1": [more], "def": []}
+    assert found == {name: (tests, []) for name, tests in of_each.items()}
+    elsewhere = touched.tests("signed/signs.py", at["x <"], ("tests/other",))
+    assert elsewhere == ([], [less, more])
     (tree / "signed/signs.py").write_bytes(SOURCE + b"\n")
-    assert touched.tests("signed/signs.py", at["x <"], files) == []
+    assert touched.tests("signed/signs.py", at["x <"], files) == ([], [])

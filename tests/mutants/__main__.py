@@ -38,6 +38,8 @@ EQUIVALENT = Path(__file__).with_name("equivalent.json")
 OF_C = 15
 PRELOADED = ("torch", "timm", "torchvision", "mmengine.runner", "mmseg.apis", "mmdet.apis")
 PRELOADED += ("detectron2.engine", "transformers", "onnxruntime", "matplotlib.pyplot", "pytest")
+# Tests of other parts that run a line: so many of them are tried.
+ELSEWHERE = 100
 SHORT = "not (e2e or chain or kernels or peers or ecosystem)"
 
 
@@ -156,11 +158,11 @@ def run_some(
         text = (ROOT / mistake.path).read_bytes()
         (tree / mistake.path).write_bytes(mistake.made(text))
         part, outcome, failed = covering(mistake.path), "survived", ""
-        if touched and (few := touched.tests(mistake.path, mistake.start, part)):
-            outcome, failed = tested(tree, few, log, args.limit)
+        few, others = touched.tests(mistake.path, mistake.start, part) if touched else ([], [])
         # Others of the part may notice what a started process does, or an import.
-        if outcome == "survived":
-            outcome, failed = tested(tree, part, log, args.limit)
+        for tests in filter(None, (few, others[:ELSEWHERE], part)):
+            if outcome == "survived":
+                outcome, failed = tested(tree, tests, log, args.limit)
         (tree / mistake.path).write_bytes(text)
         if failed and tested(tree, (failed,), log, args.limit)[0] != "survived":
             outcome = "unsound"

@@ -26,21 +26,22 @@ class Touched:
         self.data.read()
         self.digests = json.loads((folder / "digests.json").read_text())
 
-    def tests(self, path: str, start: int, files: Iterable[str]) -> list[str]:
-        """The tests in ``files`` that ran the statement around a byte of ``path``, by its line.
+    def tests(self, path: str, start: int, files: Iterable[str]) -> tuple[list[str], list[str]]:
+        """The tests that ran the statement around a byte of ``path``: those in ``files``, others.
 
         None are found of a line that runs on import alone, of what a started process runs, and in
         a file that is no Python or has changed since.
         """
         text = (self.root / path).read_bytes()
         if self.digests.get(path) != _digest(text):
-            return []
+            return [], []
         seen = self.data.contexts_by_lineno(str((self.root / path).resolve()))
         line = 1 + text[:start].count(b"\n")
         lines = range(statement_of(text, line), line + 1)
         names = {test.rpartition("|")[0] for n in lines for test in seen.get(n, ())}
         within = tuple(f"{file}{mark}" for file in files for mark in ("::", "/"))
-        return sorted(name for name in names if name.startswith(within))
+        ours = {name for name in names if name.startswith(within)}
+        return sorted(ours), sorted(names - ours - {""})
 
 
 def statement_of(text: bytes, line: int) -> int:
