@@ -210,7 +210,7 @@ def random_source(name: str, side: int) -> Source:
         for module in backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
-        backbone(torch.randn(4, 3, side, side))
+        backbone(torch.randn(4, 3, 64, 64))
     return Source(backbones.fuse(backbone.eval()), about, (side, side))
 
 
