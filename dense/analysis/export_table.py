@@ -197,6 +197,12 @@ def random_source(name: str, side: int) -> Source:
     """A backbone with random weights and the statistics of random images."""
     torch.manual_seed(0)
     backbone = DenseBackbone(name, norm="BN")
+    with torch.no_grad():
+        backbone.train()
+        for module in backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        backbone(torch.randn(4, 3, 64, 64))
     about = {
         "outputs": [f"stage{i}_stride{stride}" for i, stride in enumerate(backbone.strides)],
         "task": "features",
@@ -205,12 +211,6 @@ def random_source(name: str, side: int) -> Source:
         "std": [58.395, 57.12, 57.375],
         "sides": [SMALLEST, LARGEST],
     }
-    with torch.no_grad():
-        backbone.train()
-        for module in backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None
-        backbone(torch.randn(4, 3, 64, 64))
     return Source(backbones.fuse(backbone.eval()), about, (side, side))
 
 
