@@ -335,6 +335,14 @@ def test_names_outside_the_backbone_are_mmdetection_2s():
     assert found == expected
 
 
+def test_nanos_boxes_are_coded_as_cascade_r_cnns():
+    """The deviations of the paper's three stages (Cai and Vasconcelos, 2018)."""
+    coders = [head.bbox_coder for head in config(NANO).model.roi_head.bbox_head]
+    assert [coder.target_means for coder in coders] == [[0.0] * 4] * 3
+    stages = (0.1, 0.2), (0.05, 0.1), (0.033, 0.067)
+    assert [coder.target_stds for coder in coders] == [[xy, xy, wh, wh] for xy, wh in stages]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nano_trains_and_predicts_at_any_size(family):

@@ -146,6 +146,7 @@ def fields(name: str) -> dict[str, Any]:
 
 def test_there_is_one_for_every_network_and_recipe():
     assert len(NANO) == len(backbones.FAMILIES)
+    assert {fields(name)["total_batch_size"] for name in NANO} == {32}
     wanted = [f"{f}_{s}_8xb128-300e_in1k" for f in backbones.FAMILIES for s in ("tiny", "base")]
     wanted += [f"{f}_{s}_16xb64-30e_in1k" for f in backbones.FAMILIES for s in ("tiny", "base")]
     wanted += [f"{f}_base_16xb256-90e_in22k" for f in backbones.FAMILIES]
