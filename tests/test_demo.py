@@ -433,7 +433,6 @@ def figures_through_onnx(out: Path) -> None:
         report.mmengine_results(folder)[1]
         for folder in (tested / "segmentor", out / "segmentor/evaluation")
     )
-    print(ours, true)
     assert ours["mIoU"] == pytest.approx(true["mIoU"], abs=0.1)
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dense.analysis.benchmark import engines, measure, models, networks, operators, report
 from dense.analysis.benchmark.measure import Contender, Contest
-from tests.support import build, load_tool
+from tests.support import build, load_tool, run_without
 
 CPU = torch.device("cpu")
 tool = load_tool("benchmark")
@@ -119,6 +119,11 @@ def test_the_tool_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert third[-1]["name"] == "i_d_dw_conv_tiny"
     table = (tmp_path / "results.md").read_text()
     assert "training, 64x64, batch 1" in table and "**i_d_dw_conv_nano**" in table
+
+
+def test_other_rows_need_no_onnx():
+    done = run_without(("onnx", "onnxscript"), "import dense.analysis.benchmark.networks")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from backbones import Pyramid
 from dense.analysis.benchmark.measure import Step
-from dense.export.operators import to_onnx
 
 
 def steps(
@@ -36,6 +35,8 @@ def steps(
     def exported() -> tuple[bytes, Tensor]:
         model, x = make()
         if isinstance(model, Pyramid):
+            from dense.export.operators import to_onnx
+
             return to_onnx(model).SerializeToString(), x
         with torch.no_grad():
             program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
