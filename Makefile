@@ -7,6 +7,8 @@ CHAIN_DIR ?= work_dirs/chain
 WORKERS ?= 2
 DIST ?= dist
 SEED ?= 1
+# pytest-xdist hands a dead worker's tests to others and then may wait for ever: the run ends instead.
+PARALLEL = -n $(WORKERS) --max-worker-restart=0
 
 ifndef PYTHON
 supported = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -52,20 +54,20 @@ demo-chain: setup
 
 # The tests run small networks: parallel processes are faster than threads.
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not (slow or e2e or chain or kernels or peers or ecosystem)" -n $(WORKERS) --durations=15
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not (slow or e2e or chain or kernels or peers or ecosystem)" $(PARALLEL) --durations=15
 
 test-e2e: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "(slow or e2e) and not (kernels or peers)" -n $(WORKERS) --dist loadfile -v -rfEP --durations=40
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "(slow or e2e) and not (kernels or peers)" $(PARALLEL) --dist loadfile -v -rfEP --durations=40
 
 test-chain: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m chain -v -rfEP
 
 test-kernels: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m kernels -n $(WORKERS) -v -rfEP --durations=40
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m kernels $(PARALLEL) -v -rfEP --durations=40
 
 # All of timm's tests run in one process, which a fixture of the module starts.
 test-peers: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m peers -n $(WORKERS) --dist loadfile -v -rfEP --durations=40
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m peers $(PARALLEL) --dist loadfile -v -rfEP --durations=40
 
 test-floors: setup
 	OMP_NUM_THREADS=1 .venv/bin/python tools/test_versions.py

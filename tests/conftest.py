@@ -21,6 +21,14 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Says how a process of xdist ended: -9 is a kill, by the system where memory ran out."""
+    if error:
+        status = node.gateway._io.popen.wait(timeout=60)
+        print(f"\n{node.gateway.id} ended with status {status}", flush=True)
+
+
 @pytest.fixture(autouse=True)
 def loggers_as_found() -> Iterator[None]:
     """Detectron2's `setup_logger`, which a training in this process calls, adds handlers for good.
