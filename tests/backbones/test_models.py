@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 import backbones
-from tests.support import NANO, build
+from tests.support import NANO, build, run_python
 
 # Counted in the paper's tables to three decimals, in millions, at 1000 classes.
 PARAMETERS = {
@@ -259,3 +259,18 @@ def test_another_size_keeps_what_is_frozen(family):
 def test_heads_that_are_no_number_for_each_stage_are_refused(name, num_heads):
     with pytest.raises(ValueError, match="num_heads=.*: a number from 1 for each stage, as"):
         timm.create_model(name, num_heads=num_heads)
+
+
+def test_a_script_knows_the_names(tmp_path):
+    """timm's own train.py is in no package; this one asks timm for a model as it does."""
+    code = "import sys, timm, beside; print(timm.is_model(sys.argv[2]), beside.value, __name__)"
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "train.py").write_text(code)
+    (scripts / "beside.py").write_text("value = 5")
+    # Python, too, finds what lies beside the file, not beside a link to it.
+    (tmp_path / "link.py").symlink_to(scripts / "train.py")
+    done = run_python("-m", "backbones", tmp_path / "link.py", "--model", "dw_conv_tiny")
+    assert done.stdout == "True 5 __main__\n", done.stderr[-2000:]
+    done = run_python("-m", "backbones", tmp_path / "trian.py")
+    assert done.returncode == 1 and "trian.py is no file; python -m" in done.stderr

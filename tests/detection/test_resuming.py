@@ -81,6 +81,13 @@ def test_any_iteration_is_begun_with_and_nothing_before_it_is_read(workers):
     assert found == names(whole[13:15]) and read == sum(found, [])
 
 
+def test_one_image_is_a_dataset():
+    built = build_detection_train_loader(
+        IMAGES[:1], mapper=noisy, sampler=TrainingSampler(1), total_batch_size=2
+    )
+    assert names(take(resumable(built, 5, 3), 2)) == [[0, 0], [0, 0]]
+
+
 def test_a_loader_of_another_build_is_left_as_it_is(caplog):
     own = DataLoader(DatasetFromList(IMAGES), batch_size=2)
     assert resumable(own, 5, 0) is own and "not resumed" not in caplog.text

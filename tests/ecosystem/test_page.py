@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from tests.support import ROOT, run_forked, run_python
+from tests.support import ROOT, run_forked
 
 pytestmark = pytest.mark.ecosystem
 PAGE = (ROOT / "dense/README.md").read_text()
@@ -70,14 +70,3 @@ def _builds(heading: str, code: str, folder) -> None:
     registry.init_default_scope(package)
     model = registry.MODELS.build(cfg.model)
     assert type(model.backbone.stages[0].blocks[0].mixer).__name__.startswith("Inhomogeneous")
-
-
-def test_a_script_knows_the_names(tmp_path):
-    """timm's own train.py is in no package; this one asks timm for a model as it does."""
-    code = "import sys, timm, beside; print(timm.is_model(sys.argv[2]), beside.value, __name__)"
-    (tmp_path / "train.py").write_text(code)
-    (tmp_path / "beside.py").write_text("value = 5")
-    done = run_python("-m", "backbones", tmp_path / "train.py", "--model", "dw_conv_tiny")
-    assert done.stdout == "True 5 __main__\n", done.stderr[-2000:]
-    done = run_python("-m", "backbones", tmp_path / "trian.py")
-    assert done.returncode == 1 and "trian.py is no file; python -m" in done.stderr
