@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def to_openvino(graph: Path, path: Path, precision: str | None = None) -> list[P
     props = load_model(graph, load_external_data=False).metadata_props
     about = json.loads(next(entry.value for entry in props if entry.key == KEY))
     # Not convert_model, which tells OpenVINO's makers over the network that it was called.
-    model = openvino.Core().read_model(graph)
+    model = openvino_core().read_model(graph)
     model.set_rt_info(json.dumps(about | ({"precision": precision} if precision else {})), KEY)
     openvino.save_model(model, path, compress_to_fp16=precision is not None)
     return [path, path.with_suffix(".bin")]
@@ -201,17 +202,43 @@ def _read_onnx(path: Path, threads: int | None, _: _Shape) -> tuple[str | None, 
 
 
 def _read_openvino(path: Path, threads: int | None, shape: _Shape) -> tuple[str | None, Callable]:
-    import openvino
+    model = openvino_core().read_model(path)
+    about = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else None
+    precision = about and json.loads(about).get("precision")
+    compiled = compiled_openvino(model, threads, precision, shape)
+    return about, lambda image: list(compiled(image).values())
 
-    model = openvino.Core().read_model(path)
+
+def compiled_openvino(
+    model, threads: int | None, precision: str | None = None, shape: _Shape = None
+):
+    """OpenVINO's CompiledModel of a Model, for the CPU.
+
+    Args:
+        model: an ``openvino.Model`` with one input.
+        threads: their number; None leaves it to OpenVINO.
+        precision: ``bf16`` to compute in it, where the processor does; otherwise float32.
+        shape: ``(B, C, H, W)`` of every image; None is for images of any size.
+    """
     if shape:
         model.reshape(list(shape))
-    about = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else None
     # A CPU that computes bfloat16 would round float32 files otherwise.
-    hint = "bf16" if about and json.loads(about).get("precision") == "bf16" else "f32"
+    hint = "bf16" if precision == "bf16" else "f32"
     options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads or 0}
-    compiled = openvino.compile_model(model, "CPU", options)
-    return about, lambda image: list(compiled(image).values())
+    return openvino_core().compile_model(model, "CPU", options)
+
+
+@cache
+def openvino_core():
+    """OpenVINO's Core, one for the process, never dropped.
+
+    The CPU plugin gives the thread that loads it a stack for signal handlers, and frees that stack
+    in the thread that drops the plugin. If another thread does, as garbage collection may, the next
+    signal with a handler ends the process: PyTorch has one for the end of a loader's worker.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _read_torch_export(path: Path, *_: object) -> tuple[str | None, Callable]:

@@ -1,6 +1,7 @@
 """Files of tools/export.py: right beside eager, complete in themselves, and predicted from."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from dense.export import files
 from tests.export.conftest import exported
-from tests.support import load_tool, run_without
+from tests.support import load_tool, run_forked, run_without
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
@@ -303,3 +304,33 @@ def test_a_file_runs_without_pytorch(segmentor_file):
     )
     done = run_without(("torch", "timm", "mmengine", "onnx", "onnxscript"), code)
     assert done.stdout.strip() == "(1, 3, 50, 64) ['sky', 'road', 'tree']", done.stderr
+
+
+def _dropped_in_a_thread(path):
+    import gc
+    import subprocess
+    import threading
+
+    from torch.utils.data import DataLoader
+
+    kept = [files.Runner(path)]
+    kept.append(kept)
+    del kept
+    thread = threading.Thread(target=gc.collect)
+    thread.start()
+    thread.join()
+    # PyTorch handles the signal of every process that ends from now on.
+    list(DataLoader(range(2), num_workers=1))
+    subprocess.run(["true"])
+
+
+def test_an_openvino_file_may_be_dropped_in_a_thread(tmp_path):
+    import openvino
+    from openvino import opset13
+
+    image = opset13.parameter([1, 3, -1, -1], np.float32)
+    model = openvino.Model([opset13.relu(image)], [image])
+    model.set_rt_info(json.dumps({"sides": [32, 8192]}), files.KEY)
+    openvino.save_model(model, tmp_path / "file.xml")
+    (done,) = run_forked(partial(_dropped_in_a_thread, tmp_path / "file.xml"))
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from backbones import Pyramid
 from dense.analysis.benchmark.measure import Step
+from dense.export.files import compiled_openvino, openvino_core
 
 
 def steps(
@@ -61,15 +62,8 @@ def _onnx_runtime(graph: bytes, x: Tensor) -> Step:
 
 
 def _openvino(graph: bytes, x: Tensor, dtype: torch.dtype) -> Step:
-    import openvino
-
-    core = openvino.Core()
-    options = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
-    }
-    model = core.read_model(graph)
-    model.reshape(list(x.shape))
-    compiled = core.compile_model(model, "CPU", options)
+    precision = "bf16" if dtype == torch.bfloat16 else None
+    model = openvino_core().read_model(graph)
+    compiled = compiled_openvino(model, torch.get_num_threads(), precision, tuple(x.shape))
     image = x.numpy()
     return lambda: torch.from_numpy(compiled(image)[0])
