@@ -58,6 +58,18 @@ def visualizers_forgotten() -> Iterator[None]:
 
 
 @pytest.fixture
+def figures(monkeypatch) -> list:
+    """What Matplotlib wrote into files."""
+    from matplotlib.figure import Figure
+
+    written, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: written.append(self) or savefig(self, *a, **k)
+    )
+    return written
+
+
+@pytest.fixture
 def reports():
     """For tests of the reports that trainings write at their end: the others go without."""
 

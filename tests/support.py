@@ -84,6 +84,11 @@ def assert_same(one: Any, two: Any, path: str = "") -> None:
         assert one == two, path
 
 
+def points(axes: Any) -> list[list[tuple[float, float]]]:
+    """What each line of Matplotlib's axes runs through."""
+    return [list(zip(*line.get_data(), strict=True)) for line in axes.lines]
+
+
 def flat(node: Any, path: str = "") -> dict[str, Any]:
     """The leaves of nested dicts and of lists of dicts, by dotted path."""
     if isinstance(node, list) and node and isinstance(node[0], dict):

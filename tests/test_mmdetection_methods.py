@@ -11,6 +11,7 @@ pytest.importorskip("mmdet", reason="MMDetection is not installed")
 from mmengine.config import Config
 
 import dense.segmentation  # noqa: F401
+from backbones import MODEL_NAMES
 from dense.openmmlab.backbone import fit_channels
 from dense.recipes import RECIPES
 from tests.support import flat
@@ -67,6 +68,35 @@ def test_the_recipe_is_mmdetections(name):
     assert ours.optim_wrapper.optimizer == swin.optim_wrapper.optimizer
     assert ours.param_scheduler[0] == swin.param_scheduler[0]
     assert dict(ours.param_scheduler[1]) == dict(theirs.param_scheduler[1])
+
+
+RECIPE_PATHS = [p for p in sorted(METHODS.parent.glob("**/*.py")) if "_base_" not in p.parts]
+
+
+@pytest.mark.parametrize("path", RECIPE_PATHS, ids=lambda path: path.stem)
+def test_a_recipe_says_the_channels_that_its_backbone_has(path):
+    """A run corrects them, a reader of the file does not."""
+    cfg = Config.fromfile(path)
+    said = fields(cfg.model)
+    fit_channels(cfg.model)
+    assert fields(cfg.model) == said
+    assert cfg.model.backbone.type in MODEL_NAMES
+
+
+def test_settings_of_every_run_are_mmdetections():
+    """But for what a run keeps, and logs for TensorBoard."""
+    import mmdet
+
+    package = Path(mmdet.__file__).parent / ".mim/configs"
+    ours, theirs = (
+        Config.fromfile(folder / "_base_/default_runtime.py")
+        for folder in (METHODS.parent, package)
+    )
+    kept = tuple(f"checkpoint.{key}" for key in ("max_keep_ckpts", "save_best", "rule"))
+    assert fields(ours.env_cfg) == fields(theirs.env_cfg)
+    assert fields(ours.default_hooks, *kept) == fields(theirs.default_hooks)
+    assert ours.default_hooks.checkpoint.save_best == "coco/bbox_mAP"
+    assert ours.log_processor.by_epoch and ours.default_scope == theirs.default_scope
 
 
 @pytest.mark.parametrize("name", THEIRS)

@@ -427,6 +427,17 @@ def test_a_check_that_fails_says_where_and_exits_with_1(gpu, monkeypatch, capsys
     assert "RuntimeError: CUDA error: misaligned address" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("operator", dispatch.ON_GPUS)
+def test_speed_is_judged_on_maps_of_a_tiny_network(operator):
+    first, third = cases.stage_cases(operator, 8)
+    for case, side, channels in ((first, 56, 96), (third, 14, 384)):
+        maps = case.tensors[0]
+        # Window attention and sliding attention take queries, keys and values.
+        times = 3 if operator in ("window_attention", "sliding_attention") else 1
+        assert maps.shape[:3] == (8, side, side)
+        assert maps.shape[3:].numel() == times * channels
+
+
 @pytest.mark.parametrize(
     "interpreted",
     [pytest.param("0", marks=pytest.mark.e2e), pytest.param("1", marks=pytest.mark.kernels)],

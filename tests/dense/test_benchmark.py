@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dense.analysis.benchmark import engines, measure, models, networks, operators, report
 from dense.analysis.benchmark.measure import Contender, Contest
-from tests.support import build, load_tool, run_without
+from tests.support import build, load_tool, points, run_without
 
 CPU = torch.device("cpu")
 tool = load_tool("benchmark")
@@ -162,7 +162,7 @@ def test_speed_beside_a_product():
     assert two.endswith("| 2.00 |  |")
 
 
-def test_the_plot_of_cost_against_size(tmp_path):
+def test_the_plot_of_cost_against_size(tmp_path, figures):
     results = [
         measure.Result(
             f"scaling: {i}", "dw_conv_tiny", True, 0.1, 0.1, 0.1, 3, 10**6, images, images * side**2
@@ -171,6 +171,12 @@ def test_the_plot_of_cost_against_size(tmp_path):
     ]
     report.plot_scaling(results, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    by_side, by_batch = [(224, 224**2), (448, 448**2)], [(1, 224**2), (4, 4 * 224**2)]
+    # Nanoseconds, then bytes, of a pixel; by side, then by batch.
+    expected = [(x, 1e8) for x in (by_side, by_batch)] + [(x, 1e6) for x in (by_side, by_batch)]
+    for axes, (steps, whole) in zip(figures[0].axes, expected, strict=True):
+        [line] = points(axes)
+        assert line == [(at, pytest.approx(whole / pixels)) for at, pixels in steps]
 
 
 @pytest.mark.parametrize(

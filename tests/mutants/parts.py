@@ -6,6 +6,7 @@ ROOT = Path(__file__).parents[2]
 B, D, S, P = "tests/backbones", "tests/detection", "tests/segmentation", "tests/pretraining"
 OPERATORS = (f"{B}/test_operators.py", f"{B}/test_sizes.py", f"{B}/test_ops_backends.py")
 NETWORKS = (f"{B}/test_references.py", f"{B}/test_models.py", f"{B}/test_pyramid.py")
+OPTIONS = "tests/dense/test_options.py"
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
 
 # A file belongs to the first line whose beginning is its path's.
@@ -36,7 +37,7 @@ TESTS = {
         f"{B}/test_output_stride.py",
         f"{B}/test_encoders.py",
     ),
-    "backbones/__main__": (*FILES, "tests/test_convert_checkpoint.py"),
+    "backbones/__main__": (f"{B}/test_models.py",),
     "backbones/": (*FILES, "tests/test_convert_checkpoint.py"),
     "dense/analysis/benchmark": ("tests/dense/test_benchmark.py",),
     "dense/analysis/export_table": ("tests/export/test_table.py",),
@@ -97,7 +98,7 @@ TESTS = {
     "dense/openmmlab/": (f"{P}/test_tool.py", f"{P}/test_resuming.py", f"{S}/test_runner.py"),
     "dense/optim": ("tests/dense/test_optim.py",),
     "dense/options": (
-        "tests/dense/test_options.py",
+        OPTIONS,
         "tests/dense/test_stopping.py",
         f"{P}/test_tool.py",
         f"{S}/test_tools.py",
@@ -129,7 +130,7 @@ TESTS = {
     "configs/detection": (f"{D}/test_configs.py",),
     "configs/mmdetection": ("tests/test_mmdetection.py", "tests/test_mmdetection_methods.py"),
     "configs/pretraining": (f"{P}/test_configs.py",),
-    "configs/segmentation": (f"{S}/test_configs.py",),
+    "configs/segmentation": (f"{S}/test_configs.py", f"{S}/test_methods.py"),
     "tools/report": (f"{P}/test_pages.py", f"{S}/test_pages.py", f"{D}/test_pages.py"),
     "tools/export": ("tests/export",),
     "tools/browse_data": tuple(f"{part}/test_pages.py" for part in (P, S, D)),
@@ -151,6 +152,6 @@ def covering(path: str) -> tuple[str, ...]:
     """The test files of a source; a tool's own ``test_<name>.py`` or all if no line has it."""
     for beginning, tests in TESTS.items():
         if path.startswith(beginning):
-            return tests
+            return (*tests, OPTIONS) if path.startswith("tools/") else tests
     own = f"tests/test_{PurePath(path).stem}.py"
-    return (own if (ROOT / own).exists() else "tests",)
+    return (own, OPTIONS) if (ROOT / own).exists() else ("tests",)

@@ -13,7 +13,7 @@ from mmengine.config import Config, DictAction
 from dense.analysis import comparison
 from dense.analysis.comparison import Entry, Network, Result
 from dense.steps import State
-from tests.support import ROOT, load_tool
+from tests.support import ROOT, load_tool, points
 
 PRETRAINING = ROOT / "configs/pretraining"
 
@@ -86,13 +86,17 @@ def test_mean_spread_and_paired_difference():
     assert Entry(ours, base[:2]).differences == [2.0, 1.0]
 
 
-def test_entries_are_in_order_and_sorted_by_seed(tmp_path):
+def test_entries_are_in_order_and_sorted_by_seed(tmp_path, figures):
     networks = [Network("swin", "swin_nano", {}, "swin"), Network("b", "b", {}, "swin")]
     results = [result("b", 1, 10.0), result("swin", 1, 30.0), result("b", 0, 20.0)]
     first, second = comparison.entries(networks, results)
     assert first.baseline == () and second.top1 == [20.0, 10.0]
     assert second.differences == [-20.0]
     assert comparison.plot([first, second], tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    left, right = figures[0].axes
+    # Each seed and the mean; the interval, the difference's mean, and zero.
+    assert points(left) == [[(30.0, 0)], [(30.0, 0)], [(20.0, 1), (10.0, 1)], [(15.0, 1)]]
+    assert points(right)[:2] == [[(-20.0, 1), (-20.0, 1)], [(-20.0, 1)]]
     assert comparison.table([first, second]).count("\n") == 3
 
 

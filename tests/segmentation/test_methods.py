@@ -15,6 +15,7 @@ from mmseg.datasets import CityscapesDataset
 from mmseg.registry import MODELS
 from PIL import Image
 
+from backbones import MODEL_NAMES
 from dense.openmmlab.backbone import fit_channels
 from dense.recipes import RECIPES
 from dense.segmentation.config import check, load_config, set_data_root
@@ -139,6 +140,24 @@ def test_mask2formers_rates():
         plain = parameter not in exempt and not any(word in name for word in embedded)
         rate = 1e-5 if name.startswith("backbone.") else 1e-4
         assert found[id(parameter)] == pytest.approx((rate, 0.05 if plain else 0.0)), name
+
+
+RECIPE_PATHS = [p for p in sorted(METHODS.parent.glob("**/*.py")) if "_base_" not in p.parts]
+
+
+@pytest.mark.parametrize("path", RECIPE_PATHS, ids=lambda path: path.stem)
+def test_a_recipe_says_the_channels_that_its_backbone_has(path):
+    """A run corrects them, a reader of the file does not."""
+    cfg = Config.fromfile(path)
+    said = fields(cfg.model)
+    fit_channels(cfg.model)
+    assert fields(cfg.model) == said
+    assert cfg.model.backbone.type in MODEL_NAMES
+
+
+def test_the_environment_is_mmsegmentations():
+    expected = fields(theirs("_base_/default_runtime").env_cfg)
+    assert fields(Config.fromfile(METHODS.parent / "_base_/default_runtime.py").env_cfg) == expected
 
 
 @pytest.mark.parametrize("name", [UPERNET, FPN, MASK2FORMER])
