@@ -17,7 +17,7 @@ from backbones import MODEL_NAMES, mixers, ops
 from dense.analysis import complexity, paper
 from dense.analysis import complexity_tables as tables
 from dense.recipes import RECIPES
-from tests.support import ROOT, run_tool
+from tests.support import ROOT, load_tool, run_tool
 
 NANO = [name for name in MODEL_NAMES if name.endswith("nano")]
 
@@ -283,6 +283,14 @@ def test_missing_frameworks_are_named(monkeypatch):
         tables, "find_spec", lambda name: None if name in ("mmdet", "mmseg") else real(name)
     )
     assert "segmentation" not in tables.installed() and "backbones" in tables.installed()
+
+
+def test_a_section_without_its_framework_is_refused(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr("dense.find_spec", lambda name: None if name == "mmdet" else real(name))
+    monkeypatch.setattr("sys.argv", ["complexity.py", "mmdetection"])
+    with pytest.raises(SystemExit, match=r"mmdet is not installed.*dense-backbones\[mmdetection\]"):
+        load_tool("complexity").main()
 
 
 @pytest.mark.parametrize("name", NANO)

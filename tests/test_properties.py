@@ -53,6 +53,14 @@ def weights():
     return of
 
 
+def test_a_readme_without_the_tables_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("no tables")
+    tool = load_tool("properties")
+    monkeypatch.setattr(tool, "README", tmp_path / "README.md")
+    assert tool.main(["--write"]) == 1
+    assert capsys.readouterr().err.startswith(f"properties: {tmp_path / 'README.md'}")
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_every_cell_of_the_measured_table(found, name):
     [table, _] = properties.tables({name: found[name]} | found)

@@ -104,5 +104,11 @@ def test_the_bar_of_a_pretraining_is_of_all_iterations(monkeypatch, capsys):
         )
     )
     assert (bar._bar.total, bar._bar.initial, bar._images) == (120, 60, 8)
+    scalars = {}
+    hub = SimpleNamespace(update_scalar=scalars.__setitem__)
+    bar.after_train_iter(SimpleNamespace(message_hub=hub), 60, outputs={"loss": 1.5})
+    bar._bar.refresh()
     bar.after_train(None)
-    assert "mine:  50%" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "mine:  50%" in shown and "loss 1.500" in shown
+    assert scalars["train/images_per_second"] > 0

@@ -64,20 +64,22 @@ def test_a_training_ends_with_its_report(run, tmp_path, monkeypatch, reports):
 
     # The score is that of the true class, which may not be the best one.
     class Fake:
-        classes = ("n01", "n02", "n03")
+        classes = ("n01", "n02", "n03", "n04")
 
         def __init__(self, *_):
             pass
 
         def __call__(self, image):
-            return np.array([0.7, 0.2, 0.1])
+            return np.array([0.7, 0.2, 0.06, 0.04])
 
     monkeypatch.setattr("dense.pretraining.reporting.Predictor", Fake)
     assert load_tool("report").main([str(work), "--out", str(tmp_path / "fake.html")]) == 0
     captions = Page((tmp_path / "fake.html").read_text()).captions
     assert [c.partition(": ")[2].split("_")[0] for c in captions] == ["n01"] * 4 + ["n03"] * 4
-    assert all(", 70.0. n01 70% (truth), n02 20%" in c for c in captions[:4])
-    assert all(", 10.0. n03 10% (truth), n01 70%" in c for c in captions[4:])
+    # The three best, and the true class.
+    assert all(", 70.0. n01 70% (truth), n02 20%, n03 6%" in c for c in captions[:4])
+    assert all(", 6.0. n03 6% (truth), n01 70%, n02 20%" in c for c in captions[4:])
+    assert not any("n04" in c for c in captions)
 
     # A second start is entered beside the first; initial weights are named with what they gave.
     (start,) = json.loads((work / journal.FILE).read_text())
