@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import timm
 import torch
+from torch._subclasses import FakeTensorMode
 
 import backbones
 from backbones.ablations import ABLATIONS, AblationError, ablated
@@ -194,3 +195,16 @@ def test_a_row_in_detectron2(name):
     cfg = L(PyramidBackbone)(name=model, norm="FrozenBN", **options)
     maps = step(instantiate(cfg), torch.randn(2, 3, 45, 38))
     assert [m.shape[1] for m in maps] == [32, 64, 128, 256]
+
+
+@pytest.mark.parametrize("name", [name for name in PYRAMIDS if "heads_of" not in name])
+def test_every_tensor_is_on_the_networks_device(name):
+    """Fake tensors of two devices refuse to meet; those of "meta" need no such device."""
+    model, arguments = ablated(name, "swin_nano")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("meta"):
+            network = timm.create_model(model, **arguments)
+        scores = network(torch.randn(2, 3, 70, 94, device="meta"))
+        scores.sum().backward()
+        found = {p.grad.device.type for p in network.parameters()}
+    assert found == {scores.device.type} == {"meta"}

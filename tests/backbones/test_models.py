@@ -170,6 +170,7 @@ def test_timm_protocol(name):
     model.reset_classifier(3)
     assert model(x).shape == (1, 3) and model.get_classifier().out_features == 3
     there = copy.deepcopy(model).to("meta", torch.float64)
+    there.reset_classifier(0)
     there.reset_classifier(5)
     assert {(p.device.type, p.dtype) for p in there.parameters()} == {("meta", torch.float64)}
     model.reset_classifier(0)

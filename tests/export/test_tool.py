@@ -244,11 +244,11 @@ def test_a_file_for_images_of_one_size(segmentor_file, tmp_path, monkeypatch):
 
     file, compiled = files.to_openvino(segmentor_file, tmp_path / "file.xml")[0], []
     image = np.random.default_rng(0).standard_normal((2, 3, 65, 96), np.float32)
-    expected, compile_model = files.Runner(file)(image)[0], openvino.compile_model
+    expected, compile_model = files.Runner(file)(image)[0], openvino.Core.compile_model
     monkeypatch.setattr(
-        openvino,
+        openvino.Core,
         "compile_model",
-        lambda model, *given: compiled.append(model) or compile_model(model, *given),
+        lambda core, model, *given: compiled.append(model) or compile_model(core, model, *given),
     )
     run = files.Runner(file, shape=image.shape)
     assert tuple(compiled[0].inputs[0].shape) == image.shape
