@@ -10,6 +10,7 @@ import tomllib
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -245,14 +246,20 @@ def test_detectron2_is_kept_where_it_is_installed(setup, monkeypatch):
     setup.install_detectron2()
 
 
-def test_the_build_tells_its_progress_and_its_failure(setup, tmp_path, capsys):
-    build = "import sys; print('[1/2] c++ a'); print('[2/2] c++ b'); sys.exit(int(sys.argv[1]))"
+def test_the_build_tells_its_progress_and_its_failure(setup, tmp_path, capsys, monkeypatch):
+    build = "import sys; print('[1/4] c++ a'); print('[3/4] c++ b'); sys.exit(int(sys.argv[1]))"
     command = [sys.executable, "-c", build]
-    setup.run_ninja("compiling", [*command, "0"], tmp_path / "log", None)
-    assert "2 of 2 files" in capsys.readouterr().out
+    # At the start, then at each line and as it is printed.
+    clock = iter([100.0, 130.0, 130.0, 340.0, 340.0])
+    with monkeypatch.context() as patched:
+        # subprocess has its own name of the clock.
+        patched.setattr(setup, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        setup.run_ninja("compiling", [*command, "0"], tmp_path / "log", None)
+    # 240 seconds for two files, and one is left.
+    assert "3 of 4 files, about 2 min left" in capsys.readouterr().out
     with pytest.raises(setup.SetupError, match="compiling failed"):
         setup.run_ninja("compiling", [*command, "1"], tmp_path / "log", None)
-    assert "[2/2] c++ b" in capsys.readouterr().err
+    assert "[3/4] c++ b" in capsys.readouterr().err
 
 
 def test_the_lock_pins_what_every_extra_asks_for(setup):
