@@ -78,6 +78,9 @@ def test_layers_return_to_float_until_the_bar_is_met(tmp_path, monkeypatch):
     assert found.lines() == [
         "int8: float32 stay b (2), c (2); with all in int8 the cosine is 0.7490"
     ]
+    # No choice meets it: what helps least stays in int8, which the file would not be otherwise.
+    found = numbers.quantise_within(tmp_path, tmp_path, [], cosine_of, 2.0)
+    assert list(found.kept) == ["b", "c", "a"] and found.cosine == pytest.approx(1)
     found = numbers.quantise_within(tmp_path, tmp_path, [], cosine_of, 0.7)
     assert not found.kept and found.lines() == ["int8: all convolutions and linears"]
 
