@@ -97,13 +97,15 @@ def test_the_tests_of_a_line(tmp_path):
         "def test_more():\n    assert sign(2) == 1\n"
     )
     (tree / "signed/__init__.py").touch()
-    measure(tree, out, ["signed/signs.py"], "not slow", 1)
+    (tree / "signed/fast.c").write_text("/* no Python */")
+    measure(tree, out, ["signed/signs.py", "signed/fast.c"], "not slow", 1)
     touched, files = Touched(tree, out), ("tests/test_signs.py",)
     less, more = (f"tests/test_signs.py::test_{name}" for name in ("less", "more"))
     at = {name: SOURCE.index(name.encode()) for name in ("x <", "-1", "return 1", "def")}
     found = {name: touched.tests("signed/signs.py", place, files) for name, place in at.items()}
     of_each = {"x <": [less, more], "-1": [less], "return 1": [more], "def": []}
     assert found == {name: (tests, []) for name, tests in of_each.items()}
+    assert touched.tests("signed/fast.c", 3, files) == ([], [])
     elsewhere = touched.tests("signed/signs.py", at["x <"], ("tests/other",))
     assert elsewhere == ([], [less, more])
     (tree / "signed/signs.py").write_bytes(SOURCE + b"\n")

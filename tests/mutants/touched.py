@@ -33,7 +33,7 @@ class Touched:
         a file that is no Python or has changed since.
         """
         text = (self.root / path).read_bytes()
-        if self.digests.get(path) != _digest(text):
+        if not path.endswith(".py") or self.digests.get(path) != _digest(text):
             return [], []
         seen = self.data.contexts_by_lineno(str((self.root / path).resolve()))
         line = 1 + text[:start].count(b"\n")
