@@ -95,7 +95,9 @@ def test_settings_of_every_run_are_mmdetections():
     kept = tuple(f"checkpoint.{key}" for key in ("max_keep_ckpts", "save_best", "rule"))
     assert fields(ours.env_cfg) == fields(theirs.env_cfg)
     assert fields(ours.default_hooks, *kept) == fields(theirs.default_hooks)
-    assert ours.default_hooks.checkpoint.save_best == "coco/bbox_mAP"
+    assert [ours.default_hooks.checkpoint[key.split(".")[1]] for key in kept] == [
+        *(3, "coco/bbox_mAP", "greater")
+    ]
     assert ours.log_processor.by_epoch and ours.default_scope == theirs.default_scope
 
 

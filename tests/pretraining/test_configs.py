@@ -102,6 +102,7 @@ FIELDS: dict[str, Any] = {
     "default_hooks.checkpoint.interval": 1,
     "default_hooks.checkpoint.save_best": "top1",
     "default_hooks.checkpoint.rule": "greater",
+    "default_hooks.checkpoint.max_keep_ckpts": 3,
     "default_hooks.param_scheduler.type": "ParamSchedulerHook",
     "load_from": None,
     "resume": False,
@@ -114,7 +115,6 @@ FIELDS: dict[str, Any] = {
 OTHER = ("model.name", "model.init", "model.window_size", "env_cfg.", "log_level")
 OTHER += ("runner_type", "default_scope", "vis", "default_hooks.timer.")
 OTHER += ("default_hooks.logger.", "default_hooks.sampler_seed.", "custom_imports.")
-OTHER += ("default_hooks.checkpoint.max_keep_ckpts",)
 OTHER += tuple(
     f"{loader}_dataloader.{key}"
     for loader in ("train", "val")

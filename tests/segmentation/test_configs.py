@@ -85,6 +85,7 @@ FIELDS: dict[str, Any] = {
     "default_hooks.checkpoint.save_best": "mIoU",
     "default_hooks.checkpoint.rule": "greater",
     "default_hooks.checkpoint.by_epoch": False,
+    "default_hooks.checkpoint.max_keep_ckpts": 3,
     "load_from": None,
     "resume": False,
     "tta_model.type": "SegTTAModel",
@@ -180,7 +181,7 @@ OTHER += ("runner_type", "default_scope", "vis", "custom_imports.", "dataset_typ
 OTHER += ("tta_pipeline.1.transforms",)
 OTHER += ("norm_cfg.", "train_pipeline.", "test_pipeline.", "default_hooks.timer.")
 OTHER += ("default_hooks.logger.", "default_hooks.sampler_seed.", "default_hooks.visualization.")
-OTHER += ("default_hooks.checkpoint.interval", "default_hooks.checkpoint.max_keep_ckpts")
+OTHER += ("default_hooks.checkpoint.interval",)
 OTHER += tuple(
     f"{loader}_dataloader.{key}"
     for loader in ("train", "val", "test")
