@@ -335,6 +335,11 @@ def test_names_outside_the_backbone_are_mmdetection_2s():
     assert found == expected
 
 
+def test_nano_trains_by_iterations():
+    expected = dict(type="IterBasedTrainLoop", max_iters=640, val_interval=640)
+    assert dict(config(NANO).train_cfg) == expected
+
+
 def test_nanos_boxes_are_coded_as_cascade_r_cnns():
     """The deviations of the paper's three stages (Cai and Vasconcelos, 2018)."""
     coders = [head.bbox_coder for head in config(NANO).model.roi_head.bbox_head]

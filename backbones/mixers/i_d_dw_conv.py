@@ -62,7 +62,7 @@ class InhomogeneousDynamicDepthwiseConv(ConvMixer):
         """``(B, H, W, C)`` to ``(B, H, W, C)``; in float32 under float16 autocast."""
         # The features that predict the kernels may exceed 65504, float16's largest number.
         weight = getattr(self.reduce, "weight", None)
-        if not isinstance(weight, Tensor | torch.fx.Proxy):
+        if not isinstance(weight, (Tensor, torch.fx.Proxy)):
             # Of a layer that somebody replaced; a quantised one has a method of the name.
             weight = x
         x = widened(x, weight)

@@ -65,7 +65,7 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     All but layer norm get the map permuted to ``(B, C, H, W)``, which allows plain
     ``nn.BatchNorm2d``: the frameworks' converters to SyncBN and frozen BN expect it.
     """
-    if isinstance(norm, nn.LayerNorm | nn.Identity):
+    if isinstance(norm, (nn.LayerNorm, nn.Identity)):
         return norm(x)
     return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 

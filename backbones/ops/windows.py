@@ -27,7 +27,7 @@ def reverse(windows: Tensor, window_size: Size) -> Tensor:
 
 def roll(x: Tensor, shift: Size) -> Tensor:
     """``torch.roll`` of the rows and columns of ``(B, H, W, C)``."""
-    if any(isinstance(by, Tensor | torch.SymInt) for by in shift):
+    if any(isinstance(by, (Tensor, torch.SymInt)) for by in shift):
         # Of a size that a graph leaves open: ONNX rolls by constants only.
         for axis, by in enumerate(shift, 1):
             length = x.shape[axis]
@@ -65,7 +65,7 @@ def surely(condition: bool) -> bool:
     """``condition``, or False if symbolic or traced sizes leave it open, without a guard."""
     if not torch.compiler.is_compiling():
         # torch.jit.trace has tensors as sizes, torch.fx proxies.
-        return False if isinstance(condition, Tensor | torch.fx.Proxy) else bool(condition)
+        return False if isinstance(condition, (Tensor, torch.fx.Proxy)) else bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)

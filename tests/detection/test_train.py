@@ -84,7 +84,8 @@ def test_train_resume_evaluate_predict(coco_files, tmp_path, monkeypatch):
     main(
         monkeypatch,
         *("--config-file", str(out / "config.yaml"), "--output-dir", str(again), "--eval-only"),
-        f"train.init_checkpoint={out / 'model_final.pth'}",
+        # An evaluation reads no training data.
+        *(f"train.init_checkpoint={out / 'model_final.pth'}", "data.train_json=nowhere.json"),
     )
     evaluated = json.loads((again / "results.json").read_text())
     assert evaluated["bbox"]["AP"] == pytest.approx(trained["bbox"]["AP"], nan_ok=True)

@@ -306,6 +306,18 @@ def test_a_file_runs_without_pytorch(segmentor_file):
     assert done.stdout.strip() == "(1, 3, 50, 64) ['sky', 'road', 'tree']", done.stderr
 
 
+def test_the_size_of_a_segmentors_example(segmentor, tmp_path):
+    from mmengine.config import Config
+
+    from dense.export.sources import read_source
+
+    assert read_source(segmentor).size == (96, 128)
+    cfg = Config.fromfile(segmentor.parent / "upernet.py")
+    cfg.model.data_preprocessor.size = None
+    cfg.dump(tmp_path / "upernet.py")
+    assert read_source(segmentor, str(tmp_path / "upernet.py")).size == (512, 512)
+
+
 def _dropped_in_a_thread(path):
     import gc
     import subprocess

@@ -289,9 +289,12 @@ def test_epochs_move_the_schedule_and_blocks_are_recomputed(run, tmp_path, monke
     run("--eval-only", work / "epoch_1.pth", work_dir=tmp_path / "evaluated")
 
 
-def test_photos_for_less_than_a_batch_are_said_to_be(run):
+def test_photos_for_less_than_a_batch_are_said_to_be(run, monkeypatch):
     with pytest.raises(SystemExit, match="24 photos to train on are less than a batch of 25"):
         run("--batch-size", "25")
+    monkeypatch.setattr("dense.pretraining.config.world_size", lambda launcher: 2)
+    with pytest.raises(SystemExit, match="less than a batch of 26 over all processes"):
+        run("--batch-size", "13")
 
 
 def test_a_warm_up_of_less_than_an_iteration_is_none(run):
