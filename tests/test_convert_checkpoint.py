@@ -27,7 +27,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_there_and_back(saved, layout, suffix, tmp_path, capsys):
     path, weights = saved
-    there, back = tmp_path / f"there{suffix}", tmp_path / f"back{suffix}"
+    there, back = tmp_path / f"new/folder/there{suffix}", tmp_path / f"back{suffix}"
     assert tool.main([str(path), str(there), "--to", layout, "--prefix", "backbone."]) == 0
     assert tool.main([str(there), str(back), "--to", "ours"]) == 0
     said = capsys.readouterr().out

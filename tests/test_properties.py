@@ -56,6 +56,7 @@ def weights():
 def test_a_readme_without_the_tables_is_named(monkeypatch, tmp_path, capsys):
     (tmp_path / "README.md").write_text("no tables")
     tool = load_tool("properties")
+    assert tool.main([]) == 0 and "| " in capsys.readouterr().out
     monkeypatch.setattr(tool, "README", tmp_path / "README.md")
     assert tool.main(["--write"]) == 1
     assert capsys.readouterr().err.startswith(f"properties: {tmp_path / 'README.md'}")

@@ -29,8 +29,8 @@ TESTS = {
 FORKS = ["onedl-mmengine", "onedl-mmcv", "onedl-mmsegmentation", "onedl-mmdetection", "numpy>=2"]
 # Of our extras for those packages.
 BESIDE_FORKS = ["torchvision", "pycocotools", "tensorboard", "matplotlib", "tqdm", "webdataset"]
-# Imported by tests/backbones and not a dependency of torch or timm.
-TOOLS = ["pytest", "numpy", "onnx", "onnxruntime", "onnxscript", "yacs"]
+# Imported by tests/backbones, or by Inductor, and not a dependency of torch or timm.
+TOOLS = ["pytest", "numpy", "onnx", "onnxruntime", "onnxscript", "yacs", "setuptools<81"]
 
 
 def floors() -> dict[str, str]:
@@ -45,7 +45,7 @@ def requirements(kind: str) -> list[str]:
     if kind == "ecosystem":
         return ["-r", "requirements/ecosystem.txt"]
     if kind == "forks":
-        return [*floors(), *FORKS, *BESIDE_FORKS, "setuptools<81"]
+        return [*floors(), *FORKS, *BESIDE_FORKS]
     return [f"{name}=={v}" if kind == "floor" else name for name, v in floors().items()]
 
 
