@@ -46,7 +46,10 @@ def requirements(kind: str) -> list[str]:
         return ["-r", "requirements/ecosystem.txt"]
     if kind == "forks":
         return [*floors(), *FORKS, *BESIDE_FORKS]
-    return [f"{name}=={v}" if kind == "floor" else name for name, v in floors().items()]
+    if kind == "newest":
+        return list(floors())
+    # Triton 3.5's interpreter makes scalars of arrays with one element, which NumPy 2.4 refuses.
+    return [*(f"{name}=={version}" for name, version in floors().items()), "numpy<2.4"]
 
 
 def check(kind: str) -> bool:

@@ -176,6 +176,8 @@ def test_tiles_agree_and_are_timed_once_for_maps_alike(monkeypatch):
     """Triton's own choice among them, on invented times: the last is the fastest."""
     import triton
 
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        pytest.skip("the autotuner's disk cache knows no interpreted kernels before Triton 3.6")
     from backbones.ops.triton_kernels import inhomogeneous, tuning
 
     torch.manual_seed(0)

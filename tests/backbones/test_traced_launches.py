@@ -9,12 +9,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from backbones.ops.dispatch import ON_GPUS
 from tests.support import environment
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.__version__ < (2, 10), reason="torch 2.9's Dynamo takes no fake tensors as inputs"
+    ),
+]
 
 # What kernels write, beside the gradients: sliding attention's keep each softmax for each other.
 WRITTEN = ("out", "out_bias", "top", "share", "mean")
