@@ -99,7 +99,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=32),
     dict(type="CosineAnnealingLR", by_epoch=False, begin=32, end=640, eta_min_ratio=0.01),
 ]
-train_cfg = dict(_delete_=False, type="IterBasedTrainLoop", max_iters=640, val_interval=640)
+train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=640, val_interval=640)
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=160),
