@@ -84,6 +84,24 @@ def assert_same(one: Any, two: Any, path: str = "") -> None:
         assert one == two, path
 
 
+def recipes(folder: Path) -> list[Path]:
+    """The configs of a folder, without the parts that they share."""
+    return [p for p in sorted(folder.glob("**/*.py")) if not {"_base_", "common"} & {*p.parts}]
+
+
+def assert_channels_said(path: Path) -> None:
+    """An OpenMMLab recipe writes what its backbone has: a run corrects it, a reader does not."""
+    from mmengine.config import Config
+
+    from dense.openmmlab.backbone import fit_channels
+
+    cfg = Config.fromfile(path)
+    said = flat(cfg.model.to_dict())
+    fit_channels(cfg.model)
+    assert flat(cfg.model.to_dict()) == said
+    assert cfg.model.backbone.type in backbones.MODEL_NAMES
+
+
 def points(axes: Any) -> list[list[tuple[float, float]]]:
     """What each line of Matplotlib's axes runs through."""
     return [list(zip(*line.get_data(), strict=True)) for line in axes.lines]

@@ -11,10 +11,9 @@ pytest.importorskip("mmdet", reason="MMDetection is not installed")
 from mmengine.config import Config
 
 import dense.segmentation  # noqa: F401
-from backbones import MODEL_NAMES
 from dense.openmmlab.backbone import fit_channels
 from dense.recipes import RECIPES
-from tests.support import flat
+from tests.support import assert_channels_said, flat, recipes
 from tests.test_mmdetection import mmdetection
 
 METHODS = RECIPES / "mmdetection/methods"
@@ -70,17 +69,9 @@ def test_the_recipe_is_mmdetections(name):
     assert dict(ours.param_scheduler[1]) == dict(theirs.param_scheduler[1])
 
 
-RECIPE_PATHS = [p for p in sorted(METHODS.parent.glob("**/*.py")) if "_base_" not in p.parts]
-
-
-@pytest.mark.parametrize("path", RECIPE_PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recipes(METHODS.parent), ids=lambda path: path.stem)
 def test_a_recipe_says_the_channels_that_its_backbone_has(path):
-    """A run corrects them, a reader of the file does not."""
-    cfg = Config.fromfile(path)
-    said = fields(cfg.model)
-    fit_channels(cfg.model)
-    assert fields(cfg.model) == said
-    assert cfg.model.backbone.type in MODEL_NAMES
+    assert_channels_said(path)
 
 
 def test_settings_of_every_run_are_mmdetections():

@@ -15,11 +15,10 @@ from mmseg.datasets import CityscapesDataset
 from mmseg.registry import MODELS
 from PIL import Image
 
-from backbones import MODEL_NAMES
 from dense.openmmlab.backbone import fit_channels
 from dense.recipes import RECIPES
 from dense.segmentation.config import check, load_config, set_data_root
-from tests.support import flat, losses
+from tests.support import assert_channels_said, flat, losses, recipes
 
 METHODS = RECIPES / "segmentation/methods"
 THEIRS = Path(mmseg.__file__).parent / ".mim/configs"
@@ -142,17 +141,9 @@ def test_mask2formers_rates():
         assert found[id(parameter)] == pytest.approx((rate, 0.05 if plain else 0.0)), name
 
 
-RECIPE_PATHS = [p for p in sorted(METHODS.parent.glob("**/*.py")) if "_base_" not in p.parts]
-
-
-@pytest.mark.parametrize("path", RECIPE_PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recipes(METHODS.parent), ids=lambda path: path.stem)
 def test_a_recipe_says_the_channels_that_its_backbone_has(path):
-    """A run corrects them, a reader of the file does not."""
-    cfg = Config.fromfile(path)
-    said = fields(cfg.model)
-    fit_channels(cfg.model)
-    assert fields(cfg.model) == said
-    assert cfg.model.backbone.type in MODEL_NAMES
+    assert_channels_said(path)
 
 
 def test_the_environment_is_mmsegmentations():
