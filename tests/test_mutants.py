@@ -99,6 +99,7 @@ def test_the_tests_of_a_line(tmp_path):
     (tree / "signed/__init__.py").touch()
     (tree / "signed/fast.c").write_text("/* no Python */")
     measure(tree, out, ["signed/signs.py", "signed/fast.c"], "not slow", 1)
+    tree = tree.rename(tmp_path / "clone")
     touched, files = Touched(tree, out), ("tests/test_signs.py",)
     less, more = (f"tests/test_signs.py::test_{name}" for name in ("less", "more"))
     at = {name: SOURCE.index(name.encode()) for name in ("x <", "-1", "return 1", "def")}

@@ -35,7 +35,7 @@ class Touched:
         text = (self.root / path).read_bytes()
         if not path.endswith(".py") or self.digests.get(path) != _digest(text):
             return [], []
-        seen = self.data.contexts_by_lineno(str((self.root / path).resolve()))
+        seen = self.data.contexts_by_lineno(path)
         line = 1 + text[:start].count(b"\n")
         lines = range(statement_of(text, line), line + 1)
         names = {test.rpartition("|")[0] for n in lines for test in seen.get(n, ())}
@@ -61,8 +61,11 @@ def measure(root: Path, folder: Path, paths: Iterable[str], marker: str, jobs: i
     sources = sorted({path.split("/")[0] for path in paths if path.endswith(".py")} - {"configs"})
     command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-n", str(jobs)]
     command += ["--cov-context=test", "--cov-report=", *(f"--cov={name}" for name in sources)]
-    file = folder.resolve() / "coverage"
+    file, settings = folder.resolve() / "coverage", folder.resolve() / "coverage.ini"
     file.unlink(missing_ok=True)
+    # Every clone of the tree can then read it.
+    settings.write_text("[run]\nrelative_files = true\n")
+    command.append(f"--cov-config={settings}")
     subprocess.run(command, cwd=root, env={**os.environ, "COVERAGE_FILE": str(file)})
     digests = {path: _digest((root / path).read_bytes()) for path in paths}
     (folder / "digests.json").write_text(json.dumps(digests))
