@@ -152,7 +152,7 @@ def run_some(
 ) -> None:
     tree = copied(args.out.resolve() / f"tree{job}")
     log = args.out / f"last{job}.log"
-    touched = Touched(ROOT, args.out) if (args.out / "digests.json").exists() else None
+    touched = Touched(ROOT, args.out) if (args.out / "measured.json").exists() else None
     for mistake in tqdm(mistakes, f"job {job}", position=job, unit="mistake"):
         since = time.monotonic()
         text = (ROOT / mistake.path).read_bytes()

@@ -14,7 +14,7 @@ class Touched:
     """The tests that ran each line.
 
     Args:
-        root: of the tree that was measured.
+        root: of the tree that was measured, or of another clone of its commit.
         folder: that :func:`measure` wrote.
     """
 
@@ -24,7 +24,8 @@ class Touched:
         self.root = root
         self.data = CoverageData(str(folder / "coverage"))
         self.data.read()
-        self.digests = json.loads((folder / "digests.json").read_text())
+        measured = json.loads((folder / "measured.json").read_text())
+        self.measured, self.digests = measured["root"], measured["digests"]
 
     def tests(self, path: str, start: int, files: Iterable[str]) -> tuple[list[str], list[str]]:
         """The tests that ran the statement around a byte of ``path``: those in ``files``, others.
@@ -35,7 +36,7 @@ class Touched:
         text = (self.root / path).read_bytes()
         if not path.endswith(".py") or self.digests.get(path) != _digest(text):
             return [], []
-        seen = self.data.contexts_by_lineno(path)
+        seen = self.data.contexts_by_lineno(f"{self.measured}/{path}")
         line = 1 + text[:start].count(b"\n")
         lines = range(statement_of(text, line), line + 1)
         names = {test.rpartition("|")[0] for n in lines for test in seen.get(n, ())}
@@ -61,14 +62,12 @@ def measure(root: Path, folder: Path, paths: Iterable[str], marker: str, jobs: i
     sources = sorted({path.split("/")[0] for path in paths if path.endswith(".py")} - {"configs"})
     command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-n", str(jobs)]
     command += ["--cov-context=test", "--cov-report=", *(f"--cov={name}" for name in sources)]
-    file, settings = folder.resolve() / "coverage", folder.resolve() / "coverage.ini"
+    file = folder.resolve() / "coverage"
     file.unlink(missing_ok=True)
-    # Every clone of the tree can then read it.
-    settings.write_text("[run]\nrelative_files = true\n")
-    command.append(f"--cov-config={settings}")
     subprocess.run(command, cwd=root, env={**os.environ, "COVERAGE_FILE": str(file)})
     digests = {path: _digest((root / path).read_bytes()) for path in paths}
-    (folder / "digests.json").write_text(json.dumps(digests))
+    measured = {"root": str(root.resolve()), "digests": digests}
+    (folder / "measured.json").write_text(json.dumps(measured))
 
 
 def _digest(text: bytes) -> str:
