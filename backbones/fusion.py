@@ -36,7 +36,7 @@ def fuse(model: Model, inplace: bool = False) -> Model:
     with torch.no_grad():
         for module in list(model.modules()):
             if isinstance(module, Block):
-                _fold(module)
+                fold_norms(module)
                 _replace_linears(module)
                 _join_activation(module.mixer)
                 if type(module) is Block:
@@ -48,7 +48,8 @@ def fuse(model: Model, inplace: bool = False) -> Model:
     return model
 
 
-def _fold(block: Block) -> None:
+def fold_norms(block: Block) -> None:
+    """Fold the batch norms of a block, in place and for evaluation only."""
     block.mixer.fold()
     mlp = block.mlp
     if foldable(block.norm2) and is_plain(mlp, Mlp) and is_plain(mlp.fc1, nn.Linear):

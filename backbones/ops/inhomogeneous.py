@@ -68,7 +68,8 @@ def inhomogeneous_dynamic_depthwise_conv(
         )
     backend = choose(_NAME, x, hidden, weight, bias)
     dtype = autocast_dtype(x)
-    x, hidden = x.to(dtype), hidden.to(dtype)
+    # A conversion to its own dtype is two nodes of a graph.
+    x, hidden = (t if t.dtype == dtype else t.to(dtype) for t in (x, hidden))
     shared = x.unflatten(-1, (groups, -1))
     with without_autocast(x):
         if exporting() and not keeps_operators():

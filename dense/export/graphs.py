@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from backbones.fusion import fold_norms
+from backbones.pyramid import Block
+
 SMALLEST, LARGEST = 32, 8192
 """Rows and columns of an image in pixels that a graph is made for."""
 IMAGE = "image"
@@ -24,7 +27,7 @@ _BATCH, _ROWS, _COLUMNS = 2, 260, 296  # of the example: no stage's map is a sin
 
 
 def captured(model: nn.Module, channels: int = 3) -> ExportedProgram:
-    """The graph of a network of images, one for all sizes.
+    """The graph of a network of images, one for all sizes, with the blocks' batch norms folded.
 
     >>> program = captured(timm.create_model("swin_nano").eval())
     >>> program.module()(torch.randn(1, 3, 33, 480))
@@ -47,7 +50,7 @@ def captured(model: nn.Module, channels: int = 3) -> ExportedProgram:
     }
     if batch is None:
         sides[0] = Dim("batch", min=1, max=2**20)
-    with open_sizes(), exact_pooling(model), torch.no_grad():
+    with open_sizes(), exact_pooling(model), folded(model), torch.no_grad():
         program = torch.export.export(model, (image,), dynamic_shapes=(sides,))
     _drop_counts_of_boxes(program)
     return program
@@ -94,19 +97,36 @@ class ExactPool(nn.Module):
 @contextmanager
 def exact_pooling(model: nn.Module) -> Iterator[None]:
     """A context in which each ``nn.AdaptiveAvgPool2d`` of a model is an :class:`ExactPool`."""
-    replaced = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.AdaptiveAvgPool2d)
-    ]
+    with _restored(model):
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.AdaptiveAvgPool2d):
+                    setattr(parent, name, ExactPool(to_2tuple(child.output_size)))
+        yield
+
+
+@contextmanager
+def folded(model: nn.Module) -> Iterator[None]:
+    """A context in which the batch norms of a model's blocks are folded: half of a graph's nodes.
+
+    Engines cannot, past the transpositions around a norm.
+    """
+    with _restored(model), torch.no_grad():
+        for module in list(model.modules()):
+            if isinstance(module, Block) and not module.training:
+                fold_norms(module)
+        yield
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """A context after which each module has the parameters and children that it had."""
+    kept = [(m, dict(m._parameters), dict(m._modules)) for m in model.modules()]
     try:
-        for parent, name, child in replaced:
-            setattr(parent, name, ExactPool(to_2tuple(child.output_size)))
         yield
     finally:
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
+        for module, parameters, modules in kept:
+            module._parameters, module._modules = parameters, modules
 
 
 def _averages(length: int, count: int, like: Tensor) -> Tensor:
