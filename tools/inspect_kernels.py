@@ -121,11 +121,12 @@ def planned(args: argparse.Namespace) -> list[tuple[str, Launch, Launch]]:
     found = []
     for dtype in args.dtypes:
         small, large = (
-            launches(dtype, {stage: sizes[stage] for stage in stages}, args.tiles)
+            {one.label: one for one in launches(dtype, {s: sizes[s] for s in stages}, args.tiles)}
             for sizes in (STAGES, LARGE)
         )
-        pairs = zip(small, large, strict=True)
-        found += [(dtype, one, same) for one, same in pairs if args.kernels in one.label]
+        # Some tiles are tried on large maps alone.
+        pairs = {label: (small.get(label, same), same) for label, same in large.items()}
+        found += [(dtype, *pair) for label, pair in pairs.items() if args.kernels in label]
     return found
 
 
