@@ -33,7 +33,7 @@ custom_hooks = [
 ]
 vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
 visualizer = dict(type="Visualizer", vis_backends=vis_backends)
-train_cfg = dict(type="ResumableEpochTrainLoop", max_epochs=300, val_interval=1)
+train_cfg = dict(type="ResumableEpochTrainLoop", val_interval=1)
 val_cfg = dict(type="ValLoop")
 val_evaluator = dict(type="ClassificationMetric")
 log_level = "INFO"

@@ -25,7 +25,7 @@ val_dataloader = dict(
         transform=dict(input_size=64, crop_pct=1.0),
     ),
 )
-model = dict(num_classes=10, img_size=64, mixup=None, label_smoothing=0.1)
+model = dict(num_classes=10, img_size=64, mixup=None)
 total_batch_size = 32
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.05, begin=0, end=2, convert_to_iter_based=True),
