@@ -120,6 +120,34 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
     }
 
 
+MISSING = "missing"
+
+
+def differences(ours: Any, theirs: Any, *left_out: str) -> dict[str, Any]:
+    """The settings of a config that another has otherwise, by dotted path, with our values.
+
+    Tuples are as lists. What the other alone has, in a section of both, is MISSING.
+
+    Args:
+        left_out: beginnings of paths.
+    """
+    # Where a config is a base of another package's, MMEngine notes it.
+    one, other = (
+        {k: _listed(v) for k, v in flat(node).items() if not k.endswith("_scope_")}
+        for node in (ours, theirs)
+    )
+    sections = {key.partition(".")[0] for key in one}
+    found = {key: value for key, value in one.items() if value != other.get(key, MISSING)}
+    found |= {k: MISSING for k in other if k not in one and k.partition(".")[0] in sections}
+    return {key: value for key, value in found.items() if not key.startswith(left_out)}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(part) for key, part in value.items()}
+    return [_listed(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def losses(work_dir: Path) -> dict[int, dict[str, float]]:
     """By step, the losses and accuracies that mmengine logged; a later run's win."""
     return {

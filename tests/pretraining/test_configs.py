@@ -22,7 +22,7 @@ from dense.openmmlab.config import ConfigError
 from dense.pretraining.config import anneal_after_warmup, plan_batches
 from dense.pretraining.data import ImageDataset
 from dense.recipes import RECIPES
-from tests.support import flat
+from tests.support import MISSING, differences, flat
 
 CONFIGS = RECIPES / "pretraining"
 FULL = sorted(path.stem for path in CONFIGS.glob("*.py") if "nano" not in path.stem)
@@ -104,23 +104,40 @@ FIELDS: dict[str, Any] = {
     "default_hooks.checkpoint.rule": "greater",
     "default_hooks.checkpoint.max_keep_ckpts": 3,
     "default_hooks.param_scheduler.type": "ParamSchedulerHook",
+    "default_hooks.timer.type": "IterTimerHook",
+    "default_hooks.logger.type": "LoggerHook",
+    "default_hooks.logger.interval": 50,
+    "default_hooks.sampler_seed.type": "DistSamplerSeedHook",
     "load_from": None,
     "resume": False,
     # No averaged weights.
     "custom_hooks.0.type": "SeedEveryIteration",
     "custom_hooks.1.type": "StopOnNonFiniteLoss",
     "custom_hooks.2.type": "ProgressBar",
+    # As in Swin's main.py; the rest is MMEngine's way of saying what its trainings do.
+    "env_cfg.cudnn_benchmark": True,
+    "env_cfg.mp_cfg.mp_start_method": "fork",
+    "env_cfg.mp_cfg.opencv_num_threads": 0,
+    "env_cfg.dist_cfg.backend": "nccl",
+    "vis_backends.0.type": "LocalVisBackend",
+    "vis_backends.1.type": "TensorboardVisBackend",
+    "visualizer.type": "Visualizer",
+    "visualizer.vis_backends.0.type": "LocalVisBackend",
+    "visualizer.vis_backends.1.type": "TensorboardVisBackend",
+    "log_level": "INFO",
+    "runner_type": "DenseRunner",
+    "default_scope": "mmengine",
 }
-# The backbone, tested below, and what changes no result: paths, workers, logs, the runner.
-OTHER = ("model.name", "model.init", "model.window_size", "env_cfg.", "log_level")
-OTHER += ("runner_type", "default_scope", "vis", "default_hooks.timer.")
-OTHER += ("default_hooks.logger.", "default_hooks.sampler_seed.", "custom_imports.")
-OTHER += tuple(
-    f"{loader}_dataloader.{key}"
-    for loader in ("train", "val")
-    for key in ("num_workers", "persistent_workers", "pin_memory", "collate_fn.")
-    + ("dataset.type",)
-)
+for loader in ("train_dataloader", "val_dataloader"):
+    FIELDS |= {
+        f"{loader}.num_workers": 8,
+        f"{loader}.pin_memory": True,
+        f"{loader}.persistent_workers": True,
+        f"{loader}.collate_fn.type": "default_collate",
+        f"{loader}.dataset.type": "ImageDataset",
+    }
+# The backbone, tested below, and modules without which no recipe builds.
+OTHER = ("model.name", "model.init", "model.window_size", "custom_imports.")
 
 
 def config(name: str) -> Config:
@@ -174,6 +191,53 @@ def test_the_table_of_fields_has_them_all(name):
     model = config(name).model
     assert model.name == f"{name.split(f'_{size_of(name)}')[0]}_{size_of(name)}"
     assert model.get("window_size", 7) == (12 if "_w12" in name else 7)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_what_nano_has_otherwise_than_300_epochs_of_imagenet(name):
+    """Mild augmentation and no mixing, so that a small network learns from few images."""
+    full = a_recipe("300e_in1k-224x224").to_dict()
+    schedule = [key for key in flat(full) if key.startswith("param_scheduler.")]
+    expected = dict.fromkeys(schedule, MISSING) | {
+        "total_batch_size": 32,
+        "train_cfg.max_epochs": 20,
+        "param_scheduler.0.type": "LinearLR",
+        "param_scheduler.0.start_factor": 0.05,
+        "param_scheduler.0.begin": 0,
+        "param_scheduler.0.end": 2,
+        "param_scheduler.1.type": "CosineAnnealingLR",
+        "param_scheduler.1.eta_min": 1e-5,
+        "param_scheduler.1.begin": 2,
+        "param_scheduler.1.end": 20,
+        "param_scheduler.1.convert_to_iter_based": True,
+        "model.name": name,
+        "model.num_classes": 10,
+        "model.img_size": 64,
+        "model.mixup": None,
+        "model.mixup.mixup_alpha": MISSING,
+        "model.mixup.cutmix_alpha": MISSING,
+        "model.drop_path_rate": MISSING,
+        "train_dataloader.dataset.transform.scale": [0.4, 1.0],
+        "train_dataloader.dataset.transform.color_jitter": 0.2,
+        "train_dataloader.dataset.transform.auto_augment": MISSING,
+        "train_dataloader.dataset.transform.re_prob": MISSING,
+        "train_dataloader.dataset.transform.re_mode": MISSING,
+        # The whole photo, a short side of 64.
+        "val_dataloader.dataset.transform.crop_pct": 1.0,
+        "default_hooks.logger.interval": 10,
+    }
+    del expected["param_scheduler.0.convert_to_iter_based"]
+    for split in ("train", "val"):
+        expected |= {
+            f"{split}_dataloader.batch_size": 32,
+            f"{split}_dataloader.num_workers": 2,
+            f"{split}_dataloader.pin_memory": False,
+            f"{split}_dataloader.dataset.root": f"data/{split}",
+            f"{split}_dataloader.dataset.num_classes": 10,
+            f"{split}_dataloader.dataset.transform.input_size": 64,
+        }
+    found = differences(config(name).to_dict(), full, "small.")
+    assert found == expected
 
 
 # BASE_LR, WARMUP_LR and MIN_LR of Swin's configs, images a step, epochs, epochs of warm-up.

@@ -14,7 +14,7 @@ from backbones import FAMILIES
 from dense.analysis.paper import TABLE_3_SEGMENTATION
 from dense.recipes import RECIPES
 from dense.segmentation.config import load_config
-from tests.support import flat
+from tests.support import MISSING, differences, flat
 
 CONFIGS = RECIPES / "segmentation"
 RECIPE = "8xb2-160k_ade20k-512x512"
@@ -86,12 +86,48 @@ FIELDS: dict[str, Any] = {
     "default_hooks.checkpoint.rule": "greater",
     "default_hooks.checkpoint.by_epoch": False,
     "default_hooks.checkpoint.max_keep_ckpts": 3,
+    "default_hooks.checkpoint.interval": 4000,
+    "default_hooks.timer.type": "IterTimerHook",
+    "default_hooks.logger.type": "LoggerHook",
+    "default_hooks.logger.interval": 50,
+    "default_hooks.logger.log_metric_by_epoch": False,
+    "default_hooks.sampler_seed.type": "DistSamplerSeedHook",
+    "default_hooks.visualization.type": "SegVisualizationHook",
     "load_from": None,
     "resume": False,
+    "runner_type": "DenseRunner",
+    "default_scope": "mmseg",
+    "env_cfg.cudnn_benchmark": True,
+    "env_cfg.mp_cfg.mp_start_method": "fork",
+    "env_cfg.mp_cfg.opencv_num_threads": 0,
+    "env_cfg.dist_cfg.backend": "nccl",
+    "vis_backends.0.type": "LocalVisBackend",
+    "vis_backends.1.type": "TensorboardVisBackend",
+    "visualizer.type": "SegLocalVisualizer",
+    "visualizer.vis_backends.0.type": "LocalVisBackend",
+    "visualizer.vis_backends.1.type": "TensorboardVisBackend",
+    "log_processor.by_epoch": False,
+    "log_level": "INFO",
+    "norm_cfg.type": "SyncBN",
+    "norm_cfg.requires_grad": True,
+    "dataset_type": "ADE20KDataset",
+    "data_root": "data/ade/ADEChallengeData2016",
     "tta_model.type": "SegTTAModel",
-    # tests/segmentation/test_tta.py has its sizes and mirrors.
     "tta_pipeline.0.type": "LoadImageFromFile",
     "tta_pipeline.1.type": "TestTimeAug",
+    # Swin's six ratios of 2048x512, and the mirror image of each.
+    "tta_pipeline.1.transforms": [
+        [
+            {"type": "Resize", "scale": scale, "keep_ratio": True}
+            for scale in (
+                *((1024, 256), (1536, 384), (2048, 512)),
+                *((2560, 640), (3072, 768), (3584, 896)),
+            )
+        ],
+        [{"type": "RandomFlip", "prob": p, "direction": "horizontal"} for p in (0.0, 1.0)],
+        [{"type": "LoadAnnotations"}],
+        [{"type": "PackSegInputs"}],
+    ],
     "custom_hooks.0.type": "SeedEveryIteration",
     "custom_hooks.1.type": "StopOnNonFiniteLoss",
     "model.type": "EncoderDecoder",
@@ -175,18 +211,11 @@ for key in ("train", "val", "test"):
     # ADE20KDataset ignores the label 0 and numbers the classes from 1.
     FIELDS[f"{key}_dataloader.dataset.type"] = "ADE20KDataset"
     FIELDS[f"{key}_dataloader.dataset.data_root"] = "data/ade/ADEChallengeData2016"
-# The backbone, tested above, and what changes no result: workers, logs, the runner.
-OTHER = ("model.backbone.type", "model.backbone.init", "env_cfg.", "log_")
-OTHER += ("runner_type", "default_scope", "vis", "custom_imports.", "dataset_type", "data_root")
-OTHER += ("tta_pipeline.1.transforms",)
-OTHER += ("norm_cfg.", "train_pipeline.", "test_pipeline.", "default_hooks.timer.")
-OTHER += ("default_hooks.logger.", "default_hooks.sampler_seed.", "default_hooks.visualization.")
-OTHER += ("default_hooks.checkpoint.interval",)
-OTHER += tuple(
-    f"{loader}_dataloader.{key}"
-    for loader in ("train", "val", "test")
-    for key in ("num_workers", "persistent_workers")
-)
+    FIELDS[f"{key}_dataloader.num_workers"] = 4
+    FIELDS[f"{key}_dataloader.persistent_workers"] = True
+# The backbone, tested above, modules without which nothing is built, and what is there twice.
+OTHER = ("model.backbone.type", "model.backbone.init", "custom_imports.")
+OTHER += ("train_pipeline.", "test_pipeline.")
 
 
 @cache
@@ -206,6 +235,59 @@ def test_a_field_has_the_figure_of_the_originals(key):
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_the_table_of_fields_has_them_all(name):
     assert [key for key in fields(name) if key not in FIELDS and not key.startswith(OTHER)] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_nano_has_otherwise_than_160k_of_ade20k(family):
+    """Photos at their own scale, of which most of a crop may be one class; no drop path."""
+    small, full = (
+        load_config(CONFIGS / f"{family}_{name}.py").to_dict()
+        for name in ("nano_upernet", f"tiny_upernet_{RECIPE}")
+    )
+    expected = {
+        "model.data_preprocessor.size": [256, 256],
+        "model.backbone.type": f"{family}_nano",
+        "model.backbone.init": MISSING,
+        "model.backbone.drop_path_rate": 0.0,
+        "model.decode_head.in_channels": [32, 64, 128, 256],
+        "model.decode_head.channels": 64,
+        "model.auxiliary_head.in_channels": 128,
+        "model.auxiliary_head.channels": 32,
+        "train_dataloader.batch_size": 6,
+        "train_dataloader.num_workers": 2,
+        "val_dataloader.num_workers": 2,
+        "test_dataloader.num_workers": 2,
+        "optim_wrapper.optimizer.lr": 3e-3,
+        "param_scheduler.0.start_factor": 0.01,
+        "param_scheduler.0.end": 50,
+        "param_scheduler.1.begin": 50,
+        "param_scheduler.1.end": 600,
+        "train_cfg.max_iters": 600,
+        "train_cfg.val_interval": 300,
+        "default_hooks.logger.interval": 10,
+        "default_hooks.checkpoint.interval": 100,
+    }
+    pipelines = ("train_pipeline", "test_pipeline", "tta_pipeline")
+    inside = tuple(f"{split}_dataloader.dataset.pipeline" for split in ("train", "val", "test"))
+    assert differences(small, full, *pipelines, *inside) == expected
+
+    sizes = [dict(type="Resize", scale_factor=0.25 * n, keep_ratio=True) for n in range(2, 8)]
+    assert small["train_pipeline"] == small["train_dataloader"]["dataset"]["pipeline"]
+    assert small["train_pipeline"] == [
+        dict(type="LoadImageFromFile"),
+        dict(type="LoadAnnotations"),
+        dict(type="RandomChoice", transforms=[[size] for size in sizes[:-1]]),
+        dict(type="RandomCrop", crop_size=(256, 256), cat_max_ratio=0.95),
+        dict(type="RandomFlip", prob=0.5),
+        dict(type="PackSegInputs"),
+    ]
+    steps = [dict(type=name) for name in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs")]
+    assert small["test_pipeline"] == steps
+    assert [small[f"{s}_dataloader"]["dataset"]["pipeline"] for s in ("val", "test")] == [steps] * 2
+    load, augment = small["tta_pipeline"]
+    assert load == full["tta_pipeline"][0]
+    _, *others = full["tta_pipeline"][1]["transforms"]
+    assert augment == dict(type="TestTimeAug", transforms=[sizes, *others])
 
 
 def test_rates_are_those_of_mmsegmentation():

@@ -18,7 +18,7 @@ from PIL import Image
 from dense.openmmlab.backbone import fit_channels
 from dense.recipes import RECIPES
 from dense.segmentation.config import check, load_config, set_data_root
-from tests.support import assert_channels_said, flat, losses, recipes
+from tests.support import MISSING, assert_channels_said, differences, flat, losses, recipes
 
 METHODS = RECIPES / "segmentation/methods"
 THEIRS = Path(mmseg.__file__).parent / ".mim/configs"
@@ -33,17 +33,6 @@ def ours(name):
 
 def theirs(name):
     return Config.fromfile(THEIRS / f"{name}.py")
-
-
-def fields(node, *left_out):
-    plain = node.to_dict() if hasattr(node, "to_dict") else {"": node}
-    # Where a config is a base of another package's, MMEngine notes it.
-    left_out += ("_scope_",)
-    return {key: value for key, value in flat(plain).items() if not key.startswith(left_out)}
-
-
-def pipeline(cfg):
-    return [fields(step) for step in cfg.train_dataloader.dataset.pipeline]
 
 
 def test_there_are_no_others():
@@ -63,63 +52,118 @@ def test_cityscapes_folders_pass_the_check(tmp_path):
     check(cfg, training=False)
 
 
+# What every recipe has otherwise than MMSegmentation's: resuming, early stops, logs.
+OURS = {
+    "runner_type": "DenseRunner",
+    "train_cfg.type": "ResumableIterTrainLoop",
+    "train_dataloader.sampler.type": "ResumableSampler",
+    "train_dataloader.sampler.infinite": True,
+    # Shuffling is our sampler's default.
+    "train_dataloader.sampler.shuffle": MISSING,
+    "optim_wrapper.constructor": "DenseOptimWrapperConstructor",
+    "custom_hooks.0.type": "SeedEveryIteration",
+    "custom_hooks.1.type": "StopOnNonFiniteLoss",
+    "vis_backends.1.type": "TensorboardVisBackend",
+    "visualizer.vis_backends.1.type": "TensorboardVisBackend",
+}
+# And those that are of our own parts, which keep the best checkpoint too.
+PARTS = OURS | {
+    "default_hooks.checkpoint.max_keep_ckpts": 3,
+    "default_hooks.checkpoint.save_best": "mIoU",
+    "default_hooks.checkpoint.rule": "greater",
+    "tta_pipeline.0.backend_args": MISSING,
+    "visualizer.name": MISSING,
+    "optim_wrapper.clip_grad": MISSING,
+}
+# What is tested beside it, or there twice.
+LEFT_OUT = ("model.backbone.", "custom_imports.", "train_pipeline.", "test_pipeline.")
+LEFT_OUT += ("data_preprocessor.",)
+MODULES = ["dense.segmentation", "dense.segmentation.dataset", "dense.openmmlab.hooks"]
+MODULES += ["dense.openmmlab.resuming", "dense.openmmlab.runner"]
+SWIN = dict(type="swin_tiny", init="ms_in1k", out_indices=(0, 1, 2, 3), norm="SyncBN")
+
+
+def others(mine, other, *left_out):
+    return differences(mine.to_dict(), other.to_dict(), *LEFT_OUT, *left_out)
+
+
+def augmented(*sizes):
+    """A photo of each size and its mirror image."""
+    flips = [dict(type="RandomFlip", prob=p, direction="horizontal") for p in (0.0, 1.0)]
+    return [
+        [dict(type="Resize", scale=list(size), keep_ratio=True) for size in sizes],
+        flips,
+        [dict(type="LoadAnnotations")],
+        [dict(type="PackSegInputs")],
+    ]
+
+
 def test_upernet_on_cityscapes():
     """The data and the length are those of UPerNet's config, the rates Swin's."""
-    mine, other = ours(UPERNET), theirs("upernet/upernet_r50_4xb2-80k_cityscapes-512x1024")
-    assert pipeline(mine) == pipeline(other)
-    # MMSegmentation's data set has the endings as defaults, which checks before it do not see.
-    own = dict(mine.test_dataloader.dataset)
-    assert own.pop("img_suffix") == signature(CityscapesDataset).parameters["img_suffix"].default
-    masks = signature(CityscapesDataset).parameters["seg_map_suffix"].default
-    assert own.pop("seg_map_suffix") == masks
-    assert own == other.test_dataloader.dataset
-    assert mine.train_dataloader.batch_size == other.train_dataloader.batch_size
-    for key in ("type", "data_root", "data_prefix"):
-        assert mine.train_dataloader.dataset[key] == other.train_dataloader.dataset[key]
-    assert mine.train_cfg.max_iters == other.train_cfg.max_iters == 80_000
-    assert mine.train_cfg.val_interval == other.train_cfg.val_interval
-    assert mine.default_hooks.checkpoint.interval == other.default_hooks.checkpoint.interval
-    assert mine.model.data_preprocessor.size == (512, 1024)
-    for head in ("decode_head", "auxiliary_head"):
-        left_out = ("in_channels",)
-        assert fields(mine.model[head], *left_out) == fields(other.model[head], *left_out)
-    swin = theirs("swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512")
-    assert mine.model.backbone.drop_path_rate == swin.model.backbone.drop_path_rate
-    assert mine.optim_wrapper.optimizer == swin.optim_wrapper.optimizer
-    assert [dict(s, end=0, begin=0) for s in mine.param_scheduler] == [
-        dict(s, end=0, begin=0) for s in swin.param_scheduler
+    mine = ours(UPERNET)
+    endings = signature(CityscapesDataset).parameters
+    expected = PARTS | {
+        "model.decode_head.in_channels": [96, 192, 384, 768],
+        "model.auxiliary_head.in_channels": 384,
+        "model.pretrained": MISSING,
+        "tta_pipeline.1.transforms": augmented(
+            *((1024, 512), (1536, 768), (2048, 1024), (2560, 1280), (3072, 1536), (3584, 1792))
+        ),
+        "train_dataloader.num_workers": 4,
+        "optim_wrapper.optimizer.type": "AdamW",
+        "optim_wrapper.optimizer.lr": 6e-5,
+        "optim_wrapper.optimizer.betas": [0.9, 0.999],
+        "optim_wrapper.optimizer.weight_decay": 0.01,
+        "optim_wrapper.optimizer.momentum": MISSING,
+    }
+    for split in ("train", "val", "test"):
+        # The endings are MMSegmentation's defaults, which checks before it do not see.
+        for key in ("img_suffix", "seg_map_suffix"):
+            expected[f"{split}_dataloader.dataset.{key}"] = endings[key].default
+    other = theirs("upernet/upernet_r50_4xb2-80k_cityscapes-512x1024")
+    assert others(mine, other, "param_scheduler.") == expected
+    assert mine.param_scheduler == [
+        dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+        dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=80_000),
     ]
-    assert [s.end for s in mine.param_scheduler] == [1500, 80_000]
+    assert mine.model.backbone == dict(SWIN, drop_path_rate=0.3, frozen_stages=-1)
+    assert mine.custom_imports.imports == MODULES
 
 
 def test_semantic_fpn():
     mine, other = ours(FPN), theirs("twins/twins_pcpvt-s_fpn_fpnhead_8xb4-80k_ade20k-512x512")
-    left_out = ("backbone", "neck.in_channels", "pretrained", "data_preprocessor.size")
-    left_out += ("data_preprocessor.test_cfg",)
-    assert fields(mine.model, *left_out) == fields(other.model, *left_out)
-    assert mine.model.backbone.drop_path_rate == other.model.backbone.drop_path_rate
-    optimizer = mine.optim_wrapper.optimizer
-    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == (
-        *(other.optim_wrapper.optimizer[key] for key in ("type", "lr", "weight_decay")),
-    )
-    assert mine.param_scheduler == other.param_scheduler
-    assert mine.train_cfg.max_iters == other.train_cfg.max_iters
-    assert mine.train_cfg.val_interval == other.train_cfg.val_interval
-    assert mine.train_dataloader.batch_size == other.train_dataloader.batch_size == 4
+    expected = PARTS | {
+        "model.neck.in_channels": [96, 192, 384, 768],
+        "model.pretrained": None,
+        "tta_pipeline.1.transforms": augmented(
+            *((1024, 256), (1536, 384), (2048, 512), (2560, 640), (3072, 768), (3584, 896))
+        ),
+        "optim_wrapper.optimizer.betas": [0.9, 0.999],
+    }
+    # ADE20KDataset's own.
+    for split, step in (("train", 1), ("val", 2), ("test", 2)):
+        expected[f"{split}_dataloader.dataset.pipeline.{step}.reduce_zero_label"] = MISSING
+    assert others(mine, other) == expected
+    assert mine.model.backbone == dict(SWIN, drop_path_rate=other.model.backbone.drop_path_rate)
+    assert mine.custom_imports.imports == MODULES
 
 
 def test_mask2former():
     mine = ours(MASK2FORMER)
     other = theirs("mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512")
-    assert fields(mine.model, "backbone") == fields(other.model, "backbone")
-    assert mine.model.backbone.drop_path_rate == other.model.backbone.drop_path_rate
-    assert mine.optim_wrapper.optimizer == other.optim_wrapper.optimizer
-    assert mine.optim_wrapper.clip_grad == other.optim_wrapper.clip_grad
-    [mine_rates], [other_rates] = mine.param_scheduler, other.param_scheduler
-    assert fields(mine_rates) == fields(other_rates)
-    assert fields(mine.train_cfg, "type") == fields(other.train_cfg, "type")
-    assert pipeline(mine) == pipeline(other)
-    assert mine.train_dataloader.batch_size == other.train_dataloader.batch_size
+    keys = "optim_wrapper.paramwise_cfg.custom_keys"
+    # Norms and bias tables, by name there, by type here.
+    expected = OURS | dict.fromkeys(
+        (
+            f"{keys}.{name}"
+            for name in flat(other.optim_wrapper.paramwise_cfg.custom_keys.to_dict())
+            if name.startswith(("backbone.", "absolute", "relative")) and name != "backbone.lr_mult"
+        ),
+        MISSING,
+    )
+    assert others(mine, other) == expected
+    assert mine.model.backbone == dict(SWIN, drop_path_rate=other.model.backbone.drop_path_rate)
+    assert mine.custom_imports == dict(imports=[*MODULES, "mmdet.models"])
 
 
 def test_mask2formers_rates():
@@ -147,8 +191,8 @@ def test_a_recipe_says_the_channels_that_its_backbone_has(path):
 
 
 def test_the_environment_is_mmsegmentations():
-    expected = fields(theirs("_base_/default_runtime").env_cfg)
-    assert fields(Config.fromfile(METHODS.parent / "_base_/default_runtime.py").env_cfg) == expected
+    mine = Config.fromfile(METHODS.parent / "_base_/default_runtime.py")
+    assert mine.env_cfg == theirs("_base_/default_runtime").env_cfg
 
 
 @pytest.mark.parametrize("name", [UPERNET, FPN, MASK2FORMER])
