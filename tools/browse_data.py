@@ -46,7 +46,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         **dict(type=int, default=1000, metavar="N"),
         help="photos of each split to decode and masks to count, drawn at random (%(default)s)",
     )
-    add("--seed", type=int, default=0, help="which samples, and their augmentation (%(default)s)")
+    seeded = "which samples, and their augmentation (%(default)s)"
+    add("--seed", type=int, default=0, metavar="N", help=seeded)
     add("tool", choices=TOOLS, metavar="TOOL", help=", ".join(TOOLS))
     args, rest = parser.parse_known_args(argv)
     with waiting("importing PyTorch"):

@@ -7,6 +7,7 @@ B, D, S, P = "tests/backbones", "tests/detection", "tests/segmentation", "tests/
 OPERATORS = (f"{B}/test_operators.py", f"{B}/test_sizes.py", f"{B}/test_ops_backends.py")
 NETWORKS = (f"{B}/test_references.py", f"{B}/test_models.py", f"{B}/test_pyramid.py")
 OPTIONS = "tests/dense/test_options.py"
+LINES = "tests/dense/test_command_lines.py"
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
 
 # A file belongs to the first line whose beginning is its path's.
@@ -163,6 +164,6 @@ def covering(path: str) -> tuple[str, ...]:
     """The test files of a source; a tool's own ``test_<name>.py`` or all if no line has it."""
     for beginning, tests in TESTS.items():
         if path.startswith(beginning):
-            return (*tests, OPTIONS) if path.startswith("tools/") else tests
+            return (LINES, *tests, OPTIONS) if path.startswith("tools/") else tests
     own = f"tests/test_{PurePath(path).stem}.py"
-    return (own, OPTIONS) if (ROOT / own).exists() else ("tests",)
+    return (own, OPTIONS, LINES) if (ROOT / own).exists() else ("tests",)
