@@ -56,6 +56,28 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def noting(done: list, name: str, result: Any = None) -> Any:
+    """A function in another's place, which appends the name and what it was given to a list."""
+
+    def call(*args, **kwargs):
+        done.append((name, *args, *([kwargs] if kwargs else [])))
+        return result
+
+    return call
+
+
+def claiming(done: list) -> Any:
+    """In the place of ``dense.runs.claimed``: notes what a training claims, begins and leaves."""
+
+    @contextmanager
+    def claimed(folder, **options):
+        done.append(("claim", folder, options))
+        yield noting(done, "begin")
+        done.append(("leave",))
+
+    return claimed
+
+
 @pytest.fixture(autouse=True)
 def plain_config_text(monkeypatch):
     """MMEngine prettifies the config six times a run, which takes longer than a nano training."""

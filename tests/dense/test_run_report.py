@@ -65,6 +65,12 @@ def test_the_tools_options_reach_the_report(monkeypatch):
     assert given == [("mine", 3, "page.html")]
 
 
+def test_what_cannot_be_reported_is_one_line(tmp_path, capsys):
+    assert load_tool("report").main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("report: ") and said.count("\n") == 1
+
+
 def test_an_image_is_judged_by_the_classes_that_truth_or_prediction_has():
     reporting = pytest.importorskip("dense.segmentation.reporting")
     truth, found = np.array([[0, 0, 255]]), np.array([[0, 1, 2]])

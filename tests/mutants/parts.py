@@ -145,18 +145,31 @@ TESTS = {
     "configs/segmentation": (f"{S}/test_configs.py", f"{S}/test_methods.py"),
     "tools/report": (f"{P}/test_pages.py", f"{S}/test_pages.py", f"{D}/test_pages.py"),
     "tools/export": ("tests/export",),
-    "tools/browse_data": tuple(f"{part}/test_pages.py" for part in (P, S, D)),
+    "tools/browse_data": (
+        f"{P}/test_command.py",
+        *(f"{part}/test_pages.py" for part in (P, S, D)),
+    ),
     "tools/benchmark": ("tests/dense/test_benchmark.py",),
     "tools/compare_families": (f"{P}/test_comparison.py",),
     "tools/complexity": ("tests/test_complexity.py",),
     "tools/inspect_kernels": (f"{B}/test_triton_kernels.py",),
-    "tools/pretrain": (f"{P}/test_tool.py",),
+    "tools/pretrain": (f"{P}/test_command.py", f"{P}/test_tool.py"),
     "tools/setup_environment": ("tests/test_setup.py",),
     "tools/show_kernels": ("tests/test_properties.py",),
-    "tools/test_segmentor": (f"{S}/test_tools.py", f"{S}/test_own_data.py", f"{S}/test_tta.py"),
+    "tools/test_segmentor": (
+        f"{S}/test_command.py",
+        f"{S}/test_tools.py",
+        f"{S}/test_own_data.py",
+        f"{S}/test_tta.py",
+    ),
     "tools/test_versions": ("tests/test_versions.py",),
-    "tools/train_detector": (f"{D}/test_train.py", f"{D}/test_data.py"),
-    "tools/train_segmentor": (f"{S}/test_lengths.py", f"{S}/test_tools.py", f"{S}/test_runner.py"),
+    "tools/train_detector": (f"{D}/test_command.py", f"{D}/test_train.py", f"{D}/test_data.py"),
+    "tools/train_segmentor": (
+        f"{S}/test_command.py",
+        f"{S}/test_lengths.py",
+        f"{S}/test_tools.py",
+        f"{S}/test_runner.py",
+    ),
 }
 
 
