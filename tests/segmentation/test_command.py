@@ -136,7 +136,7 @@ def tested(tools, monkeypatch, tmp_path):
     """A function of a checkpoint's name and words: what test_segmentor.py changes of the config,
     and what it does."""
 
-    def call(name, *words):
+    def call(name, *words, config=CONFIG):
         done, built = [], []
         runner = SimpleNamespace(test=noting(done, "test"))
         part = "dense.segmentation.config"
@@ -145,7 +145,7 @@ def tested(tools, monkeypatch, tmp_path):
         monkeypatch.setattr(
             f"{part}.use_exported", lambda of, path: done.append(("export", of is runner, path))
         )
-        monkeypatch.setattr(sys, "argv", ["tool", CONFIG, str(tmp_path / name), *words])
+        monkeypatch.setattr(sys, "argv", ["tool", str(config), str(tmp_path / name), *words])
         tools.test.main()
         return differences(built[0].to_dict(), load_config(CONFIG).to_dict()), done
 
@@ -186,6 +186,18 @@ def test_an_option_of_a_test_changes_this_alone(tested, tmp_path, words, expecte
     always = {"work_dir": str(tmp_path / "test"), "load_from": str(tmp_path / "w.pth")}
     assert found == always | {"launcher": "none"} | expected
     assert done == [("check", False), ("test",)]
+
+
+def test_a_config_may_name_own_data(tested, shapes, tmp_path):
+    (tmp_path / "own.py").write_text(f"_base_ = {CONFIG!r}\ndata = dict({shapes!r})\n")
+    found, _ = tested("w.pth", config=tmp_path / "own.py")
+    assert found["test_dataloader.dataset.data_prefix.img_path"] == shapes["val_images"]
+    assert found["model.decode_head.num_classes"] == 3
+
+
+def test_a_config_of_another_task_is_not_tested(tested):
+    with pytest.raises(SystemExit, match="^test_segmentor: .*swin_nano.py has no test_dataloader"):
+        tested("w.pth", config=RECIPES / "pretraining/swin_nano.py")
 
 
 def test_an_exported_file_is_put_in_the_networks_place(tested, tmp_path):
