@@ -40,6 +40,8 @@ TESTS = {
         f"{B}/test_encoders.py",
     ),
     "backbones/__main__": (f"{B}/test_models.py",),
+    "backbones/reading": (f"{B}/test_reading.py", *FILES, "tests/test_convert_checkpoint.py"),
+    "backbones/released": (f"{B}/test_reading.py", *FILES),
     "backbones/": (*FILES, "tests/test_convert_checkpoint.py"),
     "dense/analysis/benchmark": ("tests/dense/test_benchmark.py",),
     "dense/analysis/export_table": ("tests/export/test_table.py",),
