@@ -1,5 +1,6 @@
 """The converter: bits survive the way there and back, and bad requests cost nothing."""
 
+import os
 import pickle
 
 import pytest
@@ -7,7 +8,9 @@ import timm
 import torch
 
 import backbones
+from backbones.conversion import convert_checkpoint, write_weights
 from backbones.layouts import LAYOUTS
+from backbones.reading import read_content
 from tests.support import load_tool
 
 tool = load_tool("convert_checkpoint")
@@ -79,3 +82,125 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(saved, tmp_path, cap
         error = capsys.readouterr().err
         assert reason in error and error.count("\n") == 1
         assert not target.exists()
+
+
+# By the function, whole
+
+
+DROPS = {
+    "ours": (),
+    "original": (),
+    "timm": ("norms.",),
+    "torchvision": ("norms.",),
+    "openmmlab": ("norm.", "head."),
+    "detectron2": ("norm.", "head."),
+}
+WRAPPERS = {"original": "model", "openmmlab": "state_dict", "detectron2": "model"}
+
+
+@pytest.mark.parametrize("classes", [None, ("a", "b", "c")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_written_and_what_is_left_out(layout, classes, tmp_path):
+    """Of a segmentor's backbone, with norms of its outputs and something that nobody knows."""
+    torch.manual_seed(0)
+    model = timm.create_model("swin_nano", num_classes=3)
+    ours = model.state_dict() | {"norms.0.weight": torch.zeros(32), "neck.weight": torch.zeros(1)}
+    content = {f"backbone.{name}": value for name, value in ours.items()}
+    content["decode_head.weight"] = torch.zeros(2)
+    torch.save({"state_dict": content, "meta": {"classes": classes}}, tmp_path / "from.pth")
+    done = convert_checkpoint(tmp_path / "from.pth", tmp_path / "to.pth", layout, prefix="net.")
+    assert (done.family, done.source) == ("swin", LAYOUTS["ours"])
+    dropped = tuple(n for n in ours if n == "neck.weight" or n.startswith(DROPS[layout]))
+    assert done.left_out == dropped
+    written = torch.load(tmp_path / "to.pth", weights_only=True)
+    kept = classes if "head." not in DROPS[layout] else None
+    wrapper = WRAPPERS.get(layout, "state_dict" if kept else None)
+    if wrapper:
+        assert written.keys() == ({wrapper, "meta"} if kept else {wrapper})
+        assert not kept or written["meta"] == {"classes": list(classes)}
+        written = written[wrapper]
+    assert tuple(written) == done.written and all(n.startswith("net.") for n in written)
+    blocks = 5 if layout in ("original", "torchvision", "openmmlab", "detectron2") else 0
+    shape = (49 * 49,) if layout == "torchvision" else (49, 49)
+    indices = [v for n, v in written.items() if n.endswith("relative_position_index")]
+    assert [tuple(value.shape) for value in indices] == [shape] * blocks
+    assert len(written) == len(ours) - len(dropped) + blocks
+    again = convert_checkpoint(tmp_path / "to.pth", tmp_path / "again.pth", "ours")
+    assert set(again.written) == ours.keys() - set(dropped) and not again.left_out
+    assert again.source.name == ("original" if layout == "detectron2" else layout)
+
+
+def test_one_of_several_backbones(tmp_path):
+    torch.manual_seed(0)
+    both = {"student.": "swin_nano", "teacher.": "dw_conv_nano"}
+    content = {
+        before + name: value
+        for before, model in both.items()
+        for name, value in timm.create_model(model, num_classes=0).state_dict().items()
+    }
+    torch.save(content, tmp_path / "both.pth")
+    for before, model in both.items():
+        target = tmp_path / f"{before}pt"
+        done = convert_checkpoint(tmp_path / "both.pth", target, "ours", from_prefix=before)
+        assert f"{done.family}_nano" == model
+        for name, value in torch.load(target, weights_only=True).items():
+            assert value.equal(content[before + name])
+
+
+@pytest.mark.parametrize(
+    "layout, target, lacks, message",
+    [
+        ("caffe", "a.pth", "", "no layout 'caffe': ours, original, timm, torchvision, openmmlab, "),
+        ("ours", "a.onnx", "", "a.onnx: .pth or .pt or .safetensors is needed"),
+        ("ours", "a.pth", "patch_embed.", "from.pth holds no backbone of a family of this package"),
+        ("ours", "a.pth", "stages.", "from.pth holds no backbone of a family of this package"),
+    ],
+)
+def test_a_wrong_request_writes_nothing(layout, target, lacks, message, tmp_path):
+    state = timm.create_model("swin_nano", num_classes=0).state_dict()
+    kept = {k: v for k, v in state.items() if not (lacks and k.startswith(lacks))}
+    torch.save(kept, tmp_path / "from.pth")
+    with pytest.raises((ValueError, backbones.CheckpointError), match=message):
+        convert_checkpoint(tmp_path / "from.pth", tmp_path / target, layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["from.pth"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "given, keys, meta",
+    [
+        ({}, None, {}),
+        ({"wrapper": "model"}, {"model"}, {}),
+        ({"classes": ("a", "b")}, {"state_dict", "meta"}, {"classes": ["a", "b"]}),
+        ({"wrapper": "model", "meta": {"n": 3}}, {"model", "meta"}, {"n": 3}),
+        (
+            {"classes": ["a"], "meta": {"classes": ["b"], "o": {"x": None}}},
+            {"state_dict", "meta"},
+            {"classes": ["a"], "o": {"x": None}},
+        ),
+    ],
+)
+def test_weights_are_written_as_they_are(given, keys, meta, suffix, tmp_path, monkeypatch):
+    """A parameter, a view in another order and what two names share; beside the old file first."""
+    table = torch.arange(6.0).reshape(2, 3)
+    weights = {"a": torch.nn.Parameter(table), "b": table.T, "c": table, "d": table[:, 1:]}
+    path, moved = tmp_path / f"folder/a{suffix}", []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: moved.append(paths) or replace(*paths))
+    write_weights(str(path), weights, **given)
+    assert moved == [(path.with_name(f"a{suffix}.partial"), path)]
+    assert list(path.parent.iterdir()) == [path]
+    if suffix == ".pth":
+        found = torch.load(path, weights_only=True)
+        if keys is not None:
+            assert found.keys() == keys and found.get("meta", {}) == meta
+            found = found[given.get("wrapper", "state_dict")]
+    else:
+        content = read_content(path)
+        assert content["meta"] == meta | {"format": "pt"}
+        found = content["state_dict"]
+    assert found.keys() == weights.keys()
+    for name, value in found.items():
+        assert type(value) is torch.Tensor and value.equal(weights[name]), name
+        assert value.is_contiguous() and not value.requires_grad
+        assert value.untyped_storage().nbytes() == 4 * value.numel()

@@ -1,7 +1,10 @@
 """The networks against the paper's counts, torchvision's Swin, and timm's protocol."""
 
 import copy
+import json
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,6 +13,10 @@ import torchvision
 from torch import nn
 
 import backbones
+from backbones.__main__ import main
+from backbones.families import map_channels
+from backbones.models import _with_weights
+from backbones.released import RELEASED, Released
 from tests.support import NANO, build, run_python
 
 # Counted in the paper's tables to three decimals, in millions, at 1000 classes.
@@ -278,3 +285,106 @@ def test_a_script_knows_the_names(tmp_path):
     assert done.stdout == "True 5 __main__\n", done.stderr[-2000:]
     done = run_python("-m", "backbones", tmp_path / "trian.py")
     assert done.returncode == 1 and "trian.py is no file; python -m" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, given",
+    [([], ""), (["absent.py"], "absent.py is no file; "), ([".", "x"], ". is no file; ")],
+)
+def test_a_script_is_needed(words, given, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["backbones", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == f"backbones: {given}python -m backbones SCRIPT ARGUMENTS..."
+
+
+@pytest.mark.parametrize("words", [[], ["--model"]])
+def test_a_script_finds_what_it_would_alone(words, tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys; json.dump([sys.argv, sys.path, __name__], open('seen.json', 'w'))"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["backbones", "script.py", *words])
+    monkeypatch.setattr(sys, "path", ["before", *sys.path])
+    main()
+    argv, path, name = json.loads((tmp_path / "seen.json").read_text())
+    assert argv == ["script.py", *words] and name == "__main__"
+    assert path == [str(tmp_path), *sys.path[1:]] and "before" not in path
+
+
+# timm's configs and builders
+
+
+@pytest.mark.parametrize("name", backbones.MODEL_NAMES)
+def test_timms_config_is_that_of_its_swin(name):
+    """As its own of the same image size has it, with another license and at any size."""
+    size = name.rpartition("_")[2]
+    for tag, released in RELEASED.get(name, {"": Released("")}).items():
+        like = "base_patch4_window12_384" if released.img_size == 384 else "tiny_patch4_window7_224"
+        theirs = vars(timm.get_pretrained_cfg(f"swin_{like}"))
+        ours = vars(timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name))
+        told = dict(
+            architecture=name,
+            tag=tag or None,
+            url=released.url or None,
+            num_classes=released.num_classes,
+            fixed_input_size=False,
+            license="apache-2.0",
+            description=released.description if tag else None,
+        )
+        elsewhere = ("hf_hub_id", "origin_url", "paper_ids", "notes")
+        assert ours | {key: theirs[key] for key in elsewhere} == theirs | told
+        window = 12 if released.img_size == 384 else 7
+        assert (released.window_size, released.img_size) in ((7, 224), (12, 384))
+        assert ours["pool_size"] == (window, window)
+        if tag:
+            data = "1K" if released.num_classes == 1000 else "22K"
+            accuracy = f", top-1 {released.top1}" if released.top1 else ""
+            sides = f"{released.img_size}x{released.img_size}, window {window}"
+            assert released.description == f"ImageNet-{data}, {sides}{accuracy}"
+    entry = timm.models.model_entrypoint(name)
+    assert entry.__module__ == "backbones.models" and f" {size.capitalize()}: " in entry.__doc__
+
+
+@pytest.mark.parametrize("size, depths", [("nano", (1, 1, 2, 1)), ("tiny", (2, 2, 6, 2))])
+@pytest.mark.parametrize("family", backbones.FAMILIES)
+def test_channels_of_maps_and_depths(family, size, depths):
+    with torch.device("meta"):
+        model = timm.create_model(f"{family}_{size}", num_classes=0)
+    assert tuple(len(stage.blocks) for stage in model.stages) == depths
+    channels = map_channels(f"{family}_{size}")
+    assert channels == tuple(stage.blocks[0].norm2.weight.numel() for stage in model.stages)
+
+
+@pytest.mark.parametrize(
+    "overlay, fetched",
+    [
+        ({}, True),
+        ({"file": "mine.pth"}, False),
+        ({"state_dict": {"a": torch.zeros(1)}}, False),
+        ({"hf_hub_id": "a/b"}, False),
+    ],
+)
+def test_weights_at_hand_are_not_downloaded(overlay, fetched, monkeypatch):
+    monkeypatch.setattr("backbones.models.fetch", lambda url: Path("cache", url.rpartition("/")[2]))
+    given = {"pretrained_cfg_overlay": {"url": "http://a.b/c.pth", **overlay}, "other": 1}
+    got = _with_weights("dw_conv_nano", given)
+    file = {"file": "cache/c.pth"} if fetched else {}
+    told = {"url": "http://a.b/c.pth", **overlay, **file, "custom_load": True}
+    assert got == {"pretrained_cfg_overlay": told, "other": 1}
+    assert "custom_load" not in given["pretrained_cfg_overlay"]
+    # The released ones, those of a tag, and what is given without an address.
+    url = RELEASED["swin_tiny"]["ms_in22k"].url.rpartition("/")[2]
+    got = _with_weights("swin_tiny", {"pretrained_cfg": "ms_in22k"})["pretrained_cfg_overlay"]
+    assert got == {"file": f"cache/{url}", "custom_load": True}
+    if overlay:
+        got = _with_weights("dw_conv_nano", {"pretrained_cfg_overlay": overlay})
+        assert got == {"pretrained_cfg_overlay": overlay | {"custom_load": True}}
+
+
+def test_weights_in_memory_are_loaded():
+    source = build("dw_conv_nano", seed=1)
+    overlay = dict(state_dict=source.state_dict(), num_classes=5)
+    model = build("dw_conv_nano", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert all(v.equal(source.state_dict()[k]) for k, v in model.state_dict().items())
