@@ -74,11 +74,13 @@ class Host:
         name: timm's name of the host.
         doc: the entry point's docstring.
         replacements: the new mixers, by the names of those that they replace.
+        maps: how many maps timm's host gives as ``features_only``.
     """
 
     name: str
     doc: str
     replacements: Callable[[nn.Module], Replacements]
+    maps: int = 3
 
 
 HOSTS = {
@@ -96,6 +98,7 @@ HOSTS = {
         "twins_svt_small",
         "Twins-SVT-S with DW-Conv, 7x7, in place of its local attention (Table 13).",
         _dw_conv_for_local_groups,
+        maps=4,
     ),
 }
 HOST_NAMES = tuple(HOSTS)
@@ -142,7 +145,7 @@ def _register(name: str, host: Host) -> None:
             name,
             pretrained,
             pretrained_filter_fn=_filter,
-            feature_cfg=dict(out_indices=3, feature_cls="getter"),
+            feature_cfg=dict(out_indices=host.maps, feature_cls="getter"),
             **kwargs,
         )
 

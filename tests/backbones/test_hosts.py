@@ -7,6 +7,7 @@ import timm
 import torch
 
 import backbones
+from backbones.checkpoints import fit
 from backbones.hosts import HOST_NAMES, HOSTS, TokenMixer
 from backbones.mixers import DepthwiseConv, WindowAttention
 
@@ -142,3 +143,71 @@ def test_grey_images_take_the_mean_of_the_first_convolution(tmp_path):
     backbones.load_checkpoint(grey, tmp_path / "host.pth")
     expected = theirs.patch_embeds[0].proj.weight.sum(1, keepdim=True)
     torch.testing.assert_close(grey.patch_embeds[0].proj.weight, expected)
+
+
+@pytest.mark.parametrize("name", HOST_NAMES)
+def test_features_and_config_are_the_hosts(name):
+    ours, theirs = (small(n, features_only=True) for n in (name, HOSTS[name].name))
+    assert ours.feature_info.channels() == theirs.feature_info.channels()
+    assert ours.feature_info.reduction() == theirs.feature_info.reduction()
+    x = torch.randn(1, 3, 64, 64)
+    assert [m.shape for m in ours(x)] == [m.shape for m in theirs(x)]
+    mine, cfg = (vars(timm.get_pretrained_cfg(n)) for n in (name, HOSTS[name].name))
+    assert mine == cfg | dict(architecture=name, tag=None)
+    entry = timm.models.model_entrypoint(name)
+    assert entry.__module__ == "backbones.hosts" and entry.__doc__ == HOSTS[name].doc
+
+
+HEADS = {"volo_d1_dw_conv": ("head.", "aux_head."), "twins_svt_small_dw_conv": ("head.",)}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_whole_report(name, hosts):
+    """Under a prefix and beside others; mixers that are there in part are not taken."""
+    own = {k: v.clone() for k, v in hosts[name].state_dict().items()}
+    inside = [k for k in own if k.startswith(tuple(f"{p}." for p in hosts[name].replaced_mixers))]
+    heads = [k for k in own if k.startswith(HEADS[name])]
+    model = small(name, seed=5, num_classes=5)
+    stepped = {f"net.{k}": v for k, v in own.items()} | {"optimizer.step": torch.zeros(1)}
+    fitting, report = fit(stepped, model, "x.pth")
+    assert report.matched == tuple(fitting) == tuple(own) and report.elsewhere == 1
+    assert all(value.equal(own[key]) for key, value in fitting.items())
+    assert str(report).splitlines()[1:] == ["  1 entries outside the backbone were ignored"]
+
+    for other_shape in (False, True):
+        part = dict(own)
+        if other_shape:
+            part[inside[0]] = torch.zeros(1)
+        else:
+            del part[inside[0]]
+        _, report = fit(part, model, "x.pth")
+        assert set(report.missing) == set(inside) and not report.unexpected
+        assert report.elsewhere == 0 and report.classifier == ""
+
+    # Other classes in the same number leave both classifiers out.
+    for theirs, ours, left in (
+        ("abcde", "abcde", False),
+        ("abcde", "abcdf", True),
+        ("abcde", None, False),
+        (None, "abcde", False),
+    ):
+        _, report = fit(own, model, "x.pth", theirs, ours)
+        assert list(report.missing) == (heads if left else [])
+        assert report.classifier == ("left out: the file has other classes" if left else "")
+
+
+def test_the_whole_refusal(hosts):
+    own = hosts["twins_svt_small_dw_conv"].state_dict()
+    part = {k: v for k, v in own.items() if k not in ("norm.weight", "blocks.0.0.norm1.bias")}
+    part |= {"blocks.0.0.norm1.weight": torch.zeros(3), "more": torch.zeros(1)}
+    with pytest.raises(backbones.CheckpointError) as error:
+        fit(part, hosts["twins_svt_small_dw_conv"], "x.pth")
+    assert str(error.value).splitlines() == [
+        f"x.pth does not fit Twins: {len(own) - 3} of {len(own)} entries match.",
+        "  shape: blocks.0.0.norm1.weight (3,) instead of (64,)",
+        "  missing: blocks.0.0.norm1.weight, blocks.0.0.norm1.bias",
+        "  unexpected: more",
+    ]
+    # What no stage depends on may be missing.
+    part = {k: v for k, v in own.items() if k != "norm.weight"}
+    assert fit(part, hosts["twins_svt_small_dw_conv"], "x.pth")[1].missing == ("norm.weight",)
