@@ -9,6 +9,8 @@ NETWORKS = (f"{B}/test_references.py", f"{B}/test_models.py", f"{B}/test_pyramid
 OPTIONS = "tests/dense/test_options.py"
 LINES = "tests/dense/test_command_lines.py"
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
+FILES = ("checkpoints", "load_reports", "layouts", "released")
+FILES = tuple(f"{B}/test_{name}.py" for name in FILES)
 
 # A file belongs to the first line whose beginning is its path's.
 TESTS = {
