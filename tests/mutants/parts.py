@@ -5,7 +5,8 @@ from pathlib import Path, PurePath
 ROOT = Path(__file__).parents[2]
 B, D, S, P = "tests/backbones", "tests/detection", "tests/segmentation", "tests/pretraining"
 OPERATORS = (f"{B}/test_operators.py", f"{B}/test_sizes.py", f"{B}/test_ops_backends.py")
-NETWORKS = (f"{B}/test_references.py", f"{B}/test_models.py", f"{B}/test_pyramid.py")
+NETWORKS = ("references", "models", "pyramid", "mixers")
+NETWORKS = tuple(f"{B}/test_{name}.py" for name in NETWORKS)
 OPTIONS = "tests/dense/test_options.py"
 LINES = "tests/dense/test_command_lines.py"
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
@@ -31,6 +32,7 @@ TESTS = {
     "backbones/mixers/": (*NETWORKS, f"{B}/test_ordinary_parts.py", f"{B}/test_checkpoints.py"),
     "backbones/ablations": ("tests/test_ablations.py", "tests/test_complexity.py"),
     "backbones/hosts": (f"{B}/test_hosts.py",),
+    "backbones/fo": (f"{B}/test_mixers.py", f"{B}/test_references.py", f"{B}/test_fusion.py"),
     "backbones/f": (f"{B}/test_references.py", f"{B}/test_fusion.py", f"{B}/test_models.py"),
     "backbones/inference": (f"{B}/test_fusion.py", f"{B}/test_linear.py"),
     "backbones/models": (f"{B}/test_models.py", f"{B}/test_released.py"),
