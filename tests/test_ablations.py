@@ -208,3 +208,14 @@ def test_every_tensor_is_on_the_networks_device(name):
         scores.sum().backward()
         found = {p.grad.device.type for p in network.parameters()}
     assert found == {scores.device.type} == {"meta"}
+
+
+def test_what_is_near_a_name():
+    """At most four that are like it; all where none is."""
+    near = "swin_batchnorm, swin_centered_batchnorm, swin_set, dw_conv_centered_batchnorm"
+    with pytest.raises(AblationError) as error:
+        ablated("swin_btchnorm", "swin_nano")
+    assert str(error.value) == f"no ablation 'swin_btchnorm'; near it are {near}"
+    with pytest.raises(AblationError) as error:
+        ablated("x", "swin_nano")
+    assert str(error.value) == f"no ablation 'x'; near it are {', '.join(ABLATIONS)}"

@@ -7,6 +7,7 @@ B, D, S, P = "tests/backbones", "tests/detection", "tests/segmentation", "tests/
 OPERATORS = (f"{B}/test_operators.py", f"{B}/test_sizes.py", f"{B}/test_ops_backends.py")
 NETWORKS = ("references", "models", "pyramid", "mixers")
 NETWORKS = tuple(f"{B}/test_{name}.py" for name in NETWORKS)
+FUSED = ("fused_parts", "fusion")
 OPTIONS = "tests/dense/test_options.py"
 LINES = "tests/dense/test_command_lines.py"
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
@@ -32,9 +33,9 @@ TESTS = {
     "backbones/mixers/": (*NETWORKS, f"{B}/test_ordinary_parts.py", f"{B}/test_checkpoints.py"),
     "backbones/ablations": ("tests/test_ablations.py", "tests/test_complexity.py"),
     "backbones/hosts": (f"{B}/test_hosts.py",),
-    "backbones/fo": (f"{B}/test_mixers.py", f"{B}/test_references.py", f"{B}/test_fusion.py"),
-    "backbones/f": (f"{B}/test_references.py", f"{B}/test_fusion.py", f"{B}/test_models.py"),
-    "backbones/inference": (f"{B}/test_fusion.py", f"{B}/test_linear.py"),
+    "backbones/folding": tuple(f"{B}/test_{name}.py" for name in (*FUSED, "mixers", "references")),
+    "backbones/f": tuple(f"{B}/test_{name}.py" for name in (*FUSED, "references", "models")),
+    "backbones/inference": tuple(f"{B}/test_{name}.py" for name in (*FUSED, "linear")),
     "backbones/models": (f"{B}/test_models.py", f"{B}/test_released.py"),
     "backbones/layers": (*NETWORKS, f"{B}/test_added_parts.py", f"{B}/test_ordinary_parts.py"),
     "backbones/pyramid": (
