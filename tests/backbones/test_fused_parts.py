@@ -161,8 +161,9 @@ def test_which_way_a_block_goes(family, options, change, way, monkeypatch):
         expected = forward(block, x)
         calls.clear()
         with ops.force("onednn"):
-            got = block(x)
-    assert calls[0] == way
+            given = x.clone()
+            got = block(given)
+    assert calls[0] == way and given.equal(x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     # With gradients it is the block as it is.
     calls.clear()
@@ -186,6 +187,24 @@ def test_which_way_a_merging_goes(hook, gradients, size, monkeypatch):
         got = merging(x)
     assert len(calls) == bool(hook or gradients)
     torch.testing.assert_close(got, forward(merging, x), rtol=1e-4, atol=1e-5)
+    with torch.set_grad_enabled(gradients), ops.force("onednn"), torch.autocast("cpu"):
+        assert merging(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("swin_nano", dict(conv="pre")),
+        ("swin_nano", dict(conv="pre_full", se_ratio=0.25)),
+        ("dw_conv_nano", dict(num_heads=(1, 2), local_kernel=3)),
+        ("i_d_dw_conv_nano", dict(norm_layer="centered_batchnorm")),
+    ],
+)
+def test_all_of_it_evaluates(name, options):
+    fused = backbones.fuse(build(name, depths=(1, 1), **options).train())
+    assert not any(module.training for module in fused.modules())
+    norms = [n for n, m in fused.named_modules() if ".pre.norm" in n and type(m) is not nn.Identity]
+    assert not norms
 
 
 # Pieces

@@ -155,6 +155,7 @@ def test_features_and_config_are_the_hosts(name):
     mine, cfg = (vars(timm.get_pretrained_cfg(n)) for n in (name, HOSTS[name].name))
     assert mine == cfg | dict(architecture=name, tag=None)
     entry = timm.models.model_entrypoint(name)
+    assert entry(num_classes=2, img_size=64, **SMALL[name[:7]]).num_classes == 2
     assert entry.__module__ == "backbones.hosts" and entry.__doc__ == HOSTS[name].doc
 
 
@@ -162,7 +163,7 @@ HEADS = {"volo_d1_dw_conv": ("head.", "aux_head."), "twins_svt_small_dw_conv": (
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_the_whole_report(name, hosts):
+def test_the_whole_report(name, hosts, caplog):
     """Under a prefix and beside others; mixers that are there in part are not taken."""
     own = {k: v.clone() for k, v in hosts[name].state_dict().items()}
     inside = [k for k in own if k.startswith(tuple(f"{p}." for p in hosts[name].replaced_mixers))]
@@ -174,7 +175,9 @@ def test_the_whole_report(name, hosts):
     assert all(value.equal(own[key]) for key, value in fitting.items())
     assert str(report).splitlines()[1:] == ["  1 entries outside the backbone were ignored"]
 
+    assert not caplog.records
     for other_shape in (False, True):
+        caplog.clear()
         part = dict(own)
         if other_shape:
             part[inside[0]] = torch.zeros(1)
@@ -183,6 +186,10 @@ def test_the_whole_report(name, hosts):
         _, report = fit(part, model, "x.pth")
         assert set(report.missing) == set(inside) and not report.unexpected
         assert report.elsewhere == 0 and report.classifier == ""
+        (record,) = caplog.records
+        replaced = [f"{place}." for place in hosts[name].replaced_mixers]
+        first = f"x.pth has no weights of the replaced mixers: {', '.join(replaced[:6])}"
+        assert record.getMessage() == first
 
     # Other classes in the same number leave both classifiers out.
     for theirs, ours, left in (
@@ -208,6 +215,9 @@ def test_the_whole_refusal(hosts):
         "  missing: blocks.0.0.norm1.weight, blocks.0.0.norm1.bias",
         "  unexpected: more",
     ]
+    # timm's own network has nothing of ours.
+    plain = timm.create_model("twins_svt_small", num_classes=2, depths=(1, 1, 1, 1))
+    assert not fit(plain.state_dict(), plain, "x.pth")[1].missing
     # What no stage depends on may be missing.
     part = {k: v for k, v in own.items() if k != "norm.weight"}
     assert fit(part, hosts["twins_svt_small_dw_conv"], "x.pth")[1].missing == ("norm.weight",)

@@ -192,6 +192,30 @@ def test_a_classifier_of_other_features_is_left_out():
     assert report.missing == ("head.fc.weight",) and report.classifier == ""
 
 
+def test_rows_of_another_precision_and_names_in_a_file(tmp_path):
+    state = {k: v.bfloat16() for k, v in build("dw_conv_nano", num_classes=3).state_dict().items()}
+    torch.save({"model": state, "meta": {"classes": list("cab")}}, tmp_path / "a.pth")
+    model = build("dw_conv_nano", seed=1, num_classes=3)
+    backbones.load_checkpoint(model, tmp_path / "a.pth", classes="abc")
+    assert model.head.fc.weight.equal(state["head.fc.weight"].float()[[1, 2, 0]])
+
+
+def test_parts_of_options_are_missed_unless_asked_not_to(caplog):
+    swin, model = build("swin_nano").state_dict(), build("swin_nano", depths=(1,), se_ratio=1 / 8)
+    swin = {k: v for k, v in swin.items() if not k.startswith("head.")}
+    added = [n for n in model.state_dict() if ".se." in n]
+    lines = refusal(swin, model, "x")
+    assert lines[1:] == [f"  missing: {', '.join(added)}"]
+    _, report = fit(swin, model, "x", partial=True)
+    others = ("norm.weight", "norm.bias", "head.fc.weight", "head.fc.bias")
+    assert report.missing == (*added, *others)
+    (record,) = caplog.records
+    assert record.getMessage() == f"x lacks {', '.join(added)}: the model keeps its own"
+    caplog.clear()
+    fit(model.state_dict(), model, "x", partial=True)
+    assert not caplog.records
+
+
 def test_which_classes_a_number_stands_for():
     assert [len(imagenet_classes(n)) for n in (1000, 21841)] == [1000, 21841]
     swins = imagenet_classes(21841, "swin")
@@ -237,6 +261,10 @@ def test_two_backbones_in_a_module_are_refused(tmp_path):
     message = "Sequential holds 2 backbones of this package, not one"
     with pytest.raises(backbones.CheckpointError, match=f"^{message}$"):
         backbones.load_checkpoint(pair, tmp_path / "a.pth")
+    other = nn.ModuleDict({"patch_embed": nn.ModuleDict({"projection": nn.Conv2d(3, 4, 4)})})
+    message = "ModuleDict holds 0 backbones of this package, not one"
+    with pytest.raises(backbones.CheckpointError, match=f"^{message}$"):
+        backbones.load_checkpoint(other, tmp_path / "a.pth")
     with torch.device("meta"):
         empty = build("dw_conv_nano")
     message = "Pyramid is on the meta device: it holds no values"

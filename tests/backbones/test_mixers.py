@@ -1,5 +1,7 @@
 """Mixers by themselves: their defaults, and how their weights take another size or form."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -165,6 +167,21 @@ def test_attention_of_another_window(name, given, frozen):
     fresh.load_state_dict(mixer.state_dict())
     x = torch.randn(1, 10, 11, 8)
     assert mixer.eval()(x).equal(fresh.eval()(x))
+
+
+def test_theta_of_half_precision_and_an_index_without_values():
+    """Resized as float32 is; what is on the meta device stays there."""
+    mixer = scattered(CONVOLUTIONS["static"](8, 2))
+    half = copy.deepcopy(mixer).bfloat16()
+    mixer.load_state_dict(half.state_dict())
+    for each in (mixer, half):
+        each.set_input_size(None, 5)
+    assert half.theta.dtype == torch.bfloat16 and half.theta.equal(mixer.theta.bfloat16())
+    with torch.device("meta"):
+        empty = mixers.WindowAttention(8, 2)
+    empty.set_input_size(None, 5)
+    assert empty.relative_position_index.is_meta
+    assert empty.relative_position_index.shape == (25, 25)
 
 
 def test_convolutions_of_another_kernel():
@@ -399,7 +416,8 @@ def test_a_centered_norm_by_its_formula():
     norm(x)
     mean = x.float().mean((2, 3), keepdim=True)
     assert seen[0].equal(x + (norm.center[:, None, None] * mean).bfloat16())
-    norm = norms.CenteredBatchNorm2d(4)
+    # A checkpoint's entries are on the CPU.
+    norm = norms.CenteredBatchNorm2d(4).to("meta")
     adapted = norm.adapt({"running_var": 1, "weight": 2})
     assert {k: v for k, v in adapted.items() if k != "center"} == {
         "norm.running_var": 1,

@@ -387,4 +387,6 @@ def test_weights_in_memory_are_loaded():
     source = build("dw_conv_nano", seed=1)
     overlay = dict(state_dict=source.state_dict(), num_classes=5)
     model = build("dw_conv_nano", pretrained=True, pretrained_cfg_overlay=overlay)
+    # By itself an entry point makes a network of random weights.
+    assert timm.models.model_entrypoint("dw_conv_nano")(num_classes=2).num_classes == 2
     assert all(v.equal(source.state_dict()[k]) for k, v in model.state_dict().items())

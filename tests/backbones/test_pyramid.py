@@ -11,7 +11,7 @@ from backbones.families import TABLE
 from backbones.layers import Mlp, SqueezeExcite, ceil_div
 from backbones.layouts import LAYOUTS, from_ours
 from backbones.mixers import DepthwiseConv, InhomogeneousDynamicDepthwiseConv
-from backbones.pyramid import Block, LocalConv, Pyramid, Stage
+from backbones.pyramid import Block, LocalConv, PatchEmbed, Pyramid, Stage
 from dense.backbone import DenseBackbone
 from tests.support import NANO, build
 
@@ -218,6 +218,11 @@ def test_parts_by_themselves():
     for ratio in (1 / 33, 1.01, 0):
         with pytest.raises(ValueError, match=f"^se_ratio={ratio}: 32 channels need 0.03125 to 1,"):
             SqueezeExcite(32, ratio)
+    # Images become channels-last before the first convolution.
+    embed, seen = PatchEmbed(3, 8), []
+    embed.proj.register_forward_hook(lambda _, given, out: seen.extend((*given, out)))
+    assert embed(torch.randn(2, 3, 9, 6)).is_contiguous()
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)
     assert LocalConv(4, 1, nn.LayerNorm).conv.kernel_size == (1, 1)
     with pytest.raises(ValueError, match="^local_kernel=0: 1 or more is needed, or 0 for none$"):
         LocalConv(4, 0, nn.LayerNorm)
