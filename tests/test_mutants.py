@@ -54,6 +54,11 @@ def test_every_kind_and_nothing_else(name, text, expected):
     assert set(found) == expected and len(found) == len(expected)
 
 
+def test_no_swap_of_a_name_with_itself():
+    kinds = [m.kind for m in possible("a.py", b"x = call(a.b, a.b, c)")]
+    assert kinds.count("swapped names") == 1
+
+
 def test_a_seed_draws_the_same_over_all_files(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.py").write_bytes(PYTHON)

@@ -174,7 +174,8 @@ def _of_arguments(node: ast.Call, text: bytes, span: Callable, source: Callable)
         elif isinstance(argument, ast.keyword) and len(arguments) > 1:
             yield "dropped argument", span(argument)[0], span(arguments[1])[0], ""
     for left, right in zip(node.args, node.args[1:], strict=False):
-        if all(isinstance(argument, ast.Name | ast.Attribute) for argument in (left, right)):
+        names = all(isinstance(argument, ast.Name | ast.Attribute) for argument in (left, right))
+        if names and source(left) != source(right):
             middle = text[span(left)[1] : span(right)[0]].decode()
             new = f"{source(right)}{middle}{source(left)}"
             yield "swapped names", span(left)[0], span(right)[1], new
