@@ -140,11 +140,9 @@ def _pad_to_windows(x: Tensor, window_size: Size) -> Tensor:
 def _half_windows(x: Tensor, window_size: Size) -> Size:
     """The shift of ``(B, H, W, C)``: half a window, 0 for an axis that one window covers."""
     (height, width), (rows, columns) = x.shape[1:3], window_size
-    if torch.jit.is_tracing():
-        # Sizes are tensors there, and a branch would be the traced image's for all.
-        return (height > rows) * (rows // 2), (width > columns) * (columns // 2)
     if exporting():
-        # By arithmetic, where a comparison would be a guard: 1 - 1 // n is 0 for a single window.
+        # By arithmetic: 1 - 1 // n is 0 for a single window. A comparison would be a guard, or in a
+        # traced graph the first image's for all.
         down, across = height // rows, width // columns
         return rows // 2 * (1 - 1 // down), columns // 2 * (1 - 1 // across)
     return rows // 2 if height > rows else 0, columns // 2 if width > columns else 0
