@@ -8,6 +8,8 @@ OPERATORS = (f"{B}/test_operators.py", f"{B}/test_sizes.py", f"{B}/test_ops_back
 NETWORKS = ("references", "models", "pyramid", "mixers")
 NETWORKS = tuple(f"{B}/test_{name}.py" for name in NETWORKS)
 FUSED = ("fused_parts", "fusion")
+# What a graph is made of runs unmeasured, by a tracer or compiler.
+GRAPHS = (f"{B}/test_tracing.py", f"{B}/test_export.py")
 OPTIONS = "tests/dense/test_options.py"
 LINES = "tests/dense/test_command_lines.py"
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
@@ -30,14 +32,15 @@ TESTS = {
     "backbones/mixers/shared": (*NETWORKS, f"{B}/test_shared_dw_conv.py"),
     "backbones/mixers/sliding": (*NETWORKS, f"{B}/test_sliding.py"),
     "backbones/mixers/norm": (*NETWORKS, f"{B}/test_norms.py"),
-    "backbones/mixers/": (*NETWORKS, f"{B}/test_ordinary_parts.py", f"{B}/test_checkpoints.py"),
+    "backbones/mixers/windowed": (*NETWORKS, *GRAPHS, f"{B}/test_ordinary_parts.py"),
+    "backbones/mixers/": (*NETWORKS, f"{B}/test_ordinary_parts.py", f"{B}/test_tracing.py"),
     "backbones/ablations": ("tests/test_ablations.py", "tests/test_complexity.py"),
     "backbones/hosts": (f"{B}/test_hosts.py",),
     "backbones/folding": tuple(f"{B}/test_{name}.py" for name in (*FUSED, "mixers", "references")),
     "backbones/f": tuple(f"{B}/test_{name}.py" for name in (*FUSED, "references", "models")),
-    "backbones/inference": tuple(f"{B}/test_{name}.py" for name in (*FUSED, "linear")),
+    "backbones/inference": tuple(f"{B}/test_{name}.py" for name in (*FUSED, "linear", "tracing")),
     "backbones/models": (f"{B}/test_models.py", f"{B}/test_released.py"),
-    "backbones/layers": (*NETWORKS, f"{B}/test_added_parts.py", f"{B}/test_ordinary_parts.py"),
+    "backbones/layers": (*NETWORKS, f"{B}/test_added_parts.py", *GRAPHS),
     "backbones/pyramid": (
         *NETWORKS,
         f"{B}/test_added_parts.py",
