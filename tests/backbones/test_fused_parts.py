@@ -207,6 +207,22 @@ def test_all_of_it_evaluates(name, options):
     assert not norms
 
 
+@pytest.mark.parametrize("family", backbones.FAMILIES)
+def test_mlps_that_somebody_changed_stay(family):
+    """Their hooks see what they saw; another GELU is another function."""
+    model = build(f"{family}_nano", depths=(1, 1)).double()
+    model(X.double())
+    first, second = (stage.blocks[0].mlp for stage in model.eval().stages)
+    first.register_forward_pre_hook(lambda _, given: (2 * given[0],))
+    first.register_forward_hook(lambda *given: given[2] + 1)
+    second.act = nn.GELU("tanh")
+    fused = backbones.fuse(model)
+    kinds = [type(stage.blocks[0].mlp).__name__ for stage in fused.stages]
+    assert kinds == ["Mlp", "Mlp"]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X.double()), model(X.double()), rtol=1e-9, atol=1e-9)
+
+
 # Pieces
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 
 from backbones import CheckpointError, reading
+from backbones.conversion import convert_checkpoint
 from backbones.released import RELEASED, source_of
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([7])}
@@ -98,6 +100,8 @@ def test_code_is_named_and_not_run(legacy, tmp_path):
     path = saved(tmp_path / "evil.pth", {"model": WEIGHTS, "x": Evil(tmp_path / "made")}, legacy)
     line = said(reading.read_checkpoint, path)
     assert line.startswith(f"{path} cannot be read as weights alone: it holds pathlib.")
+    assert line == said(reading.read_with_classes, path) == said(reading.read_content, path)
+    assert line == said(convert_checkpoint, path, tmp_path / "safe.pth", "ours")
     held = line.split("it holds ")[1].split(". Unpickling")[0]
     assert line == f"{path}{UNSAFE.format(held)}"
     assert not (tmp_path / "made").exists()
@@ -114,13 +118,42 @@ def test_code_is_named_and_not_run(legacy, tmp_path):
             "failed. Unpickler error: Unsupported operand 149\nmore",
             UNSAFE.format("Unsupported operand 149"),
         ),
-        ("a pickle of objects\nmore", UNSAFE.format("a pickle of objects")),
-        ("pickle data was truncated\nmore", " cannot be read: pickle data was truncated"),
+        ("\n a pickle of objects\nmore", UNSAFE.format("a pickle of objects")),
+        ("\n pickle data was truncated\nmore", " cannot be read: pickle data was truncated"),
         ("invalid load key, 'x'.\nmore", " cannot be read: invalid load key, 'x'."),
     ],
 )
 def test_why_a_pickle_is_refused(text, line):
     assert reading.why_unsafe(pickle.UnpicklingError(text), "a.pth") == f"a.pth{line}"
+
+    def fail(error: Exception) -> None:
+        with reading._refusing("a.pth"):
+            raise error
+
+    assert said(fail, pickle.UnpicklingError(text)) == f"a.pth{line}"
+    for error in (OSError, EOFError, RuntimeError, ValueError):
+        assert said(fail, error(f"\n {text}")) == (
+            f"a.pth cannot be read: {text.strip().splitlines()[0]}"
+        )
+    with pytest.raises(TypeError):
+        fail(TypeError(text))
+
+
+def test_weights_of_a_gpu_are_read_onto_the_cpu(tmp_path):
+    """The file of one with the name of its device changed."""
+    saved(tmp_path / "cpu.pth", WEIGHTS)
+    with (
+        zipfile.ZipFile(tmp_path / "cpu.pth") as given,
+        zipfile.ZipFile(tmp_path / "cuda.pth", "w") as written,
+    ):
+        for name in given.namelist():
+            content, before = given.read(name), b"X\x03\0\0\0cpu"
+            if name.endswith("data.pkl"):
+                assert before in content
+                content = content.replace(before, b"X\x06\0\0\0cuda:0")
+            written.writestr(name, content)
+    found = reading.read_checkpoint(tmp_path / "cuda.pth")
+    assert all(v.device.type == "cpu" and v.equal(WEIGHTS[k]) for k, v in found.items())
 
 
 def test_pickles_of_python_2_are_read(tmp_path):
