@@ -111,9 +111,11 @@ def test_arguments_of_a_size():
     # At most 96 channels a head, where 96 does not divide.
     assert ablated("swin_heads_of_96", "swin_base")[1] == {"num_heads": (2, 4, 8, 16)}
     for name in PYRAMIDS:
+        options = dict(ABLATIONS[name].options)
         for size, line in SIZES.items():
             heads = ABLATIONS[name].arguments(size).get("num_heads", ())
             assert all(line["embed_dim"] * 2**i % n == 0 for i, n in enumerate(heads))
+        assert ABLATIONS[name].options == options
 
 
 @pytest.mark.parametrize(

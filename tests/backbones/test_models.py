@@ -15,6 +15,7 @@ from torch import nn
 import backbones
 from backbones.__main__ import main
 from backbones.families import map_channels
+from backbones.hosts import HOST_NAMES
 from backbones.models import _with_weights
 from backbones.released import RELEASED, Released
 from tests.support import NANO, build, run_python
@@ -32,6 +33,16 @@ PARAMETERS = {
     "i_d_dw_conv_tiny": 26.244,
     "i_d_dw_conv_base": 80.254,
 }
+
+
+def test_names():
+    convolutional = ("dw_conv", "d_dw_conv", "i_d_dw_conv")
+    assert backbones.FAMILIES == ("swin", "swin_local_mlp", *convolutional)
+    sizes = {family: ("nano", "tiny", "base") for family in backbones.FAMILIES}
+    sizes["swin"] = ("nano", "tiny", "small", "base", "large")
+    names = tuple(f"{family}_{size}" for family, its in sizes.items() for size in its)
+    assert names == backbones.MODEL_NAMES and all(map(timm.is_model, (*names, *HOST_NAMES)))
+    assert HOST_NAMES == ("volo_d1_local_attention", "volo_d1_dw_conv", "twins_svt_small_dw_conv")
 
 
 def count(model: nn.Module) -> float:

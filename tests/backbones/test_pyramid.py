@@ -171,6 +171,8 @@ def test_options_reach_their_place():
     # One block has the rate 0, whatever is given.
     (one,) = build("dw_conv_nano", depths=(1,), drop_path_rate=0.5).stages[0].blocks
     assert type(one.drop_path) is nn.Identity
+    two = build("dw_conv_nano", depths=(1, 1), drop_path_rate=0.5).stages[1].blocks[0]
+    assert two.drop_path.drop_prob == 0.5
 
 
 @pytest.mark.parametrize("name", NANO)
