@@ -11,6 +11,7 @@ import backbones
 from backbones.ablations import ABLATIONS, AblationError, ablated
 from backbones.families import SIZES
 from dense.analysis import complexity
+from tests.support import ROOT
 
 PYRAMIDS = [name for name, ablation in ABLATIONS.items() if ablation.is_pyramid]
 
@@ -221,3 +222,25 @@ def test_what_is_near_a_name():
     with pytest.raises(AblationError) as error:
         ablated("x", "swin_nano")
     assert str(error.value) == f"no ablation 'x'; near it are {', '.join(ABLATIONS)}"
+
+
+def test_the_readme_has_the_papers_figures():
+    """Without a count of any network: what the paper says of a row, its options, and the notes."""
+    page = (ROOT / "backbones/README.md").read_text()
+    block = page.partition("complexity.py ablations --write -->")[2].partition("<!-- End")[0]
+    lines = [line.strip("| ").split(" | ") for line in block.splitlines() if line[:3] == "| `"]
+    assert [line[0].strip("`") for line in lines] == list(ABLATIONS)
+    for (_, table, row, model, _, millions, _, _, billions, _, top1), ablation in zip(
+        lines, ABLATIONS.values(), strict=True
+    ):
+        assert (table, row) == (ablation.table, ablation.row)
+        options = "".join(f", {key}={value!r}" for key, value in ablation.arguments().items())
+        assert model == f'`create_model("{ablation.name()}"{options})`'
+        told = (ablation.parameters, ablation.flops, ablation.top1)
+        expected = [
+            "-" if value is None else f"{value}{unit}"
+            for value, unit in zip(told, "MG%", strict=True)
+        ]
+        assert [millions, billions, top1] == expected
+    notes = [f"- `{name}`: {row.note}" for name, row in ABLATIONS.items() if row.note]
+    assert [line for line in block.splitlines() if line[:2] == "- "] == notes

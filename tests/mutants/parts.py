@@ -5,7 +5,7 @@ from pathlib import Path, PurePath
 ROOT = Path(__file__).parents[2]
 B, D, S, P = "tests/backbones", "tests/detection", "tests/segmentation", "tests/pretraining"
 OPERATORS = (f"{B}/test_operators.py", f"{B}/test_sizes.py", f"{B}/test_ops_backends.py")
-NETWORKS = ("references", "models", "pyramid", "mixers")
+NETWORKS = ("references", "models", "pyramid", "mixers", "fused_parts")
 NETWORKS = tuple(f"{B}/test_{name}.py" for name in NETWORKS)
 FUSED = ("fused_parts", "fusion")
 # What a graph is made of runs unmeasured, by a tracer or compiler.
