@@ -127,7 +127,8 @@ def hold(
             steps[contender.name] = step
         # An unsupported shape or a missing package becomes a row of the table.
         except Exception as error:
-            errors[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            reason = str(error).partition("\n")[0][:120]
+            errors[contender.name] = f"{type(error).__name__}: {reason}"
         _collect(device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     started = time.perf_counter()
