@@ -12,6 +12,8 @@ FUSED = ("fused_parts", "fusion")
 GRAPHS = (f"{B}/test_tracing.py", f"{B}/test_export.py")
 OPTIONS = "tests/dense/test_options.py"
 LINES = "tests/dense/test_command_lines.py"
+BENCHMARK = "tests/dense/test_benchmark"
+BENCHMARKS = tuple(f"{BENCHMARK}{part}.py" for part in ("_plans", "", "_results"))
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
 FILES = ("checkpoints", "load_reports", "layouts", "released")
 FILES = tuple(f"{B}/test_{name}.py" for name in FILES)
@@ -51,7 +53,11 @@ TESTS = {
     "backbones/reading": (f"{B}/test_reading.py", *FILES, "tests/test_convert_checkpoint.py"),
     "backbones/released": (f"{B}/test_reading.py", *FILES),
     "backbones/": (*FILES, "tests/test_convert_checkpoint.py"),
-    "dense/analysis/benchmark": ("tests/dense/test_benchmark.py",),
+    "dense/analysis/benchmark/measure": BENCHMARKS[2:],
+    "dense/analysis/benchmark/report": BENCHMARKS[1:],
+    "dense/analysis/benchmark/models": (f"{BENCHMARK}_models.py",),
+    "dense/analysis/benchmark/engines": (f"{BENCHMARK}_models.py", f"{BENCHMARK}.py"),
+    "dense/analysis/benchmark": BENCHMARKS[:2],
     "dense/analysis/export_table": ("tests/export/test_table.py",),
     "dense/analysis/kernels": (f"{B}/test_triton_kernels.py",),
     "dense/analysis/comparison": (f"{P}/test_comparison.py",),
@@ -160,6 +166,8 @@ TESTS = {
         *(f"{part}/test_pages.py" for part in (P, S, D)),
     ),
     "tools/benchmark": ("tests/dense/test_benchmark.py",),
+    "tools/browse_data": tuple(f"{part}/test_pages.py" for part in (P, S, D)),
+    "tools/benchmark": BENCHMARKS[1:],
     "tools/compare_families": (f"{P}/test_comparison.py",),
     "tools/complexity": ("tests/test_complexity.py",),
     "tools/inspect_kernels": (f"{B}/test_triton_kernels.py",),
