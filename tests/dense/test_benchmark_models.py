@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from dense.analysis.benchmark import engines, models
-from tests.support import build
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SIZE = (96, 160)

@@ -22,8 +22,8 @@ FILES = tuple(f"{B}/test_{name}.py" for name in FILES)
 TESTS = {
     "backbones/ops/triton_kernels": (f"{B}/test_ops_triton.py", f"{B}/test_triton_kernels.py"),
     "backbones/ops/verdicts": (f"{B}/test_verdicts.py",),
-    "backbones/ops/cases": (f"{B}/test_verdicts.py",),
-    "backbones/ops/__main__": (f"{B}/test_verdicts.py",),
+    "backbones/ops/cases": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
+    "backbones/ops/__main__": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
     "backbones/ops/library": (f"{B}/test_library.py",),
     "backbones/ops/native": (*OPERATORS, f"{B}/test_library.py"),
     "backbones/ops/linear": (f"{B}/test_linear.py", f"{B}/test_fusion.py"),
