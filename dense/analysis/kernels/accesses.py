@@ -28,7 +28,7 @@ class Emulation:
     def _keep_what_addresses_need(self) -> None:
         needed = set()
         for one in self.instructions:
-            if one.is_access or one.operation in ("bra", "cp.async", "ret"):
+            if one.is_access or one.operation in ("bra", "ret"):
                 needed |= set(_REGISTER.findall(one.guard + one.reads))
         while True:
             more = {
@@ -237,12 +237,12 @@ def _compute(one: _Instruction, registers: dict[str, np.ndarray]) -> list[np.nda
         warps = np.broadcast_to(given[0], given[0].shape[:1] + (max(32, given[0].shape[1]),))
         lane = int(given[1].item())
         return [np.repeat(warps[:, lane::32], 32, axis=1)]
-    if set(one.parts[:-1]) & {"hi", "sat", "cc"} and (operation, kind[1:]) != ("mul", "32"):
-        raise NotImplementedError(one.text)
     wide = "wide" in one.parts
     signed = [_wrap(g, kind if kind[0] in "su" else f"s{kind[1:]}") for g in given]
     if operation == "setp":
         return [_TESTS[one.parts[0]](*signed)]
+    if set(one.parts[:-1]) & {"hi", "sat", "cc"} and (operation, kind[1:]) != ("mul", "32"):
+        raise NotImplementedError(one.text)
     if operation == "selp":
         return [np.where(given[2].astype(bool), given[0], given[1])]
     if operation in ("shl", "shr"):
@@ -270,8 +270,6 @@ _LOGIC = {
     "or": np.logical_or,
     "xor": np.logical_xor,
     "not": np.logical_not,
-    "mov": lambda a: a,
-    "selp": lambda a, b, c: np.where(c, a, b),
 }
 _TESTS = {
     "lt": np.less,
