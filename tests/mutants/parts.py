@@ -20,7 +20,11 @@ FILES = tuple(f"{B}/test_{name}.py" for name in FILES)
 
 # A file belongs to the first line whose beginning is its path's.
 TESTS = {
-    "backbones/ops/triton_kernels": (f"{B}/test_ops_triton.py", f"{B}/test_triton_kernels.py"),
+    "backbones/ops/triton_kernels": (
+        f"{B}/test_ops_triton.py",
+        f"{B}/test_triton_kernels.py",
+        f"{B}/test_kernel_inspection.py",
+    ),
     "backbones/ops/verdicts": (f"{B}/test_verdicts.py",),
     "backbones/ops/cases": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
     "backbones/ops/__main__": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
@@ -59,7 +63,11 @@ TESTS = {
     "dense/analysis/benchmark/engines": (f"{BENCHMARK}_models.py", f"{BENCHMARK}.py"),
     "dense/analysis/benchmark": BENCHMARKS[:2],
     "dense/analysis/export_table": ("tests/export/test_table.py",),
-    "dense/analysis/kernels": (f"{B}/test_triton_kernels.py",),
+    "dense/analysis/kernels/accesses": (
+        f"{B}/test_kernel_accesses.py",
+        f"{B}/test_triton_kernels.py",
+    ),
+    "dense/analysis/kernels": (f"{B}/test_kernel_inspection.py", f"{B}/test_triton_kernels.py"),
     "dense/analysis/comparison": (f"{P}/test_comparison.py",),
     "dense/analysis/properties": ("tests/test_properties.py",),
     "dense/analysis/": ("tests/test_complexity.py", "tests/test_recipes.py"),
@@ -172,6 +180,8 @@ TESTS = {
     "tools/complexity": ("tests/test_complexity.py",),
     "tools/inspect_kernels": (f"{B}/test_triton_kernels.py",),
     "tools/pretrain": (f"{P}/test_command.py", f"{P}/test_tool.py"),
+    "tools/inspect_kernels": (f"{B}/test_kernel_inspection.py", f"{B}/test_triton_kernels.py"),
+    "tools/pretrain": (f"{P}/test_tool.py",),
     "tools/setup_environment": ("tests/test_setup.py",),
     "tools/show_kernels": ("tests/test_properties.py",),
     "tools/test_segmentor": (
