@@ -137,13 +137,13 @@ def test_resources_are_what_ptxas_says(takes_arch, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compiler, "get_ptxas", with_arch if takes_arch else without)
     head = ".version 8.4\n.target sm_90a\n"
-    for code, word in (
+    for instruction, word in (
         ("mma.sync", "yes"),
         ("wgmma.x", "yes"),
         ("tcgen05.mma", "yes"),
         ("mmad", "no"),
     ):
-        found = resources(f"{head}{code};", 90)
+        found = resources(f"{head}{instruction};", 90)
         assert found == {"registers": 96, "spilled": 24, "tensor cores": word}
     assert asked == ([90] * 4 if takes_arch else [])
 

@@ -190,6 +190,8 @@ TESTS = {
         f"{S}/test_own_data.py",
         f"{S}/test_tta.py",
     ),
+    "tools/show_kernels": ("tests/test_show_kernels.py", "tests/test_properties.py"),
+    "tools/test_segmentor": (f"{S}/test_tools.py", f"{S}/test_own_data.py", f"{S}/test_tta.py"),
     "tools/test_versions": ("tests/test_versions.py",),
     "tools/train_detector": (f"{D}/test_command.py", f"{D}/test_train.py", f"{D}/test_data.py"),
     "tools/train_segmentor": (
