@@ -12,6 +12,7 @@ FUSED = ("fused_parts", "fusion")
 GRAPHS = (f"{B}/test_tracing.py", f"{B}/test_export.py")
 OPTIONS = "tests/dense/test_options.py"
 LINES = "tests/dense/test_command_lines.py"
+IN_C = ("depthwise.c", "inhomogeneous.c", "matrix.h", "product.h", "sliding.c", "windows.c")
 BENCHMARK = "tests/dense/test_benchmark"
 BENCHMARKS = tuple(f"{BENCHMARK}{part}.py" for part in ("_plans", "", "_results"))
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
@@ -31,6 +32,15 @@ TESTS = {
     "backbones/ops/library": (f"{B}/test_library.py",),
     "backbones/ops/native": (*OPERATORS, f"{B}/test_library.py"),
     "backbones/ops/linear": (f"{B}/test_linear.py", f"{B}/test_fusion.py"),
+    **dict.fromkeys(
+        (f"backbones/ops/{name}" for name in IN_C),
+        (
+            f"{B}/test_sizes.py",
+            f"{B}/test_sixteen_bits.py",
+            f"{B}/test_guarded_memory.py",
+            *OPERATORS[::2],
+        ),
+    ),
     "backbones/ops/flops": (f"{B}/test_sliding.py", "tests/test_complexity.py"),
     "backbones/ops/dispatch": (*OPERATORS, f"{B}/test_linear.py", f"{B}/test_verdicts.py"),
     "backbones/ops/__init__": (f"{B}/test_tracing.py", *OPERATORS),
