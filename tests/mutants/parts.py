@@ -12,6 +12,7 @@ FUSED = ("fused_parts", "fusion")
 GRAPHS = (f"{B}/test_tracing.py", f"{B}/test_export.py")
 OPTIONS = "tests/dense/test_options.py"
 LINES = "tests/dense/test_command_lines.py"
+DISPATCH = f"{B}/test_dispatch.py"
 IN_C = ("depthwise.c", "inhomogeneous.c", "matrix.h", "product.h", "sliding.c", "windows.c")
 BENCHMARK = "tests/dense/test_benchmark"
 BENCHMARKS = tuple(f"{BENCHMARK}{part}.py" for part in ("_plans", "", "_results"))
@@ -29,8 +30,8 @@ TESTS = {
     "backbones/ops/verdicts": (f"{B}/test_verdicts.py",),
     "backbones/ops/cases": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
     "backbones/ops/__main__": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
-    "backbones/ops/library": (f"{B}/test_library.py",),
-    "backbones/ops/native": (*OPERATORS, f"{B}/test_library.py"),
+    "backbones/ops/library": (f"{B}/test_library.py", DISPATCH),
+    "backbones/ops/native": (*OPERATORS, f"{B}/test_library.py", DISPATCH),
     "backbones/ops/linear": (f"{B}/test_linear.py", f"{B}/test_fusion.py"),
     **dict.fromkeys(
         (f"backbones/ops/{name}" for name in IN_C),
@@ -41,8 +42,14 @@ TESTS = {
             *OPERATORS[::2],
         ),
     ),
-    "backbones/ops/flops": (f"{B}/test_sliding.py", "tests/test_complexity.py"),
-    "backbones/ops/dispatch": (*OPERATORS, f"{B}/test_linear.py", f"{B}/test_verdicts.py"),
+    "backbones/ops/flops": (DISPATCH, f"{B}/test_sliding.py", "tests/test_complexity.py"),
+    "backbones/ops/dispatch": (
+        DISPATCH,
+        *OPERATORS,
+        f"{B}/test_linear.py",
+        f"{B}/test_verdicts.py",
+    ),
+    "backbones/ops/common": (DISPATCH, *OPERATORS, f"{B}/test_determinism.py"),
     "backbones/ops/__init__": (f"{B}/test_tracing.py", *OPERATORS),
     "backbones/ops/": (*OPERATORS, f"{B}/test_determinism.py", f"{B}/test_ordinary_parts.py"),
     "backbones/mixers/shared": (*NETWORKS, f"{B}/test_shared_dw_conv.py"),
