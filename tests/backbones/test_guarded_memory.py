@@ -71,9 +71,10 @@ def compute(dtype: torch.dtype) -> None:
         kernels = built(dtype, folder)
         native._library = lambda asked: kernels if asked == dtype else None
         torch.manual_seed(0)
-        for threads, ends[0] in ((1, True), (3, False)):
+        # Threads wait for each other busily: few of the cases.
+        for threads, ends[0], step in ((1, True, 1), (1, False, 2), (3, True, 9)):
             torch.set_num_threads(threads)
-            for case in all_cases():
+            for case in itertools.islice(all_cases(), 0, None, step):
                 agrees(case, "native", dtype, TOLERANCES[dtype])
 
 

@@ -12,6 +12,7 @@ FUSED = ("fused_parts", "fusion")
 GRAPHS = (f"{B}/test_tracing.py", f"{B}/test_export.py")
 OPTIONS = "tests/dense/test_options.py"
 LINES = "tests/dense/test_command_lines.py"
+CALLS = f"{B}/test_native_calls.py"
 DISPATCH = f"{B}/test_dispatch.py"
 IN_C = ("depthwise.c", "inhomogeneous.c", "matrix.h", "product.h", "sliding.c", "windows.c")
 BENCHMARK = "tests/dense/test_benchmark"
@@ -26,8 +27,9 @@ TESTS = {
         f"{B}/test_ops_triton.py",
         f"{B}/test_triton_kernels.py",
         f"{B}/test_kernel_inspection.py",
+        CALLS,
     ),
-    "backbones/ops/verdicts": (f"{B}/test_verdicts.py",),
+    "backbones/ops/verdicts": (CALLS, f"{B}/test_verdicts.py"),
     "backbones/ops/cases": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
     "backbones/ops/__main__": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
     "backbones/ops/library": (f"{B}/test_library.py", DISPATCH),
@@ -51,7 +53,12 @@ TESTS = {
     ),
     "backbones/ops/common": (DISPATCH, *OPERATORS, f"{B}/test_determinism.py"),
     "backbones/ops/__init__": (f"{B}/test_tracing.py", *OPERATORS),
-    "backbones/ops/": (*OPERATORS, f"{B}/test_determinism.py", f"{B}/test_ordinary_parts.py"),
+    "backbones/ops/": (
+        CALLS,
+        *OPERATORS,
+        f"{B}/test_determinism.py",
+        f"{B}/test_ordinary_parts.py",
+    ),
     "backbones/mixers/shared": (*NETWORKS, f"{B}/test_shared_dw_conv.py"),
     "backbones/mixers/sliding": (*NETWORKS, f"{B}/test_sliding.py"),
     "backbones/mixers/norm": (*NETWORKS, f"{B}/test_norms.py"),
