@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import itertools
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import threading
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,3 +281,102 @@ def test_one_openmp_is_loaded():
     assert ran.returncode == 0, ran.stderr
     mapped = {Path(p) for p in ran.stdout.split() if re.search(r"/lib[a-z]*omp[^/]*$", p)}
     assert mapped == set(Path(torch.__file__).resolve().parent.glob("lib/libgomp*"))
+
+
+def test_how_a_wheel_s_kernels_are_compiled(monkeypatch, tmp_path):
+    """Each type of maps for each set of instructions; the second command links no OpenMP."""
+    ran, loaded = [], []
+
+    def run(words, cwd=None, check=False):
+        assert check
+        ran.append(([str(word) for word in words], cwd))
+        if "-c" in words:
+            for name in ("two.o", "one.o"):
+                Path(cwd, name).touch()
+
+    monkeypatch.setattr(library.subprocess, "run", run)
+    monkeypatch.setattr(library, "compiler", lambda: ["cc", "-x"])
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda *given, **more: loaded.append((given, more)))
+    library.package(tmp_path / "deep" / "kernels")
+    avx2, avx512 = ["-mavx2", "-mfma", "-mf16c"], [f"-m{name}" for name in AVX512.split()]
+    sets = {"avx512bf16": ["-mavx512bf16", *avx512, *avx2], "avx512": [*avx512, *avx2]}
+    sets["avx2"] = avx2
+    types = {"float": ["-DREAL=float"], "double": ["-DREAL=double"]}
+    types |= {"bfloat16": ["-DREAL=float", "-DBFLOAT16"], "float16": ["-DREAL=float", "-DFLOAT16"]}
+    sources = [str(path) for path in sorted(Path(library.__file__).parent.glob("*.c"))]
+    expected = []
+    for kind, name in itertools.product(types, sets):
+        built = str(tmp_path / "deep" / "kernels" / f"{kind}-{name}.so")
+        flags = [*sets[name], "-mprefer-vector-width=256", *types[kind]]
+        expected.append(["cc", "-x", "-O3", "-fopenmp", "-fPIC", *flags, "-c", *sources])
+        expected.append(["cc", "-x", "-shared", "-s", "one.o", "two.o", "-o", built, "-lm"])
+    assert [
+        [Path(word).name if word.endswith(".o") else word for word in words] for words, _ in ran
+    ] == expected
+    assert all(Path(cwd).is_absolute() and cwd != tmp_path for _, cwd in ran[::2])
+    assert loaded[0] == (("libgomp.so.1",), {"mode": ctypes.RTLD_GLOBAL})
+    assert [given[0] for given, _ in loaded[1:]] == [words[-2] for words in expected[1::2]]
+
+
+@pytest.mark.parametrize("error", [FileExistsError, PermissionError])
+def test_file_systems_without_links_or_locks(error, cache, quick, monkeypatch):
+    """Another process may have been first, or names are all that there is."""
+
+    def link(built, final):
+        if error is FileExistsError:
+            shutil.copy(built, final)
+        raise error
+
+    def lock(*given):
+        raise OSError("no locks")
+
+    monkeypatch.setattr(library.os, "link", link)
+    monkeypatch.setattr(library.fcntl, "flock", lock)
+    path = loaded(quick[0])
+    assert path.stem == f"float-{library._digest(path)}" and compiled(quick[1]) == 1
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_command_that_compiles(cache, monkeypatch, tmp_path):
+    given = []
+
+    def run(words, **more):
+        given.append(([str(word) for word in words], more))
+        Path(words[words.index("-o") + 1]).write_text("built")
+
+    monkeypatch.setattr(library.subprocess, "run", run)
+    path = library._compile(["cc", "-x"], "bfloat16", tmp_path)
+    [(words, more)] = given
+    sources = [str(path) for path in sorted(Path(library.__file__).parent.glob("*.c"))]
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-DREAL=float", "-DBFLOAT16"]
+    assert words[: -len(sources) - 3] == ["cc", "-x", *flags]
+    assert words[-len(sources) - 3 : -3] == sources and words[-3::2] == ["-o", "-lm"]
+    assert more == dict(capture_output=True, text=True, check=True, timeout=300)
+    assert path.parent == tmp_path and [
+        entry.name for entry in tmp_path.iterdir() if entry.is_file()
+    ] == [path.name]
+
+
+def test_what_the_key_of_a_cache_holds(monkeypatch, tmp_path):
+    """Sources and headers, the command and its version, flags and the processor."""
+    keys = [library._key(["cc"])]
+    assert library._key(["cc"]) == keys[0] and len(keys[0]) == 16
+    keys.append(library._key(["cc", "-w"]))
+    other = tmp_path / "other.c"
+    other.write_text("int other;")
+    for name, value in (
+        ("_SOURCES", (other,)),
+        ("_HEADERS", (other,)),
+        ("_FLAGS", ("-O2",)),
+        ("TYPES", {}),
+        ("_processor", lambda: "another"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, name, value)
+            keys.append(library._key(["cc"]))
+    run = subprocess.run
+    monkeypatch.setattr(
+        library.subprocess, "run", lambda *given, **more: run(["echo", "2"], **more)
+    )
+    keys.append(library._key(["cc"]))
+    assert len(set(keys)) == len(keys)

@@ -263,3 +263,66 @@ def test_packed_weights_are_kept_and_never_copied():
         with torch.no_grad():
             assert twin(x).equal(layer(x))
     assert not any(t.is_mkldnn for t in layer.state_dict().values())
+
+
+def test_a_kept_value_can_be_freed():
+    kept, weight, made = Kept(), torch.ones(2), []
+    for _ in range(2):
+        assert kept.of((weight, None), "key", lambda: made.append(1) or weight * 2).equal(
+            weight * 2
+        )
+    kept.of((weight, None), "other", lambda: made.append(1))
+    assert len(made) == 2
+    kept.clear()
+    kept.of((weight, None), "other", lambda: made.append(1))
+    assert len(made) == 3
+
+
+def test_pieces_fit_the_cache():
+    """Of 4 MB: the rows times the hidden channels, in the dtype of the products."""
+    pieces = import_module("backbones.ops.linear").pieces
+    x = torch.empty(2, 16, 32, 5, device="cpu")
+    found = [pieces(x, hidden) for hidden in (1, 1024, 1535, 1537, 2048, 4096)]
+    assert found == [1, 1, 1, 2, 2, 4]
+    assert pieces(x.bfloat16(), 4096) == 2 and pieces(x.double(), 4096) == 8
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pieces(x, 4096) == 2
+
+
+@pytest.mark.usefixtures("unforced")
+def test_a_product_that_is_prepared():
+    prepared = import_module("backbones.ops.linear").prepared
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5)
+    for activation, then in THEN.items():
+        with torch.no_grad():
+            run = prepared(x[:1], weight, bias, activation, Kept())
+            expected = then(F.linear(x.double(), weight.double(), bias.double()))
+            torch.testing.assert_close(run(x).double(), expected, rtol=1e-5, atol=1e-5)
+            with torch.autocast("cpu", torch.bfloat16):
+                run = prepared(x[:1], weight, bias, activation, Kept())
+                assert run(x).dtype == run(x.bfloat16()).dtype == torch.bfloat16
+    message = "expected x to have the weight's dtype, torch.float32, not torch.bfloat16"
+    with pytest.raises(RuntimeError, match=message):
+        prepared(x.bfloat16(), weight, bias, "none", Kept())
+    with pytest.raises(RuntimeError, match="not torch.float32"):
+        prepared(x, weight, bias.double(), "none", Kept())
+
+
+@pytest.mark.usefixtures("unforced")
+def test_which_products_are_onednn_s():
+    """Not those of no rows, of other sizes or dtypes, nor with gradients."""
+    module = import_module("backbones.ops.linear")
+    x, weight, bias = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5)
+    assert not module.by_onednn(x, weight)
+    with torch.no_grad():
+        assert module.by_onednn(x, weight) and not module.by_onednn(x[:0], weight)
+        assert not module.by_onednn(x.double(), weight.double())
+    fit = module._fit
+    assert fit(x, weight, bias) and fit(x, weight, None) and fit(x[0], weight, bias)
+    assert not fit(x[:, :5], weight, bias) and not fit(x, weight, bias[:4])
+    assert not fit(torch.tensor(1.0), weight, None) and not fit(x, weight, bias.double())
+    assert not fit(x.bfloat16(), weight, bias) and not fit(x, weight.bfloat16(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fit(x.bfloat16(), weight, bias) and fit(x, weight.bfloat16(), bias)
+        assert not fit(x, weight, bias.double()) and not fit(x, weight.long(), None)
