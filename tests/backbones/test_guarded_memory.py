@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from backbones.ops import cases as small
 from backbones.ops import library, native
+from backbones.ops.common import forced_here
 from tests.support import OperatorCases, agrees, run_forked
 
 pytestmark = [
@@ -97,6 +99,46 @@ def test_no_memory_beside_their_own_is_touched(dtype):
     if native.missing() is not None:
         pytest.skip(native.missing())
     (done,) = run_forked(partial(compute, dtype))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Allocations of a forward and of a backward pass.
+ALLOCATED = {
+    "depthwise": (small.depthwise((3, 4), 5, 3), 0, 0),
+    "predicted": (small.inhomogeneous((3, 4), 2, 3, 3, 2, 5), 3, 3),
+    "aggregation": (small.aggregation((3, 4), 2, 3, 3), 2, 2),
+    "attention": (small.attention((2, 1), 2, 3, (3, 2), (1, 1)), 4, 4),
+    "mixing": (small.mixing((2, 1), 2, 3, (3, 2), (1, 1)), 3, 3),
+    "sliding": (small.sliding((3, 4), 2, 3, (3, 5)), 3, 3),
+}
+
+
+def run_out() -> None:
+    """Each allocation fails in turn: an error every time, and the right values after all."""
+    with TemporaryDirectory() as folder, forced_here("native"):
+        kernels = built(torch.float32, folder)
+        native._library = lambda asked: kernels
+        left = ctypes.c_int.in_dll(kernels, "allocations")
+        for name, (case, *numbers) in ALLOCATED.items():
+            given = [x.float() for x in case.tensors]
+            left.value = -1
+            expected = case.run(*given)
+            passes = [partial(case.forward, *given), partial(case.backward, expected[0], *given)]
+            for run, number, start in zip(passes, numbers, (0, 1), strict=True):
+                for left.value in range(number):
+                    with pytest.raises(MemoryError, match="out of memory"):
+                        run()
+                left.value = number
+                got = run()
+                assert left.value == 0, name
+                got = got if start else [got]
+                torch.testing.assert_close(list(got), list(expected[start:][: len(got)]))
+
+
+def test_memory_that_runs_out_is_an_error():
+    if native.missing() is not None:
+        pytest.skip(native.missing())
+    (done,) = run_forked(run_out)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

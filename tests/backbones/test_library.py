@@ -13,7 +13,6 @@ import threading
 import warnings
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
