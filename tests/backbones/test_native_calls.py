@@ -130,6 +130,48 @@ def test_a_convolution_pads_by_itself_where_it_can(size, padded, monkeypatch):
     assert out.shape == x.shape and len(calls) == padded
 
 
+@pytest.mark.parametrize(
+    "engine, batch, path",
+    [
+        *(("", 2, "_grouped"), ("", 0, "_by_rows"), (None, 2, "_grouped")),
+        *(("onnx", 2, "_own"), ("aotinductor", 2, "_by_rows")),
+    ],
+)
+def test_paths_of_a_dynamic_convolution(engine, batch, path, monkeypatch):
+    """Without a graph (""), in an exported one, and in those for an engine."""
+    from backbones.ops import depthwise
+
+    called = []
+    for name in ("_own", "_grouped", "_by_rows"):
+        real = getattr(depthwise, name)
+        noted = lambda *given, name=name, real=real: called.append(name) or real(*given)  # noqa: E731
+        monkeypatch.setattr(depthwise, name, noted)
+    monkeypatch.setattr(depthwise, "choose", lambda *given: "torch")
+    monkeypatch.setattr(depthwise, "exporting", lambda: engine != "")
+    name, inputs, options = maps.dynamic((3, 4), batch=batch)
+    with dispatch.graphs_for(engine or None):
+        out = ops.dynamic_depthwise_conv(*inputs)
+        plain = ops.dynamic_depthwise_conv(*inputs[:2])
+    assert called[0] == path
+    with ops.force("reference"):
+        monkeypatch.undo()
+        torch.testing.assert_close(out, ops.dynamic_depthwise_conv(*inputs))
+        torch.testing.assert_close(plain, ops.dynamic_depthwise_conv(*inputs[:2]))
+
+
+def test_an_exported_convolution_pads_before(monkeypatch):
+    from backbones.ops import depthwise
+
+    calls, pad = [], F.pad
+    monkeypatch.setattr(F, "pad", lambda *given: calls.append(given[1]) or pad(*given))
+    monkeypatch.setattr(depthwise, "exporting", lambda: True)
+    x, weight, bias = randn(1, 9, 8, 3), randn(3, 1, 3, 5), randn(3)
+    out = depthwise._static(x, weight, bias)
+    assert calls == [(2, 2, 1, 1)]
+    expected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=(1, 2), groups=3)
+    torch.testing.assert_close(out, expected.permute(0, 2, 3, 1))
+
+
 def test_windows_that_triton_has_registers_for():
     sizes = ((8, 8), (7, 7), (4, 16), (5, 13), (9, 8), (1, 64))
     assert [window._fits(size) for size in sizes] == [True, True, True, False, False, True]
