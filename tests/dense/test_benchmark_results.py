@@ -67,14 +67,14 @@ def test_rounds_are_in_turns_and_every_second_one_backwards(clock):
 )
 def test_rounds_until_the_time_is_over(rounds, seconds, number, clock):
     """Of 2 seconds each; three at least."""
-    one = contender("one", [2.0] * 9, clock, [])
+    one = contender("one", [2.0] * 9, clock, [], in_torch=False)
     options = {} if rounds is None else dict(rounds=rounds, seconds=seconds)
     (result,) = measure.hold(Contest("s", "t", (one,)), CPU, **options)
     assert result.rounds == number
 
 
 def test_a_minute_of_rounds_is_enough(clock):
-    one = contender("one", [21.0] * 9, clock, [])
+    one = contender("one", [21.0] * 9, clock, [], in_torch=False)
     assert measure.hold(Contest("s", "t", (one,)), CPU)[0].rounds == 3
 
 
