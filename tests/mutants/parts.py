@@ -17,6 +17,7 @@ DISPATCH = f"{B}/test_dispatch.py"
 IN_C = ("depthwise.c", "inhomogeneous.c", "matrix.h", "product.h", "sliding.c", "windows.c")
 BENCHMARK = "tests/dense/test_benchmark"
 BENCHMARKS = tuple(f"{BENCHMARK}{part}.py" for part in ("_plans", "", "_results"))
+LINES = "tests/test_command_lines.py"
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
 FILES = ("checkpoints", "load_reports", "layouts", "released")
 FILES = tuple(f"{B}/test_{name}.py" for name in FILES)
@@ -232,5 +233,6 @@ def covering(path: str) -> tuple[str, ...]:
     for beginning, tests in TESTS.items():
         if path.startswith(beginning):
             return (LINES, *tests, OPTIONS) if path.startswith("tools/") else tests
+            return (*tests, OPTIONS, LINES) if path.startswith("tools/") else tests
     own = f"tests/test_{PurePath(path).stem}.py"
     return (own, OPTIONS, LINES) if (ROOT / own).exists() else ("tests",)
