@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from backbones import mixers
-from dense.analysis import paper, properties
+from dense.analysis import complexity_tables, paper, properties
 from dense.analysis.properties import CHANNELS, KERNEL, SIZE, Measured
 from tests.support import ROOT, load_tool
 
@@ -62,6 +62,25 @@ def test_a_readme_without_the_tables_is_named(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"properties: {tmp_path / 'README.md'}")
 
 
+def test_the_tables_are_printed_and_written_once(found, monkeypatch, tmp_path, capsys):
+    readme, tool = tmp_path / "README.md", load_tool("properties")
+    begin, end = complexity_tables.markers("properties")
+    readme.write_text(f"before\n\n{begin}\nold\n{end}\n\nafter\n")
+    monkeypatch.setattr(properties, "measure", lambda: found)
+    monkeypatch.setattr(tool, "README", readme)
+    tables = properties.tables(found)
+    printed = "".join(f"{table.markdown()}\n\n" for table in tables)
+    written = complexity_tables.block(tables, "properties")
+    for words, text, said in (
+        ([], f"{begin}\nold\n{end}", ""),
+        (["--write"], written, f"{readme} written\n"),
+        (["--write"], written, f"{readme} was current\n"),
+    ):
+        assert tool.main(words) == 0
+        assert tuple(capsys.readouterr()) == (printed, said)
+        assert readme.read_text() == f"before\n\n{text}\n\nafter\n"
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_every_cell_of_the_measured_table(found, name):
     [table, _] = properties.tables({name: found[name]} | found)
@@ -84,8 +103,6 @@ def test_the_papers_marks(found):
 
 
 def test_the_readme_has_the_tables(found):
-    from dense.analysis import complexity_tables
-
     written = complexity_tables.read_block(ROOT / "backbones/README.md", "properties")
     assert written == complexity_tables.block(properties.tables(found), "properties")
 

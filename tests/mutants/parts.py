@@ -207,7 +207,7 @@ TESTS = {
     "tools/pretrain": (f"{P}/test_command.py", f"{P}/test_tool.py"),
     "tools/inspect_kernels": (f"{B}/test_kernel_inspection.py", f"{B}/test_triton_kernels.py"),
     "tools/pretrain": (f"{P}/test_tool.py",),
-    "tools/setup_environment": ("tests/test_setup.py",),
+    "tools/setup_environment": ("tests/test_setup.py", "tests/test_setting_up.py"),
     "tools/show_kernels": ("tests/test_properties.py",),
     "tools/test_segmentor": (
         f"{S}/test_command.py",
