@@ -203,6 +203,8 @@ TESTS = {
     "tools/benchmark": BENCHMARKS[1:],
     "tools/compare_families": (f"{P}/test_comparison.py",),
     "tools/complexity": ("tests/test_complexity.py",),
+    "tools/demo_chain": ("tests/test_demo_chain.py",),
+    "tools/demo": ("tests/test_demo.py", "tests/test_demo_commands.py"),
     "tools/inspect_kernels": (f"{B}/test_triton_kernels.py",),
     "tools/pretrain": (f"{P}/test_command.py", f"{P}/test_tool.py"),
     "tools/inspect_kernels": (f"{B}/test_kernel_inspection.py", f"{B}/test_triton_kernels.py"),
