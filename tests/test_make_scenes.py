@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dense.demo.scenes import MARKER, SHAPES, SceneOptions, polygons, read_marker, write_scenes
-from tests.support import run_tool
+from tests.support import load_tool, run_tool
 
 SMALL = SceneOptions(train=12, val=5, size=96, seed=3)
 ADE_SPLITS = {"train": "training", "val": "validation"}
@@ -148,6 +148,30 @@ def test_rerun_writes_nothing_and_other_options_replace(tmp_path):
 
     assert write_scenes(tmp_path, SceneOptions(train=1, val=1, size=64))
     assert len(list((tmp_path / "coco" / "train2017").iterdir())) == 1
+
+
+def test_what_the_tool_says(tmp_path, capsys):
+    tool, out = load_tool("make_scenes"), tmp_path / "scenes"
+    words = [str(out), *"--train 3 --val 2 --size 64 --seed 5".split()]
+    for state in ("written to", "already in"):
+        assert tool.main(words) == 0
+        said = capsys.readouterr()
+        assert said.out == f"3 training and 2 held-out scenes {state} {out}\n"
+        bars = [f"{name} scenes: 100%" in said.err for name in ("train", "val")]
+        assert bars == [state == "written to"] * 2
+    marker = {"version": 1, "train": 3, "val": 2, "size": 64, "seed": 5, "complete": True}
+    assert read_marker(out) == marker
+    (out / MARKER).unlink()
+    assert tool.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"make_scenes: {out / 'coco'} is there and holds no scenes made by this tool; name another "
+        "folder, or pass --overwrite to replace it\n"
+    )
+    assert tool.main([*words, "--overwrite"]) == 0 and read_marker(out) == marker
+    assert tool.main([*words, "--train", "0"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "make_scenes: train is 0; it must be between 1 and 999999"
+    )
 
 
 @pytest.mark.slow

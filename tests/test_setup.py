@@ -255,11 +255,26 @@ def test_the_build_tells_its_progress_and_its_failure(setup, tmp_path, capsys, m
         # subprocess has its own name of the clock.
         patched.setattr(setup, "time", SimpleNamespace(monotonic=lambda: next(clock)))
         setup.run_ninja("compiling", [*command, "0"], tmp_path / "log", None)
-    # 240 seconds for two files, and one is left.
-    assert "3 of 4 files, about 2 min left" in capsys.readouterr().out
+    # Nothing is known of the first; then 240 seconds for two files, and one is left.
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition("]")[2] for line in said] == [
+        "   1 of 4 files, about 2 min left",
+        "   3 of 4 files, about 2 min left",
+    ]
+    assert (tmp_path / "log").read_text() == "[1/4] c++ a\n[3/4] c++ b\n"
     with pytest.raises(setup.SetupError, match="compiling failed"):
         setup.run_ninja("compiling", [*command, "1"], tmp_path / "log", None)
     assert "[3/4] c++ b" in capsys.readouterr().err
+    # Of a long log the end is shown; what is no number of files is no progress.
+    build = "import os; [print(os.environ['WORD'], n) for n in range(40)]; exit('[x/4]')"
+    with pytest.raises(setup.SetupError):
+        environ = {**os.environ, "WORD": "line"}
+        setup.run_ninja("compiling", [sys.executable, "-c", build], tmp_path / "log", environ)
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.split("\n")[:-2] == [
+        *(f"line {n}" for n in range(11, 40)),
+        "[x/4]",
+    ]
 
 
 def test_the_lock_pins_what_every_extra_asks_for(setup):
