@@ -1,12 +1,22 @@
 import hashlib
+import io
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dense.demo.scenes import MARKER, SHAPES, SceneOptions, polygons, read_marker, write_scenes
+from dense.demo.scenes import (
+    MARKER,
+    SHAPES,
+    SceneOptions,
+    draw_scene,
+    polygons,
+    read_marker,
+    write_scenes,
+)
 from tests.support import load_tool, run_tool
 
 SMALL = SceneOptions(train=12, val=5, size=96, seed=3)
@@ -98,6 +108,100 @@ def test_shapes_stand_out_from_their_ground(scenes):
             distance = np.linalg.norm(shape - ground.mean(axis=0), axis=1)
             assert np.median(distance) > 45
             assert (shape @ [0.299, 0.587, 0.114]).std() > 20, "the texture shows"
+
+
+# Of scenes of 64x64 pixels by their seed: the shapes, their visible areas, and the sums of the
+# image and of its labels, each pixel times a weight of its own, as they were written down.
+DRAWN = {
+    0: ((0,), (908,), 402.2, -0.1153),
+    1: ((2, 0, 0), (229, 605, 566), -389.3, 22.8463),
+    2: ((0, 0), (684, 595), 615.2, 9.5435),
+    3: ((0, 0, 2), (527, 731, 387), -7205.8, -5.0016),
+    4: ((1, 1, 0), (440, 395, 750), 1029.8, -8.1574),
+    5: ((0, 0), (521, 643), -214.5, 4.0056),
+    6: ((1, 1), (789, 581), -2926.5, -10.9838),
+    7: ((0, 0, 1), (410, 402, 778), 610.0, -2.3664),
+    8: ((2, 1), (238, 497), -3184.3, 10.2617),
+    9: ((2, 2, 1), (377, 283, 646), -239.6, -5.5701),
+    10: ((0, 0), (390, 829), 46696.6, 0.0769),
+    11: ((0, 2, 1), (511, 212, 758), -5902.4, 1.2049),
+}
+
+
+def test_a_seed_gives_the_scenes_that_it_always_gave():
+    """The demo's and the chain's figures are of these."""
+    weights = np.sin(np.arange(64 * 64)).reshape(64, 64)
+    for seed, (classes, areas, colours, labels) in DRAWN.items():
+        scene = draw_scene(np.random.default_rng(seed), 64)
+        assert scene.classes == classes
+        assert tuple(mask.sum() for mask in scene.masks) == areas
+        # A grey level more or less is rounding of the processor's.
+        found = (scene.image * weights[..., None]).sum()
+        assert (found, (scene.labels() * weights).sum()) == (
+            pytest.approx(colours, abs=10),
+            pytest.approx(labels, abs=1e-3),
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        *(("train", 1, 999_999), ("val", 1, 999_999)),
+        *(("size", 64, 2048), ("seed", 0, 2**32 - 1)),
+    ],
+)
+def test_the_limits_of_each_option(name, low, high):
+    assert {getattr(SceneOptions(**{name: value}), name) for value in (low, high)} == {low, high}
+    for value in (low - 1, high + 1):
+        with pytest.raises(ValueError, match=f"^{name} is {value}; .* between {low} and {high}$"):
+            SceneOptions(**{name: value})
+
+
+def test_the_files_say_what_they_are(scenes):
+    for split, count, first in (("train", 12, 1), ("val", 5, 13)):
+        path = scenes / f"coco/annotations/instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        about = {"train": 12, "val": 5, "size": 96, "seed": 3}
+        assert content["info"] == {"description": "Generated scenes", "version": "1"} | about
+        assert content["categories"] == [
+            {"id": number, "name": name, "supercategory": "shape"}
+            for number, name in ((1, "disc"), (2, "box"), (3, "triangle"))
+        ]
+        assert content["licenses"] == []
+        ids = range(first, first + count)
+        assert content["images"] == [
+            {"id": number, "file_name": f"{number:012d}.jpg", "height": 96, "width": 96}
+            for number in ids
+        ]
+        of_image = {number: [] for number in ids}
+        for annotation in content["annotations"]:
+            of_image[annotation["image_id"]].append(annotation["id"])
+        for number, found in of_image.items():
+            assert found == [10 * number + index for index in range(len(found))]
+        long_name = ADE_SPLITS[split]
+        names = [f"ADE_{split}_{number:08d}" for number in range(1, count + 1)]
+        for kind, suffix in (("images", ".jpg"), ("annotations", ".png")):
+            folder = scenes / "ADEChallengeData2016" / kind / long_name
+            assert sorted(os.listdir(folder)) == [name + suffix for name in names]
+    with Image.open(scenes / "coco/train2017/000000000001.jpg") as photo:
+        again = io.BytesIO()
+        Image.new("RGB", (96, 96)).save(again, "JPEG", quality=92, subsampling=0)
+        with Image.open(again) as other:
+            assert photo.quantization == other.quantization and photo.layer == other.layer
+    assert sorted(os.listdir(scenes)) == ["ADEChallengeData2016", "coco", MARKER]
+
+
+def test_scenes_are_easy_by_their_make():
+    """One to three shapes of like frequency, mostly visible, textured with two colours apart."""
+    counts, kinds, noise = Counter(), Counter(), []
+    for seed in range(40):
+        scene = draw_scene(np.random.default_rng(seed), 64)
+        counts[len(scene.classes)] += 1
+        kinds.update(scene.classes)
+        ground = scene.image[~scene.masks.any(0)].astype(float)
+        noise.append(ground.std(0).mean())
+    assert set(counts) == {1, 2, 3} and set(kinds) == {0, 1, 2}
+    assert min(counts.values()) >= 6 and np.mean(noise) == pytest.approx(4, abs=0.1)
 
 
 def test_same_options_give_the_same_bytes(scenes, tmp_path):
@@ -195,6 +299,18 @@ def test_foreign_folders_are_kept_unless_told(tmp_path, folder):
     )
     assert result.returncode == 0, result.stderr
     assert not foreign.exists() and neighbour.read_text() == "kept"
+
+
+def test_a_link_is_replaced_and_its_folder_kept(tmp_path):
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    theirs.mkdir()
+    out.mkdir()
+    (theirs / "precious.txt").write_text("mine")
+    (out / "coco").symlink_to(theirs)
+    (out / "ADEChallengeData2016").write_text("a file")
+    assert write_scenes(out, SceneOptions(train=1, val=1, size=64), overwrite=True)
+    assert not (out / "coco").is_symlink() and (out / "coco/val2017").is_dir()
+    assert [path.name for path in theirs.iterdir()] == ["precious.txt"]
 
 
 def test_a_kill_leaves_no_half_set(tmp_path):

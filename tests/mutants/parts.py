@@ -211,6 +211,7 @@ TESTS = {
     "tools/inspect_kernels": (f"{B}/test_triton_kernels.py",),
     "tools/pretrain": (f"{P}/test_command.py", f"{P}/test_tool.py"),
     "tools/inspect_kernels": (f"{B}/test_kernel_inspection.py", f"{B}/test_triton_kernels.py"),
+    "tools/predict": ("tests/test_predict.py", "tests/test_predict_tool.py"),
     "tools/pretrain": (f"{P}/test_tool.py",),
     "tools/setup_environment": ("tests/test_setup.py", "tests/test_setting_up.py"),
     "tools/show_kernels": ("tests/test_properties.py",),
