@@ -234,6 +234,42 @@ def test_the_readmes_flops_of_the_smallest_are_current(name):
     assert f"{complexity.classifier(name).flops / 1e9:.2f}G" in row
 
 
+SMALLEST = {
+    "backbones": ("`dw_conv_nano`", "`swin_tiny`"),
+    "ablations": ("`swin_sliding`",),
+    "detection": ("[dw_conv_nano](cascade_mask_rcnn_dw_conv_nano.py)",),
+    "mmdetection": ("[i_d_dw_conv_nano](cascade-mask-rcnn_i_d_dw_conv_nano_fpn.py)",),
+    "segmentation": ("[dw_conv_nano](dw_conv_nano_upernet.py)",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", SMALLEST)
+def test_the_readmes_rows_of_the_smallest_are_current(section, monkeypatch):
+    """With FLOPs: of a network or config of each section, and of one at 384x384."""
+    needs(section)
+    found, tracked = tables._configs, []
+    monkeypatch.setattr(
+        tables,
+        "_configs",
+        lambda folder: [c for c in found(folder) if c[0].name in SMALLEST[section][0]],
+    )
+    rows = dict.fromkeys(["swin_sliding"], tables.ABLATIONS["swin_sliding"])
+    monkeypatch.setattr(tables, "ABLATIONS", rows)
+    monkeypatch.setattr(
+        tables, "MODEL_NAMES", ("dw_conv_nano",) if section == "backbones" else MODEL_NAMES
+    )
+    monkeypatch.setattr(paper, "TABLE_14", {("swin_tiny", 12): paper.TABLE_14["swin_tiny", 12]})
+    fresh = tables.SECTIONS[section].build(ROOT, True, lambda items: tracked.append(1) or items)
+    assert len(tracked) == len(fresh) == len(SMALLEST[section])
+    written = cells(
+        tables.read_block(ROOT / tables.SECTIONS[section].readme, tables.SECTIONS[section].tool)
+    )
+    for table, name in zip(fresh, SMALLEST[section], strict=True):
+        (row,) = table.cells()
+        assert row[0] == name and row in written and "?" not in row
+
+
 def test_a_block_is_written_once(tmp_path):
     table = tables.Table("Title:", (tables.Column("model", "name"),), [dict(name="a")])
     readme = tmp_path / "README.md"
