@@ -74,6 +74,27 @@ def test_a_classifier(trained, weights, tmp_path, capsys):
     assert few.head.fc.weight.equal(expected["head.fc.weight"][[2, 0]])
 
 
+def test_all_that_the_tool_says(trained, tmp_path, capsys):
+    work, *_ = trained
+    out, readme = tmp_path / "out", tmp_path / "README.md"
+    words = [str(work / "epoch_2.pth"), "--out", str(out)]
+    words += ["--config", str(work / "d_dw_conv_nano.py")]
+    # Another config beside it is not asked.
+    (work / "other.py").write_text("broken (")
+    assert tool.main(words) == 0
+    said = capsys.readouterr().out
+    files = [next(out.glob(f"*{suffix}")) for suffix in (".pth", ".safetensors")]
+    meta = torch.load(files[0], weights_only=True)["meta"]
+    row = "| `d_dw_conv_nano` | `d_dw_conv_nano` | 64x64 | 3 | 41.5 | 100.0 |"
+    expected = f"{tool.publish.as_json(meta)}\n{files[0]}\n{files[1]}\n{row}"
+    assert said.startswith(expected) and said.count("\n") == expected.count("\n") + 1
+    readme.write_text("# Title\n")
+    assert tool.main([*words, "--readme", str(readme)]) == 0
+    *_, line, last = capsys.readouterr().out.splitlines()
+    assert (line[: len(row)], last) == (row, f"{readme}: the table has the model's row")
+    assert row in readme.read_text()
+
+
 def test_the_options_of_a_network_are_published_with_it(trained, tmp_path):
     from mmengine.config import Config
 

@@ -45,10 +45,11 @@ def publish(work, folder):
     return load_tool("publish_checkpoint").main([str(word) for word in words])
 
 
-def test_the_folder_has_the_network_its_preprocessing_and_a_card(trained, tmp_path):
+def test_the_folder_has_the_network_its_preprocessing_and_a_card(trained, tmp_path, capsys):
     work, network = trained
     folder = tmp_path / "ants_and_bees"
     assert publish(work, folder) == 0
+    assert f"{folder}/README.md: the model card\n" in capsys.readouterr().out
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     assert model.config.id2label == dict(enumerate(CLASSES))
     for key, value in network.state_dict().items():
@@ -69,6 +70,18 @@ def test_the_folder_has_the_network_its_preprocessing_and_a_card(trained, tmp_pa
     text = card.text
     assert "3 classes for images of 64x64" in text and "| Top-1 accuracy | 41.5 |" in text
     assert 'from_pretrained("ants_and_bees")' in text and "{" not in text
+
+
+def test_the_config_that_is_named_decides(trained, tmp_path, capsys):
+    work, _ = trained
+    own = (work / "dw_conv_nano.py").rename(tmp_path / "own.py")
+    (work / "config.yaml").write_text("model: {backbone: {bottom_up: {name: dw_conv_nano}}}")
+    words = [work / "epoch_2.pth", "--out", work / "out", "--huggingface", tmp_path / "folder"]
+    tool = load_tool("publish_checkpoint")
+    assert tool.main([str(word) for word in words]) == 2
+    assert "config.yaml trains no classifier" in capsys.readouterr().err
+    assert tool.main([str(word) for word in (*words, "--config", own)]) == 0
+    assert (tmp_path / "folder/model.safetensors").is_file()
 
 
 def test_a_detector_is_refused(tmp_path, capsys):

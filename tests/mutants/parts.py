@@ -97,7 +97,11 @@ TESTS = {
     "dense/analysis/kernels": (f"{B}/test_triton_kernels.py",),
     "dense/analysis/comparison": (f"{P}/test_comparison.py", f"{P}/test_comparison_runs.py"),
     "dense/analysis/properties": ("tests/test_properties.py",),
-    "dense/analysis/": ("tests/test_complexity.py", "tests/test_recipes.py"),
+    "dense/analysis/": (
+        "tests/test_complexity.py",
+        "tests/test_complexity_tool.py",
+        "tests/test_recipes.py",
+    ),
     "dense/backbone": ("tests/dense/test_dense_backbone.py", f"{B}/test_norms.py"),
     "dense/demo": ("tests/test_make_scenes.py", "tests/test_demo.py"),
     "dense/detection/__init__": (f"{D}/test_backbone.py", "tests/test_packaging.py"),
@@ -205,7 +209,7 @@ TESTS = {
     "tools/benchmark": BENCHMARKS[1:],
     "tools/compare_families": (f"{P}/test_comparison.py",),
     "tools/compare_families": (f"{P}/test_comparison.py", f"{P}/test_comparison_runs.py"),
-    "tools/complexity": ("tests/test_complexity.py",),
+    "tools/complexity": ("tests/test_complexity.py", "tests/test_complexity_tool.py"),
     "tools/demo_chain": ("tests/test_demo_chain.py",),
     "tools/demo": ("tests/test_demo.py", "tests/test_demo_commands.py"),
     "tools/inspect_kernels": (f"{B}/test_triton_kernels.py",),
@@ -213,6 +217,10 @@ TESTS = {
     "tools/inspect_kernels": (f"{B}/test_kernel_inspection.py", f"{B}/test_triton_kernels.py"),
     "tools/predict": ("tests/test_predict.py", "tests/test_predict_tool.py"),
     "tools/pretrain": (f"{P}/test_tool.py",),
+    "tools/publish_checkpoint": (
+        "tests/test_publish_checkpoint.py",
+        "tests/huggingface/test_folder.py",
+    ),
     "tools/setup_environment": ("tests/test_setup.py", "tests/test_setting_up.py"),
     "tools/show_kernels": ("tests/test_properties.py",),
     "tools/test_segmentor": (
