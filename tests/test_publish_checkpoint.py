@@ -87,7 +87,8 @@ def test_all_that_the_tool_says(trained, tmp_path, capsys):
     meta = torch.load(files[0], weights_only=True)["meta"]
     row = "| `d_dw_conv_nano` | `d_dw_conv_nano` | 64x64 | 3 | 41.5 | 100.0 |"
     expected = f"{tool.publish.as_json(meta)}\n{files[0]}\n{files[1]}\n{row}"
-    assert said.startswith(expected) and said.count("\n") == expected.count("\n") + 1
+    # MMEngine's logger, if another test has started it, says more before.
+    assert expected in said and said.splitlines()[-1].startswith(row)
     readme.write_text("# Title\n")
     assert tool.main([*words, "--readme", str(readme)]) == 0
     *_, line, last = capsys.readouterr().out.splitlines()
