@@ -94,6 +94,12 @@ TESTS = {
     ),
     "dense/analysis/kernels": (f"{B}/test_kernel_inspection.py", f"{B}/test_triton_kernels.py"),
     "dense/analysis/comparison": (f"{P}/test_comparison.py",),
+    "dense/analysis/benchmark": ("tests/dense/test_benchmark.py",),
+    "dense/analysis/export_table": (
+        "tests/export/test_table.py",
+        "tests/export/test_table_rows.py",
+    ),
+    "dense/analysis/random_detectors": ("tests/export/test_detectors.py",),
     "dense/analysis/kernels": (f"{B}/test_triton_kernels.py",),
     "dense/analysis/comparison": (f"{P}/test_comparison.py", f"{P}/test_comparison_runs.py"),
     "dense/analysis/properties": ("tests/test_properties.py",),
