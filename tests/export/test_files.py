@@ -212,6 +212,7 @@ def test_what_is_no_exported_file(tmp_path):
         files.Runner(tmp_path / "a.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["openvino", "torch-export"])
 def test_files_of_others_are_told(kind, tmp_path):
     path = tmp_path / f"a{files.FORMATS[kind]}"

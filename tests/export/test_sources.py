@@ -321,6 +321,7 @@ def test_a_layers_kind(scopes, kind):
     assert _kind(SimpleNamespace(metadata_props=entries, op_type="Conv")) == kind
 
 
+@pytest.mark.slow
 def test_a_graph_is_of_one_image_where_its_network_says_so():
     """And of the channels and the type that it takes."""
     from dense.export.graphs import captured
