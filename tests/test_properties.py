@@ -171,6 +171,30 @@ def test_local_attention_repeats_attention_over_the_windows(weights):
 # The definitions, on operators that are known
 
 
+def test_parameters_and_statistics_are_drawn_as_said():
+    """By normal distributions of 0.5; biases of norms are 3 higher, variances 0.5 or more."""
+    norm = nn.BatchNorm2d(4096)
+    first, same = Measured(norm), Measured(nn.Identity())
+    assert not norm.training and not any(p.requires_grad for p in norm.parameters())
+    assert norm.weight.dtype == torch.float64 and norm.num_batches_tracked == 0
+    for drawn, mean in ((norm.weight, 0), (norm.bias, 3), (norm.running_mean, 0)):
+        assert drawn.mean() == pytest.approx(mean, abs=0.04)
+        assert drawn.std() == pytest.approx(0.5, rel=0.05)
+    # The mean of the absolute values of a normal distribution of 0.5, above 0.5.
+    assert norm.running_var.min() >= 0.5
+    assert norm.running_var.mean() == pytest.approx(0.5 + 0.5 * (2 / torch.pi) ** 0.5, abs=0.04)
+    assert first.x.shape == (SIZE, SIZE, CHANNELS) and first.x.dtype == torch.float64
+    assert first.x.std() == pytest.approx(1, rel=0.1)
+    assert same.x.equal(Measured(nn.Identity()).x)
+    assert not same.x.equal(Measured(nn.Identity(), seed=1).x)
+
+
+def test_a_short_measurement_shows_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr(properties, "modules", lambda: {"1x1 Conv.": nn.Linear(4, 4)})
+    assert properties.measure()["1x1 Conv."].full
+    assert capsys.readouterr().err == ""
+
+
 class Known(nn.Module):
     """A module that applies ``mix`` to ``(B, H, W, C)`` maps."""
 

@@ -240,6 +240,22 @@ def test_refused_in_one_line(words, message, detector, photos, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == f"export: {message}"
 
 
+def test_the_random_detector_that_files_are_compared_with(detector):
+    """Boxes move, scores differ and masks do: by weights larger than a training begins with."""
+    import torch
+
+    content = torch.load(detector, weights_only=True)
+    assert content["classes"] == ["cat", "dog", "bus"]
+    heads = content["model"]
+    scales = {"cls_score": 1.0, "bbox_pred": 0.1, "anchor_deltas": 0.1, "objectness_logits": 0.1}
+    scales |= {"mask_head": 0.1}
+    for part, scale in scales.items():
+        weights = [w for name, w in heads.items() if part in name and name.endswith(".weight")]
+        assert weights and all(w.std() == pytest.approx(scale, rel=0.3) for w in weights), part
+        biases = [w for name, w in heads.items() if part in name and name.endswith(".bias")]
+        assert all((w == 0).all() for w in biases)
+
+
 def test_other_detectors_are_refused(detector, monkeypatch):
     from detectron2.modeling.roi_heads import CascadeROIHeads
 
