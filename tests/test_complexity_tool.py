@@ -4,9 +4,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("fvcore", reason="fvcore, which counts FLOPs, is not installed")
 
+from dense.analysis import complexity
 from dense.analysis import complexity_tables as tables
 from tests.support import load_tool
 
@@ -228,3 +231,64 @@ def test_counts_are_added():
     assert tables.Count(1, 2) + tables.Count(3, 4) == (4, 6)
     for one, other in (((1, None), (3, 4)), ((1, 2), (3, None))):
         assert tables.Count(*one) + tables.Count(*other) == (4, None)
+
+
+# The block in a README
+
+
+def test_a_block_is_found_wherever_it_is(tmp_path):
+    readme = tmp_path / "README.md"
+    begin, end = tables.markers("complexity ablations")
+    assert (begin, end) == (
+        "<!-- Written by: python tools/complexity.py ablations --write -->",
+        "<!-- End of what tools/complexity.py ablations writes. -->",
+    )
+    block = f"{begin}\nrows\n{end}"
+    for before, after in (("", ""), ("a\n", "\nb"), ("", "\nb"), ("a\n", "")):
+        readme.write_text(before + block + after)
+        assert tables.read_block(readme, "complexity ablations") == block
+        with pytest.raises(ValueError, match="README.md has no lines"):
+            tables.read_block(readme)
+    for text in (begin, end, f"{end}\n{begin}"):
+        readme.write_text(text)
+        with pytest.raises(ValueError) as error:
+            tables.read_block(readme, "complexity ablations")
+        assert str(error.value) == (
+            f"{readme} has no lines {begin!r} and {end!r} for the tables to go between"
+        )
+
+
+# What is counted
+
+
+@pytest.mark.parametrize(
+    ("count", "package", "extra"),
+    [
+        (complexity.segmentor, "mmseg", "segmentation"),
+        (complexity.mmdet_detector, "mmdet", "mmdetection"),
+        (complexity.detectron2_detector, "detectron2", "detection"),
+    ],
+)
+def test_a_framework_that_is_missing_is_named(count, package, extra, monkeypatch):
+    monkeypatch.setattr("dense.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"^{package} is not installed.*\[{extra}\]"):
+        count("absent.py")
+
+
+def test_a_model_that_is_counted_stays_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5)).train()
+    model[0].weight.requires_grad_(False)
+    model.register_buffer("other", torch.zeros(99))
+    # Two products for each of a norm's numbers, and no bias.
+    assert complexity.flops(model, (2, 3, 4, 6)) == 2 * 4 * 6 * (5 * 27 + 2 * 5)
+    assert complexity.parameters(model) == 5 * 27 + 5 + 10
+    assert model.training and {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_a_classifier_is_counted_without_its_flops():
+    whole = complexity.classifier("swin_nano", 64)
+    assert complexity.classifier("swin_nano", 64, with_flops=False) == (whole.parameters, None)
+    assert complexity.classifier("swin_nano", 64, window_size=7) == whole
+    assert complexity.classifier("swin_nano", 64, None, num_classes=10).parameters == (
+        whole.parameters - 990 * (256 + 1)
+    )
