@@ -139,7 +139,7 @@ TESTS = {
     ),
     "dense/detection/": (f"{D}/test_train.py", f"{D}/test_resuming.py", "tests/test_predict.py"),
     "dense/coco": ("tests/test_coco_results.py",),
-    "dense/drawing": ("tests/test_overlays.py", "tests/test_demo.py", "tests/test_properties.py"),
+    "dense/drawing": ("tests/dense/test_drawing.py", "tests/test_overlays.py"),
     "dense/export": ("tests/export",),
     "dense/files": ("tests/dense/test_files.py",),
     "dense/finite": ("tests/dense/test_finite.py",),
