@@ -114,8 +114,9 @@ def _photo(name: str, read: Callable[[], bytes]) -> Photo:
             turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
             shown = to_rgb(opened)
     except Exception as error:
-        reason = " ".join(str(error).split()).replace(f"{io.BytesIO.__name__}", "file")
-        return Photo(name, digest, fault=reason.partition("<_io.")[0] or type(error).__name__)
+        # Pillow names the object in memory.
+        reason = " ".join(str(error).split()).partition(" <_io.")[0]
+        return Photo(name, digest, fault=reason or type(error).__name__)
     return Photo(name, digest, shown.size, mode, turned)
 
 
