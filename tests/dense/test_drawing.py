@@ -116,6 +116,8 @@ def test_a_legend_is_laid_out_in_lines(pens):
     # Text of 11 pixels in lines of 16; a gap of 5 around all.
     assert low.shape == (40 + 21 + 16, 94, 3) and narrow.shape == (40 + 37 + 16, 93, 3)
     assert (low[:40] == image).all() and (low[40:] == 255).all()
+    drawing.with_legend(image, {"a name that is wider": (1, 2, 3)})
+    assert pens.pop().rectangles[0][0] == (5, 45, 16, 56)
     for pen, places in zip(
         pens, ([(5, 45), (57, 45), (5, 61)], [(5, 45), (5, 61), (5, 77)]), strict=True
     ):

@@ -1,7 +1,11 @@
 """The first line of a training, and what shows how long it will take."""
 
 import logging
+import os
+import platform
 import sys
+from dataclasses import replace
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +33,88 @@ def test_the_line():
         "training on CPU, 2 threads in float32: 100 steps of 16 of 800 images (2 epochs), "
         "random weights"
     )
+    start = replace(start, images=None)
+    assert (
+        str(start)
+        == "training on CPU, 2 threads in float32: 100 steps of 16 images, random weights"
+    )
+    start = replace(start, images=0, steps=3, batch=7)
+    assert "3 steps of 7 of 0 images (21 epochs)" in str(start)
+    assert "3 steps of 7 of 16 images (1.31 epochs)" in str(replace(start, images=16))
+
+
+def test_the_initial_weights_say_what_they_gave():
+    def network(source, *counts):
+        names = [[f"{n}" for n in range(count)] for count in counts]
+        part = nn.Identity()
+        keys = ("matched", "missing", "resized")
+        part.load_report = SimpleNamespace(source=source, **dict(zip(keys, names, strict=True)))
+        return part
+
+    one, two = network("a.pth", 3, 4, 0), network("b.pth", 9, 0, 2)
+    empty = nn.Identity()
+    empty.load_report = None
+    assert journal.weights(nn.Sequential(nn.Identity(), empty)) == "random weights"
+    assert journal.weights(nn.Sequential(one, empty, nn.Sequential(two))) == (
+        "weights of a.pth: 3 of 7 entries; weights of b.pth: 9 of 9 entries, 2 resized"
+    )
+
+
+def test_a_training_is_entered_and_ended(tmp_path, monkeypatch, caplog):
+    start = journal.Start("CPU, 2 threads", "float32", 16, 800, 100, "random weights")
+    times = iter((100.0, 200.0, 207.26))
+    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(journal, "peak_memory", lambda: 512.6)
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", "my config.py"])
+    monkeypatch.setattr(journal, "versions", lambda: {"torch": "2.9"})
+    monkeypatch.chdir(tmp_path)
+    journal.end(tmp_path)
+    assert journal.read(tmp_path) == [] and not (tmp_path / journal.FILE).exists()
+    journal.begin(tmp_path, start, None)
+    journal.begin(tmp_path, start, "my config.py")
+    journal.end(tmp_path)
+    first, second = journal.read(tmp_path)
+    began = datetime.fromisoformat(second.pop("began"))
+    assert abs(datetime.now() - began) < timedelta(minutes=10) and began.microsecond == 0
+    assert second == {
+        "command": "python tools/train.py 'my config.py'",
+        "config": str(tmp_path / "my config.py"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "torch": "2.9"},
+        **{"device": "CPU, 2 threads", "precision": "float32", "batch": 16, "images": 800},
+        **{"steps": 100, "weights": "random weights", "seconds": 7.3, "peak_memory_mb": 513},
+    }
+    assert first["config"] is None and "seconds" not in first
+    text = (tmp_path / journal.FILE).read_text()
+    assert text.startswith('[\n {\n  "command": "python tools/train.py'), "in lines"
+    # What is no list of entries is none; a folder that is gone ends no training.
+    (tmp_path / journal.FILE).write_text("{}")
+    assert journal.read(tmp_path) == []
+    (tmp_path / journal.FILE).write_text("[{")
+    assert journal.read(tmp_path) == [] == journal.read(tmp_path / "gone")
+    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    journal.begin(tmp_path / "gone", start, None)
+    assert "run.json is not written: " in caplog.text
+    # Of a training of another process nothing is known.
+    monkeypatch.setattr(journal, "_BEGAN", {})
+    journal.begin(tmp_path, start, None)
+    journal._BEGAN.clear()
+    journal.end(tmp_path)
+    assert "seconds" not in journal.read(tmp_path)[0]
+
+
+def test_the_peak_of_memory_is_in_mb(monkeypatch):
+    peak = SimpleNamespace(ru_maxrss=3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        journal.resource, "getrusage", lambda who: {journal.resource.RUSAGE_SELF: peak}[who]
+    )
+    for platform_, expected in (("linux", 3 * 2**10), ("darwin", 3)):
+        monkeypatch.setattr(journal.sys, "platform", platform_)
+        assert journal.peak_memory() == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**20)
+    assert journal.peak_memory() == 5
 
 
 def test_what_mmengines_runner_starts_with(monkeypatch):

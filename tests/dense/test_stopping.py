@@ -37,7 +37,31 @@ def test_evaluations_of_a_log(tmp_path):
 
 def test_numbers_in_proportion():
     assert [scaled(n, 0.1) for n in (500, 15, 3, 0, -1)] == [50, 2, 1, 0, -1]
-    assert scaled(1500, 0.5) == 750
+    assert scaled(1500, 0.5) == 750 and scaled(1, 0.01) == 1 and scaled(1, 3) == 3
+
+
+def test_the_help_of_the_shared_options(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    parser = argparse.ArgumentParser("train", add_help=False)
+    add_run_options(parser.add_argument, "epochs", "work dir")
+    moved = "warm-up, milestones, evaluation and checkpoints move in proportion"
+    options = [
+        (
+            "--resume, --auto-resume",
+            "continue from the last complete checkpoint; without one, begin",
+        ),
+        ("--overwrite", "remove the training that the work dir holds"),
+        ("--epochs N", f"train N epochs: {moved}"),
+        (
+            "--early-stop N",
+            "stop when the metric of the best checkpoint has not risen in N evaluations",
+        ),
+    ]
+    words = parser.format_help().partition("options:\n")[2].split()
+    assert " ".join(words) == " ".join(" ".join(pair) for pair in options)
+    defaults = dict(resume=False, overwrite=False, epochs=None, early_stop=None)
+    assert vars(parser.parse_args([])) == defaults
+    assert parser.parse_args(["--resume", "--overwrite", "--epochs", "1"]).overwrite is True
 
 
 def test_both_names_of_resuming_and_numbers_below_one(capsys):
