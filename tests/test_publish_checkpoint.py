@@ -1,6 +1,7 @@
 """What is published is what was trained, says what it is, and loads."""
 
 import hashlib
+import json
 import re
 import shutil
 
@@ -94,6 +95,100 @@ def test_all_that_the_tool_says(trained, tmp_path, capsys):
     *_, line, last = capsys.readouterr().out.splitlines()
     assert (line[: len(row)], last) == (row, f"{readme}: the table has the model's row")
     assert row in readme.read_text()
+
+
+def test_all_that_is_known_of_a_model(trained, tmp_path, capsys):
+    work, *_ = trained
+    done = tool.publish.publish(work / "epoch_2.pth", tmp_path / "out")
+    assert done.meta == {
+        "model": "d_dw_conv_nano",
+        "classes": CLASSES,
+        "image_size": 64,
+        "crop_pct": 1.0,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "recipe": "d_dw_conv_nano",
+        "weights": "averaged",
+        "metrics": {"top1": 41.5, "top5": 100.0},
+        "options": {"img_size": 64},
+        "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
+    }
+    first, second = done.files
+    assert (first.suffix, second.suffix) == (".pth", ".safetensors")
+    assert done.line == (
+        f"| `d_dw_conv_nano` | `d_dw_conv_nano` | 64x64 | 3 | 41.5 | 100.0 | `{first.name}` |"
+    )
+    assert sorted((tmp_path / "out").iterdir()) == sorted(done.files)
+    content = torch.load(first, weights_only=True)
+    assert content["meta"] == done.meta
+    shown = json.loads(tool.publish.as_json(done.meta))
+    assert shown == done.meta | {"classes": 3}
+    assert tool.publish.as_json({"classes": None}) == '{\n "classes": 0\n}'
+    with pytest.raises(ValueError, match="weights 'best': averaged and model are valid"):
+        tool.publish.publish(work / "epoch_2.pth", tmp_path / "out", weights="best")
+    # Without an average the weights are the model's, whatever is asked for.
+    content = torch.load(work / "epoch_2.pth", weights_only=True)
+    del content["ema_state_dict"]
+    torch.save(content, work / "epoch_2.pth")
+    done = tool.publish.publish(work / "epoch_2.pth", tmp_path / "out")
+    assert done.meta["weights"] == "model"
+    # A config of another name, and figures that no log has.
+    shutil.rmtree(work / "20260101_000000")
+    (tmp_path / "named.py").write_text((work / "d_dw_conv_nano.py").read_text())
+    options = dict(config=tmp_path / "named.py", weights="model")
+    done = tool.publish.publish(work / "epoch_2.pth", tmp_path / "out", **options)
+    assert (done.meta["recipe"], done.meta["metrics"]) == ("named", {})
+    assert done.line.endswith(f"| `named` | 64x64 | 3 |  |  | `{done.files[0].name}` |")
+
+
+@pytest.mark.parametrize("weights, key", [("averaged", "state_dict"), ("model", "ema_state_dict")])
+def test_weights_that_are_not_finite_are_not_published(trained, tmp_path, weights, key):
+    work, *_ = trained
+    content = torch.load(work / "epoch_2.pth", weights_only=True)
+    next(iter(content[key].values())).fill_(float("nan"))
+    torch.save(content, work / "epoch_2.pth")
+    for chosen in ("averaged", "model"):
+        options = dict(weights=chosen)
+        if chosen == weights:
+            with pytest.raises(backbones.CheckpointError, match="has NaN or infinite values"):
+                tool.publish.publish(work / "epoch_2.pth", tmp_path / "out", **options)
+        else:
+            tool.publish.publish(work / "epoch_2.pth", tmp_path / "out", **options)
+
+
+def test_the_table_is_sorted_and_replaced_by_recipe(tmp_path):
+    def published(recipe, file):
+        line = f"| `m` | `{recipe}` | `{file}` |"
+        return tool.publish.Published((), {"recipe": recipe}, line)
+
+    readme = tmp_path / "README.md"
+    for recipe, file in (("b", "1"), ("a", "2"), ("ab", "3"), ("b", "4")):
+        tool.publish.write_line(published(recipe, file), readme)
+    begin = "<!-- Published models, by tools/publish_checkpoint.py. -->"
+    table = (
+        f"{begin}\n\n| model | recipe | image | classes | top-1 | top-5 | file |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| `m` | `a` | `2` |\n| `m` | `ab` | `3` |\n| `m` | `b` | `4` |\n\n<!-- End of them. -->"
+    )
+    assert readme.read_text() == f"## Published models\n\n{table}\n"
+    readme.write_text(f"# Title\n{table}\nAfter.\n")
+    tool.publish.write_line(published("c", "5"), readme)
+    rows = table.replace("`4` |\n", "`4` |\n| `m` | `c` | `5` |\n")
+    assert readme.read_text() == f"# Title\n{rows}\nAfter.\n"
+
+
+def test_figures_are_those_of_the_checkpoints_iteration(tmp_path):
+    lines = [{"total_loss": 1.0, "iteration": 9}]
+    lines += [{"bbox/AP": 10.0 + n, "iteration": n} for n in (8, 10, 11)]
+    lines += [{"segm/AP": float("nan"), "iteration": 10}, {"segm/AP50": 5.12345, "iteration": 9}]
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = tool.publish._metrics
+    # Detectron2 counts an evaluation at the end as one iteration later.
+    expected = {"bbox/AP": 20.0, "segm/AP50": 5.123}
+    assert metrics(tmp_path / "model.pth", {"iteration": 9}) == expected
+    assert metrics(tmp_path / "model.pth", {"meta": {"iter": 7}}) == {"bbox/AP": 18.0}
+    assert metrics(tmp_path / "model.pth", {"meta": {"iter": 13}}) == {}
+    assert metrics(tmp_path / "model.pth", {"meta": 3}) == {**expected, "bbox/AP": 21.0}
 
 
 def test_the_options_of_a_network_are_published_with_it(trained, tmp_path):

@@ -1,12 +1,14 @@
 """Folders of trainings: an earlier training is not overwritten, two do not share a folder."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +45,123 @@ def test_overwriting_removes_the_training_alone_and_only_when_it_starts(tmp_path
         start()
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [runs.LOCK, "notes.md", "photo.jpg", "weights.pth"]
+
+
+def test_everything_of_a_training_is_removed_and_nothing_else(tmp_path):
+    """Of the three trainings, files and folders."""
+    written = ["inference/a.json", "evaluation/b.json", "20260101_120000/vis_data/scalars.json"]
+    written += [
+        "events.out.tfevents.1.host",
+        "metrics.png",
+        "results.json",
+        "log.txt",
+        "last_checkpoint",
+    ]
+    written += ["model_final.pth", "best_mIoU_iter_8.pth", "a.pth.partial"]
+    others = [
+        "20260101_12000/a",
+        "x20260101_120000/a",
+        "inference.txt",
+        "mine.pth",
+        "my_model_1.pth",
+    ]
+    others += ["log.md", "config.py", "20260101_120000.txt", "deep/model_final.pth"]
+    for name in (*written, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    runs._clear(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(others)
+    assert not {"inference", "evaluation", "20260101_120000"} & {p.name for p in tmp_path.iterdir()}
+    runs._clear(tmp_path)
+
+
+def test_the_newest_checkpoint_names_a_training(tmp_path):
+    assert runs.earlier(tmp_path) is None
+    for name in (
+        "20260101_120000/vis_data/scalars.json",
+        "metrics.json",
+        "best_a.pth",
+        "iter_1.pth",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        assert runs.earlier(tmp_path) == name
+    (tmp_path / "iter_2.pth").touch()
+    assert runs.earlier(tmp_path) == "iter_2.pth"
+    with claimed(tmp_path, resume=True, overwrite=False) as start:
+        start()
+    assert (tmp_path / "iter_2.pth").exists()
+
+
+def test_a_training_neither_waits_for_its_folder_nor_lends_it(tmp_path, monkeypatch):
+    asked, locked = [], runs.locked
+    monkeypatch.setattr(runs, "locked", lambda *a, **k: asked.append((a, k)) or locked(*a, **k))
+    with claimed(str(tmp_path / "a/b"), resume=False, overwrite=False, first=True):
+        assert (tmp_path / "a/b" / runs.LOCK).is_file()
+    with claimed(tmp_path / "c", resume=False, overwrite=False, first=False) as start:
+        start()
+    assert asked == [((tmp_path / "a/b",), dict(patience=0, inherited=False))]
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("patience, sleeps", [(0, 1), (1, 3), (15, 31)])
+def test_a_lock_is_waited_for(tmp_path, monkeypatch, patience, sleeps):
+    slept, answers = [], []
+
+    def lock(descriptor, inherited):
+        assert os.fstat(descriptor) and inherited
+        return answers.pop(0)
+
+    monkeypatch.setattr(runs, "_lock", lock)
+    clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
+    monkeypatch.setattr(runs, "time", clock)
+    options = {} if patience == 15 else {"patience": patience}
+    answers += [False] * sleeps + [True]
+    with runs.locked(tmp_path, **options) as descriptor:
+        assert os.path.samestat(os.fstat(descriptor), os.stat(tmp_path / runs.LOCK))
+    assert slept == [0.5] * sleeps
+    slept.clear()
+    answers[:] = [False] * (sleeps + 1)
+    with pytest.raises(RunError, match=f"another run, or .* works in {tmp_path}: wait"):
+        with runs.locked(tmp_path, **options):
+            pass
+    assert slept == [0.5] * sleeps and not answers
+
+
+def test_who_holds_a_lock_and_where_there_are_none(monkeypatch):
+    calls, flags = [], fcntl.LOCK_EX | fcntl.LOCK_NB
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, lambda *a, name=name: calls.append((name, *a)))
+    assert runs._lock(5, True) and runs._lock(6, False)
+    assert calls == [("flock", 5, flags), ("lockf", 6, flags)]
+    # Of a network file system without locks.
+    free = {errno.EAGAIN: False, errno.EACCES: False, errno.ENOLCK: True, errno.ENOTSUP: True}
+    for number, found in {**free, errno.EIO: None}.items():
+
+        def refused(*_, number=number):
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(fcntl, "flock", refused)
+        if found is None:
+            with pytest.raises(OSError, match="no"):
+                runs._lock(5, True)
+        else:
+            assert runs._lock(5, True) is found
+
+
+@pytest.mark.parametrize(
+    "launcher, variable",
+    [("pytorch", "RANK"), ("slurm", "SLURM_PROCID"), ("mpi", "OMPI_COMM_WORLD_RANK")],
+)
+def test_the_first_of_a_launchers_processes(monkeypatch, launcher, variable):
+    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert runs.is_first(launcher) and runs.is_first("none")
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv(variable, rank)
+        assert runs.is_first(launcher) is (rank == "0") and runs.is_first("none")
+        assert runs.is_first() is (rank == "0" or launcher != "pytorch")
 
 
 def test_both_options(tmp_path):
@@ -107,6 +226,60 @@ def test_a_signal_is_remembered(number):
     finally:
         for n, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(n, handler)
+
+
+def test_a_second_signal_stops_at_once(monkeypatch):
+    handlers, sent = {}, []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(os, "kill", lambda *pair: sent.append((*pair, dict(handlers))))
+    stop = Stop()
+    assert set(handlers) == {signal.SIGINT, signal.SIGTERM}
+    handlers[signal.SIGTERM](15, None)
+    assert stop.asked == 15 and not sent
+    handlers[signal.SIGINT](2, None)
+    [(process, number, found)] = sent
+    assert (process, number, found[signal.SIGINT]) == (os.getpid(), 2, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    "name, ends",
+    [(n, True) for n in ("ENOSPC", "EDQUOT", "EACCES", "EROFS", "EPERM")] + [("EIO", False)],
+)
+@pytest.mark.parametrize("file", ["a.pth", None])
+def test_a_disk_that_takes_no_more_is_one_line(name, ends, file):
+    def work():
+        raise OSError(getattr(errno, name), "no more", *filter(None, [file]))
+
+    with pytest.raises(SystemExit if ends else OSError) as ended:
+        runs.run_tool("train", work)
+    if ends:
+        assert ended.value.code == f"train: {file or 'a file'}: no more"
+
+
+def test_an_error_of_several_lines_is_one(monkeypatch):
+    def work():
+        raise KeyError("a\n  b")
+
+    with pytest.raises(SystemExit, match=r"^train: 'a\\n b'$"):
+        runs.run_tool("train", work, ValueError, KeyError)
+    assert runs.run_tool("train", lambda: 5) is None
+
+
+def test_a_stopped_training_leaves_no_worker(monkeypatch, capsys):
+    ended = []
+    workers = [SimpleNamespace(kill=lambda n=n: ended.append(n)) for n in "ab"]
+    monkeypatch.setattr(runs.multiprocessing, "active_children", lambda: workers)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--overwrite", "a b"])
+
+    def work():
+        raise Stopped(15, "iter_5.pth")
+
+    runs.run_tool("train", work)
+    assert ended == ["a", "b", 143]
+    assert capsys.readouterr().err == (
+        "train: stopped; iter_5.pth is written. To go on: python train.py 'a b' --resume\n"
+    )
 
 
 ENDS = """

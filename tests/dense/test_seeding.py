@@ -1,5 +1,7 @@
 """Each sample and each iteration draws numbers of its own, and the same ones in a resumed run."""
 
+import pickle
+import random
 from collections.abc import Callable
 from itertools import product
 from types import SimpleNamespace
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dense.seeding import ITERATION, SAMPLE, mixed, seeded
+from dense.seeding import ITERATION, SAMPLE, Place, SeededDataset, mixed, seed_all, seeded
 
 PROCESSES, ITERATIONS, EPOCHS = 2, 5, 3
+# The first of each generator with the seed 5.
+NUMBERS = [0.6229017, 0.2219932, 0.8302519]
 
 
 def openmmlab_iteration(seed: int, rank: int, iteration: int, patch) -> torch.Tensor:
@@ -97,3 +101,61 @@ def test_epochs_have_orders_of_their_own():
     )
     indices = [int(place) for place, _ in endless]
     assert {tuple(indices[i : i + 50]) for i in (0, 50, 100)} == orders and len(orders) == EPOCHS
+
+
+def drawn() -> list[float]:
+    """A number of each generator."""
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+def test_seeds_are_the_same_on_every_machine():
+    """A resumed run draws what the run before it would have, in whatever version."""
+    assert [mixed(0), mixed(1, 2), mixed(2, 1)] == [2968811710, 1596810411, 307626447]
+    with seeded(5):
+        assert drawn() == pytest.approx(NUMBERS)
+
+
+def test_a_seed_is_of_all_generators_and_ends_with_its_block(monkeypatch):
+    on_gpus = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", on_gpus.append)
+    with seeded(7):
+        before = drawn()
+        for _ in range(2):
+            with pytest.raises(KeyError), seeded(5):
+                assert drawn() == pytest.approx(NUMBERS)
+                raise KeyError
+        after = drawn()
+    assert on_gpus == []
+    with seeded(7):
+        assert [drawn(), drawn()] == [before, after]
+        seed_all(5)
+        assert drawn() == pytest.approx(NUMBERS) and on_gpus == [5]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        seed_all(6)
+        assert on_gpus == [5]
+
+
+class Noisy(list):
+    classes = ("a", "b")
+
+    def __getitem__(self, index):
+        assert type(index) is not Place
+        return index, drawn()
+
+
+def test_a_place_brings_its_seed_through_processes():
+    place = pickle.loads(pickle.dumps(Place(3, 5)))
+    assert (place, place.seed) == (3, 5)
+    data = pickle.loads(pickle.dumps(SeededDataset(Noisy("abcd"))))
+    assert len(data) == 4 and data.classes == ("a", "b")
+    with seeded(7):
+        before = drawn()
+    with seeded(7):
+        index, numbers = data[place]
+        assert index == 3 and type(index) is int and numbers == pytest.approx(NUMBERS)
+        # The process's own numbers go on as if nothing had been drawn.
+        assert data[2] == (2, before)
+    assert not hasattr(data, "absent") and not hasattr(
+        SeededDataset.__new__(SeededDataset), "dataset"
+    )

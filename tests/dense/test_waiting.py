@@ -1,8 +1,12 @@
 """A wait that takes long is named, a short one and one of another process is not."""
 
+import sys
 import time
+from types import SimpleNamespace
 
-from dense.waiting import waiting
+import pytest
+
+from dense.waiting import _is_first, waiting
 from tests.processes import run_python
 
 
@@ -20,6 +24,54 @@ def test_a_short_wait_and_other_ranks_are_silent(capsys, monkeypatch):
     with waiting("another rank's", after=0):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
+
+
+def test_the_first_process_alone_speaks_after_two_seconds(monkeypatch, capsys):
+    timers = []
+
+    class Timer:
+        def __init__(self, after, say):
+            self.after, self.say, self.events = after, say, []
+            timers.append(self)
+
+        def start(self):
+            self.events.append(("start", self.daemon))
+
+        def cancel(self):
+            self.events.append("cancel")
+
+    monkeypatch.setattr("dense.waiting.threading.Timer", Timer)
+    times = iter((10.0, 20.0, 23.4, 30.0))
+    monkeypatch.setattr("dense.waiting.time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.delenv("RANK", raising=False)
+
+    def launched(available, initialized, rank):
+        found = SimpleNamespace(
+            is_available=lambda: available,
+            is_initialized=lambda: initialized,
+            get_rank=lambda: rank,
+        )
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(distributed=found))
+
+    launched(True, True, 1)
+    with waiting("reading"):
+        pass
+    launched(True, True, 0)
+    with pytest.raises(ValueError), waiting("reading"):
+        timers[-1].say()
+        raise ValueError
+    assert [timer.after for timer in timers] == [2.0, 2.0]
+    # It does not keep a program that ends.
+    assert [timer.events for timer in timers] == [["cancel"], [("start", True), "cancel"]]
+    assert capsys.readouterr().err == "reading ...\nreading: 3 s\n"
+    for available, initialized, rank, variable, first in (
+        *((True, False, 1, None, True), (False, True, 1, None, True), (True, True, 1, "0", False)),
+        *((True, True, 0, "1", True), (True, False, 0, "1", False), (True, False, 0, "0", True)),
+    ):
+        launched(available, initialized, rank)
+        if variable:
+            monkeypatch.setenv("RANK", variable)
+        assert _is_first() is first
 
 
 SILENT = """
