@@ -18,6 +18,7 @@ IN_C = ("depthwise.c", "inhomogeneous.c", "matrix.h", "product.h", "sliding.c", 
 BENCHMARK = "tests/dense/test_benchmark"
 BENCHMARKS = tuple(f"{BENCHMARK}{part}.py" for part in ("_plans", "", "_results"))
 LINES = "tests/test_command_lines.py"
+BARS = "tests/dense/test_bars.py"
 FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
 FILES = ("checkpoints", "load_reports", "layouts", "released")
 FILES = tuple(f"{B}/test_{name}.py" for name in FILES)
@@ -112,19 +113,19 @@ TESTS = {
     "dense/demo": ("tests/test_make_scenes.py", "tests/test_demo.py"),
     "dense/detection/__init__": (f"{D}/test_backbone.py", "tests/test_packaging.py"),
     "dense/segmentation/__init__": (f"{S}/test_registration.py", "tests/test_packaging.py"),
-    "dense/detection/browsing": (f"{D}/test_pages.py",),
-    "dense/detection/reporting": (f"{D}/test_pages.py",),
-    "dense/pretraining/browsing": (f"{P}/test_pages.py",),
-    "dense/pretraining/reporting": (f"{P}/test_pages.py",),
-    "dense/segmentation/browsing": (f"{S}/test_pages.py",),
-    "dense/segmentation/reporting": (f"{S}/test_pages.py",),
+    "dense/detection/browsing": (f"{D}/test_pages.py", BARS),
+    "dense/detection/reporting": (f"{D}/test_pages.py", BARS),
+    "dense/pretraining/browsing": (f"{P}/test_pages.py", BARS),
+    "dense/pretraining/reporting": (f"{P}/test_pages.py", BARS),
+    "dense/segmentation/browsing": (f"{S}/test_pages.py", BARS),
+    "dense/segmentation/reporting": (f"{S}/test_pages.py", BARS),
     "dense/run_report": (
         "tests/dense/test_run_report.py",
         *(f"{part}/test_pages.py" for part in (P, S, D)),
     ),
     "dense/detection/announcing": ("tests/dense/test_journal.py", f"{D}/test_pages.py"),
     "dense/openmmlab/announcing": ("tests/dense/test_journal.py", f"{S}/test_pages.py"),
-    "dense/detection/annotations": (f"{D}/test_annotations.py",),
+    "dense/detection/annotations": (f"{D}/test_annotations.py", BARS),
     "dense/detection/cascade": (f"{D}/test_cascade.py",),
     "dense/detection/checkpoint": (f"{D}/test_checkpoint.py",),
     "dense/detection/data": (f"{D}/test_data.py", f"{D}/test_train.py"),
@@ -144,7 +145,12 @@ TESTS = {
     "dense/files": ("tests/dense/test_files.py",),
     "dense/finite": ("tests/dense/test_finite.py",),
     "dense/huggingface": ("tests/huggingface",),
-    "dense/images": (f"{P}/test_data.py", f"{S}/test_data.py", "tests/test_predict.py"),
+    "dense/images": (
+        "tests/dense/test_images.py",
+        f"{P}/test_data.py",
+        f"{S}/test_data.py",
+        "tests/test_predict.py",
+    ),
     "dense/metrics": ("tests/test_plot_metrics.py", "tests/dense/test_stopping.py"),
     "dense/openmmlab/mmcv": ("tests/test_mmcv_ext.py",),
     "dense/openmmlab/mmdetection": ("tests/test_mmdetection.py",),
@@ -177,7 +183,10 @@ TESTS = {
     "dense/recipes": ("tests/test_recipes.py", "tests/test_packaging.py"),
     "dense/report": ("tests/test_demo.py", f"{P}/test_comparison.py"),
     "dense/runs": ("tests/dense/test_runs.py",),
-    "dense/seeding": (f"{P}/test_resuming.py", f"{S}/test_resuming.py", f"{D}/test_resuming.py"),
+    "dense/seeding": (
+        "tests/dense/test_seeding.py",
+        *(f"{part}/test_resuming.py" for part in (P, S, D)),
+    ),
     "dense/segmentation/config": (
         f"{S}/test_configs.py",
         f"{S}/test_tools.py",
@@ -186,7 +195,7 @@ TESTS = {
     ),
     "dense/segmentation/predictor": ("tests/test_predict.py",),
     "dense/segmentation/": (f"{S}/test_data.py", f"{S}/test_own_data.py", f"{S}/test_runner.py"),
-    "dense/steps": ("tests/test_demo.py", f"{P}/test_comparison.py"),
+    "dense/steps": ("tests/dense/test_steps.py", "tests/test_demo.py", f"{P}/test_comparison.py"),
     "dense/": ("tests/dense",),
     "configs/detection/methods": (f"{D}/test_methods.py",),
     "configs/detection/common/zoo": (f"{D}/test_methods.py",),
