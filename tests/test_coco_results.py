@@ -116,3 +116,39 @@ def test_a_class_that_the_annotations_lack(annotated, tmp_path):
     assert prediction.run(jobs, write) == []
     with pytest.raises(PredictionError, match="has no category 'dog'; it has cat"):
         write_results(tmp_path / "out", CocoIds(annotated))
+
+
+def test_an_image_is_known_by_as_much_of_its_path_as_the_annotations_have(tmp_path):
+    path = tmp_path / "annotations.json"
+    names = {"a.png": 1, "deep/a.png": 2, "b/c/d.png": 3, "/abs/e.png": 4}
+    content = dict(categories=[dict(id=5, name="cat")])
+    content["images"] = [dict(id=number, file_name=name) for name, number in names.items()]
+    path.write_text(json.dumps(content))
+    ids = CocoIds(path)
+    found = {"x/a.png": 1, "a.png": 1, "x/deep/a.png": 2, "x/y/b/c/d.png": 3, "/abs/e.png": 4}
+    assert {source: ids.image(source) for source in found} == found
+    for absent in ("c/d.png", "x/b/d.png", "other.png"):
+        with pytest.raises(PredictionError, match=f"--coco {path} lists no image {absent}$"):
+            ids.image(absent)
+    assert ids.category("cat") == 5
+    for key in ("images", "categories"):
+        path.write_text(json.dumps({k: v for k, v in content.items() if k != key}))
+        with pytest.raises(PredictionError, match=f"is not COCO-style: KeyError.'{key}'.$"):
+            CocoIds(path)
+
+
+def test_every_field_of_a_result(annotated, tmp_path):
+    folder = tmp_path / "out/detections/deep"
+    folder.mkdir(parents=True)
+    instance = {"class_name": "dog", "class_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    other = {**instance, "segmentation": {"size": [1, 1]}, "class_name": "cat"}
+    for name, instances in (("two/a.png", [instance, other]), ("one/a.png", [])):
+        content = {"image": f"photos/{name}", "instances": instances}
+        (folder / f"{name[:3]}.json").write_text(json.dumps(content))
+    path = write_results(tmp_path / "out", CocoIds(annotated))
+    assert path == tmp_path / "out/coco_results.json"
+    shared = {"image_id": 9, "bbox": [1, 2, 3, 4], "score": 0.5}
+    assert json.loads(path.read_text()) == [
+        {**shared, "category_id": 17},
+        {**shared, "category_id": 3, "segmentation": {"size": [1, 1]}},
+    ]

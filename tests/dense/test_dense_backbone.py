@@ -1,5 +1,6 @@
 """The dense backbone: one network whoever builds it, and what users ask of it."""
 
+import contextlib
 import copy
 import logging
 
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 import backbones
-from dense.backbone import DenseBackbone, revert_sync_batchnorm
+from backbones.layouts import LAYOUTS, from_ours
+from dense.backbone import DenseBackbone, _warn_of_fallback, revert_sync_batchnorm
 from tests.support import NANO
 
 X = torch.randn(2, 3, 70, 101)
@@ -96,6 +98,86 @@ def test_init_that_is_nothing_is_named():
         backbone.init_weights()
 
 
+def test_what_is_asked_for_reaches_the_network(monkeypatch):
+    given = dict(drop_path_rate=0.4, grad_checkpointing=True, window_size=5, output_stride=16)
+    plain, other = DenseBackbone("swin_nano"), DenseBackbone("swin_nano", **given, fuse=True)
+    assert (plain.name, plain.init, plain.frozen_stages, plain.fuse) == (
+        "swin_nano",
+        None,
+        -1,
+        False,
+    )
+    assert plain.out_indices == (0, 1, 2, 3) and other.fuse is True
+    assert plain.strides == (4, 8, 16, 32) and other.strides == (4, 8, 16, 16)
+
+    def found(backbone):
+        rates = [m.drop_prob for m in backbone.modules() if hasattr(m, "drop_prob")]
+        tables = backbone.stages[0].blocks[0].mixer.relative_position_bias_table.shape[0]
+        return rates, tables, {stage.grad_checkpointing for stage in backbone.stages}
+
+    rates, table, checkpointed = found(plain)
+    assert not any(rates) and table == 13**2 and checkpointed == {False}
+    rates, table, checkpointed = found(other)
+    assert max(rates) == 0.4 and table == 9**2 and checkpointed == {True}
+
+
+def test_weights_that_are_read_are_waited_for_and_reported(tmp_path, monkeypatch):
+    torch.save(timm.create_model("swin_nano").state_dict(), tmp_path / "init.pth")
+    said = []
+    monkeypatch.setattr(
+        "dense.backbone.waiting", lambda what: said.append(what) or contextlib.nullcontext()
+    )
+    backbone = DenseBackbone("swin_nano", init=str(tmp_path / "init.pth"))
+    backbone.init_weights()
+    DenseBackbone("swin_nano").init_weights()
+    assert said == [f"reading the weights of {tmp_path / 'init.pth'}"]
+    report = backbone.load_report
+    assert str(report.source) == str(tmp_path / "init.pth") and len(report.missing) == 2 * 4
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_the_authors_names_are_taken_beside_a_heads(prefix):
+    ours = DenseBackbone("d_dw_conv_nano", norm="BN")
+    renamed = from_ours(ours.state_dict(), LAYOUTS["original"])
+    assert any(name.startswith("layers.0.") for name in renamed)
+    model = DenseBackbone("d_dw_conv_nano", norm="BN")
+    head = nn.Linear(2, 2)
+    state = {f"{prefix}{name}": value for name, value in renamed.items()}
+    if prefix:
+        model = nn.ModuleDict({"backbone": model, "head": nn.Linear(2, 2)})
+        state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    assert not any(model.load_state_dict(state, strict=True))
+    found = model["backbone"] if prefix else model
+    assert all(v.equal(ours.state_dict()[k]) for k, v in found.state_dict().items())
+    assert not prefix or model["head"].weight.equal(head.weight)
+
+
+def test_a_fused_copy_is_for_evaluation_without_gradients():
+    backbone = DenseBackbone("dw_conv_nano", fuse=True).eval()
+    stages = backbone._folded_stages
+    assert stages() is backbone.stages, "gradients are wanted"
+    with torch.no_grad():
+        folded = stages()
+        assert folded is not backbone.stages and stages() is folded
+        backbone.stages[1].blocks[0].norm1.train()
+        assert stages() is backbone.stages
+        backbone.eval()
+        again = stages()
+        assert again is not folded and again is not backbone.stages
+        for change in (
+            lambda: backbone.load_state_dict(backbone.state_dict()),
+            lambda: backbone.double(),
+            lambda: backbone.eval(),
+        ):
+            before = stages()
+            change()
+            assert stages() is not before and stages() is not backbone.stages
+        backbone.train()
+        assert stages() is backbone.stages
+        backbone.eval().fuse = False
+        assert stages() is backbone.stages
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [
@@ -105,6 +187,9 @@ def test_init_that_is_nothing_is_named():
         (dict(name="swin_nano", out_indices=()), "one or more"),
         (dict(name="swin_nano", norm="GN"), "norm='GN': BN, SyncBN, FrozenBN are valid"),
         (dict(name="swin_nano", frozen_stages=5), "frozen_stages=5: -1"),
+        (dict(name="swin_nano", frozen_stages=-2), "frozen_stages=-2: -1"),
+        (dict(name="swin_nano", out_indices=(1, 1)), "ascending"),
+        (dict(name="swin_nano", out_indices=(-1, 0)), r"out_indices=\(-1, 0\): .*0, 1, 2, 3"),
     ],
 )
 def test_bad_input_is_named(kwargs, message):
@@ -136,3 +221,26 @@ def test_sync_bn_steps_back_with_its_statistics():
     assert back.eval()(X).equal(plain.eval()(X))
     assert isinstance(revert_sync_batchnorm(nn.SyncBatchNorm(4)), nn.BatchNorm2d)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in DenseBackbone("dw_conv_nano").modules())
+
+
+def test_sync_bn_stays_with_cuda_and_keeps_its_options_without(monkeypatch, caplog):
+    kinds = {True: nn.SyncBatchNorm, False: nn.BatchNorm2d}
+    for available, kind in kinds.items():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        backbone = DenseBackbone("dw_conv_nano")
+        assert {type(norm) for norm in backbone.norms.values()} == {kind}
+        assert any(type(m) is kind for m in backbone.stages.modules())
+        norm = nn.SyncBatchNorm(4)
+        assert (revert_sync_batchnorm(norm) is norm) is available
+    options = dict(eps=1e-3, momentum=0.3, affine=False, track_running_stats=False)
+    back = revert_sync_batchnorm(nn.SyncBatchNorm(4, **options).eval())
+    assert {name: getattr(back, name) for name in options} == options and not back.training
+    assert revert_sync_batchnorm(nn.SyncBatchNorm(4)).training
+    # Said once, and not of a model without one.
+    _warn_of_fallback.cache_clear()
+    caplog.clear()
+    revert_sync_batchnorm(nn.BatchNorm2d(4))
+    assert caplog.text == ""
+    for _ in range(2):
+        revert_sync_batchnorm(nn.Sequential(nn.SyncBatchNorm(4)))
+    assert caplog.text.count("no CUDA: SyncBN falls back to BN, statistics are per process") == 1

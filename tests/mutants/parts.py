@@ -110,6 +110,12 @@ TESTS = {
         "tests/test_recipes.py",
     ),
     "dense/backbone": ("tests/dense/test_dense_backbone.py", f"{B}/test_norms.py"),
+    "dense/analysis/": ("tests/test_complexity.py", "tests/test_recipes.py"),
+    "dense/backbone": (
+        "tests/dense/test_dense_backbone.py",
+        f"{B}/test_norms.py",
+        f"{B}/test_fusion.py",
+    ),
     "dense/demo": ("tests/test_make_scenes.py", "tests/test_demo.py"),
     "dense/detection/__init__": (f"{D}/test_backbone.py", "tests/test_packaging.py"),
     "dense/segmentation/__init__": (f"{S}/test_registration.py", "tests/test_packaging.py"),
@@ -181,7 +187,7 @@ TESTS = {
     "dense/pretraining/": (f"{P}/test_data.py", f"{P}/test_tool.py", f"{P}/test_resuming.py"),
     "dense/publish": ("tests/test_publish_checkpoint.py",),
     "dense/recipes": ("tests/test_recipes.py", "tests/test_packaging.py"),
-    "dense/report": ("tests/test_demo.py", f"{P}/test_comparison.py"),
+    "dense/report": ("tests/dense/test_report.py", "tests/test_demo.py"),
     "dense/runs": ("tests/dense/test_runs.py",),
     "dense/seeding": (
         "tests/dense/test_seeding.py",
