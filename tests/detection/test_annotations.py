@@ -175,3 +175,162 @@ def test_the_json_is_not_changed(folder):
     before = copy.deepcopy(content)
     without(content, faults(content, folder))
     assert content == before
+
+
+def annotated(folder, **change):
+    content = good()
+    content["annotations"] = [{**content["annotations"][0], **change}]
+    return [fault.reason for fault in faults(content, folder)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            dict(bbox=[-1, -1, 42, 32]),
+            dict(bbox=[3, 4, 1e-9, 1e-9]),
+            dict(bbox=[40.5, 30.5, 0.5, 0.5]),
+        ),
+        *(dict(segmentation=None), dict(segmentation=[]), dict(segmentation={})),
+        dict(segmentation=[[-1, -1, 41, -1, 41, 31]]),
+        # Just enough of an area, whichever way around; two polygons.
+        dict(segmentation=[[0, 0, 1, 0, 0, 2e-6], [0, 0, 0, 2e-6, 1, 0]]),
+        dict(segmentation={"size": [30, 40], "counts": [0, 1200]}),
+        dict(segmentation={"size": [30, 40], "counts": [1200]}),
+        *(dict(iscrowd=1), dict(iscrowd=0), dict(id=0), dict(id="text")),
+    ],
+)
+def test_what_is_just_right(folder, change):
+    assert annotated(folder, **change) == []
+
+
+FOUR = "four finite numbers [x, y, w, h] are needed"
+POINTS = "x and y of at least three points are needed, finite numbers"
+OUTSIDE = "which leaves the 40x30 pixels of its image"
+LONG = "segmentation has the polygon [0, 0, 1, 0, 0, 1.9e-06], which has no area"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        *(
+            (dict(bbox=box), f"bbox={box} leaves the 40x30 pixels of its image")
+            for box in (
+                *([-1.01, 0, 5, 5], [0, -1.01, 5, 5], [0, 0, 41.01, 5], [0, 0, 5, 31.01]),
+                [36, 26, 6, 3],
+            )
+        ),
+        (dict(bbox=[1, 1, 5, 0]), "bbox=[1, 1, 5, 0]: w and h above 0 are needed"),
+        (dict(bbox=[1, 1, 5, -1]), "bbox=[1, 1, 5, -1]: w and h above 0 are needed"),
+        (dict(bbox=[1, 1, 5, 5, 5]), f"bbox=[1, 1, 5, 5, 5]: {FOUR}"),
+        (dict(bbox={"x": 1}), f"bbox={{'x': 1}}: {FOUR}"),
+        (dict(segmentation=[[0, 0, 1, 0, 0, 1.9e-6]]), LONG),
+        (
+            dict(segmentation=[[1, 1, 9, 1, 1, 9], [2, 2]]),
+            f"segmentation has the polygon [2, 2]: {POINTS}",
+        ),
+        (
+            dict(segmentation=[[0, 0, 5, 0, 5, 31.5]]),
+            f"segmentation has the polygon [0, 0, 5, 0, 5, 31.5], {OUTSIDE}",
+        ),
+        (
+            dict(segmentation=[[0, 0, 41.5, 0, 5, 9]]),
+            f"segmentation has the polygon [0, 0, 41.5, 0, 5, 9], {OUTSIDE}",
+        ),
+        (
+            dict(segmentation={"size": [30, 40], "counts": [0.5, 1199.5]}),
+            "segmentation.counts=[0.5, 1199.5]: a list of runs, or COCO's text, is needed",
+        ),
+        (
+            dict(segmentation={"size": [30, 40], "counts": [0, 1199]}),
+            "segmentation.counts covers 1199 pixels, of 1200 in 30x40",
+        ),
+        (
+            dict(segmentation={"size": [30, 40], "counts": ""}),
+            "segmentation.counts covers 0 pixels, of 1200 in 30x40",
+        ),
+        (dict(iscrowd=-1), "iscrowd=-1: 0 or 1 is needed"),
+        (dict(id=True), "id=True: a whole number is needed"),
+        # What is long is cut to 60 characters.
+        (dict(image_id="x" * 57), f"image_id={'x' * 57!r} is of no listed image"),
+        (dict(image_id="x" * 58), f"image_id='{'x' * 56}... is of no listed image"),
+    ],
+)
+def test_what_is_just_wrong(folder, change, reason):
+    assert annotated(folder, **change) == [reason]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(file_name=""), "file_name='': a path below {folder} is needed"),
+        (dict(file_name=5), "file_name=5: a path below {folder} is needed"),
+        (dict(file_name="c.jpg"), "file_name='c.jpg': there is no {folder}/c.jpg"),
+        (dict(width=True), "width=True: the photo's pixels are needed"),
+        (dict(height=30.0), "height=30.0: the photo's pixels are needed"),
+        (dict(width=0), "width=0: the photo's pixels are needed"),
+        (dict(width=30, height=40), "width, height=30, 40: a.jpg is 40x30"),
+        (dict(height=31), "width, height=40, 31: a.jpg is 40x30"),
+    ],
+)
+def test_a_faulty_image_alone(folder, change, reason):
+    """Its annotations go with it and are not named; one pixel is a photo too."""
+    content = good()
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    content["images"].append({"id": 9, "file_name": "dot.png", "width": 1, "height": 1})
+    content["images"][0].update(change)
+    fault = annotations.Fault("image", 0, "image 1", reason.format(folder=folder))
+    assert faults(content, folder) == [fault]
+
+
+def test_ids_may_be_texts_but_not_both(folder):
+    content = good()
+    for entry in content["images"]:
+        entry["id"] = f"i{entry['id']}"
+    for entry in content["annotations"]:
+        entry.update(id=f"a{entry['id']}", image_id=f"i{entry['image_id']}")
+    assert faults(content, folder) == []
+    content["images"][1]["id"] = 2
+    said = "ids are mixed, 1 numbers and 1 texts: one type is needed"
+    found = faults(content, folder)
+    assert [(fault.name, fault.reason) for fault in found[:2]] == [
+        ("image 'i1'", said),
+        ("image 2", said),
+    ]
+    [other] = found[2:]
+    assert other == ("annotation", 1, "annotation 'a2'", "image_id='i2' is of no listed image")
+    content = good()
+    content["annotations"][3]["id"] = 1
+    assert [(f.index, f.reason) for f in faults(content, folder)] == [
+        *((0, "id=1 is there 2 times"), (3, "id=1 is there 2 times")),
+    ]
+
+
+def test_how_many_are_described():
+    def described_as(images, objects):
+        found = [annotations.Fault("image", n, f"image {n}", "no") for n in range(images)]
+        found += [
+            annotations.Fault("annotation", n, f"annotation {n}", "no") for n in range(objects)
+        ]
+        return described(found, "a.json")
+
+    assert described_as(1, 0) == "a.json: 1 image cannot be used: image 0: no"
+    assert described_as(2, 1) == (
+        "a.json: 2 images and 1 annotation cannot be used: image 0: no; image 1: no; "
+        "annotation 0: no"
+    )
+    assert described_as(10, 0).endswith("image 9: no")
+    assert described_as(9, 2).endswith("; annotation 0: no; and 1 more")
+
+
+def test_every_run_of_a_packed_mask():
+    rng = np.random.default_rng(1)
+    for size in ((30, 40), (1, 1), (2, 3), (700, 300)):
+        mask = np.asfortranarray(rng.random(size) > 0.999 * rng.random(), dtype=np.uint8)
+        for given in (mask, np.zeros_like(mask), np.ones_like(mask)):
+            packed = coco_masks.encode(np.asfortranarray(given))["counts"].decode()
+            flat = given.ravel(order="F")
+            changes = np.flatnonzero(np.diff(np.r_[0, flat]))
+            expected = np.diff(np.r_[0, changes, flat.size]).tolist()
+            assert list(annotations._decoded(packed)) == expected
+    assert list(annotations._decoded(packed[:-1] + "P")) == [-1], "it ends inside of a number"

@@ -138,8 +138,13 @@ TESTS = {
     "dense/detection/mapper": (f"{D}/test_data.py", f"{D}/test_train.py"),
     "dense/detection/backbone": (f"{D}/test_backbone.py",),
     "dense/detection/tta": (f"{D}/test_tta.py",),
-    "dense/detection/hooks": (f"{D}/test_run_options.py", f"{D}/test_resuming.py"),
+    "dense/detection/hooks": (
+        f"{D}/test_hooks.py",
+        f"{D}/test_run_options.py",
+        f"{D}/test_resuming.py",
+    ),
     "dense/detection/engine": (
+        f"{D}/test_engine.py",
         f"{D}/test_train.py",
         f"{D}/test_resuming.py",
         f"{D}/test_run_options.py",
