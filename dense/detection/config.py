@@ -60,16 +60,17 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     for text, override in zip(overrides, parsed, strict=True):
         if not override.is_add():
             _check_key(cfg, override.key_or_group, text)
-        if not override.is_delete():
-            old = OmegaConf.select(
-                cfg,
-                override.key_or_group,
-                throw_on_resolution_failure=False,
-                throw_on_missing=False,
-            )
-            old = dict(old) if isinstance(old, DictConfig) else old
-            if wrong := wrong_value(override.key_or_group, old, override.value()):
-                raise LazyConfigError(f"override {wrong}")
+        if override.is_delete():
+            raise LazyConfigError(f"override {text!r}: no key can be removed, only set, as to null")
+        old = OmegaConf.select(
+            cfg,
+            override.key_or_group,
+            throw_on_resolution_failure=False,
+            throw_on_missing=False,
+        )
+        old = dict(old) if isinstance(old, DictConfig) else old
+        if wrong := wrong_value(override.key_or_group, old, override.value()):
+            raise LazyConfigError(f"override {wrong}")
     return LazyConfig.apply_overrides(cfg, list(overrides))
 
 
@@ -129,7 +130,7 @@ def _check_key(cfg: DictConfig, key: str, text: str) -> None:
             here = ".".join(parts[:depth]) or "the config"
             raise LazyConfigError(
                 f"override {text!r}: {here} has no {part!r}"
-                + (f"; did you mean {close[0]!r}?" if close else "")
+                + (f"; did you mean {close[0]!r}?" if close else "." if keys else "")
                 + (f" It has {', '.join(keys)}" if keys else "")
             )
         if depth < len(parts) - 1:
