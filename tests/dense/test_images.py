@@ -2,6 +2,7 @@
 
 import io
 import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -28,8 +29,9 @@ def test_as_many_are_skipped_as_the_share_says(share, total, allowed, caplog):
     with caplog.at_level(logging.WARNING):
         for number in range(allowed):
             skipped.note(f"{number}.jpg", error)
-            # A file counts once.
-            skipped.note(f"{number}.jpg", error)
+            # A file counts once, and is named once.
+            for _ in range(2):
+                skipped.note(f"{number}.jpg", error)
     assert [record.getMessage() for record in caplog.records] == [
         f"{n}.jpg cannot be read (cut): skipped, {n + 1} so far, {allowed} allowed"
         for n in range(allowed)
@@ -61,6 +63,13 @@ def test_sizes_are_those_of_the_photo_as_it_is_displayed(tmp_path, orientation):
 def test_a_palette_with_and_without_transparency():
     colours = Image.new("RGB", (6, 4), (200, 30, 90)).quantize(4)
     assert to_rgb(colours).getpixel((3, 2)) == (200, 30, 90)
+    stored = io.BytesIO()
+    other = Image.merge("RGB", [Image.linear_gradient("L")] * 3).quantize(8)
+    other.save(stored, "PNG", transparency=bytes([0, 128, 255, 255]))
+    # Pillow warns of such a palette that becomes RGB at once.
+    with warnings.catch_warnings(), Image.open(stored) as image:
+        warnings.simplefilter("error")
+        assert image.mode == "P" and to_rgb(image).tobytes() == other.convert("RGB").tobytes()
     assert to_rgb(Image.new("RGBA", (6, 4), (200, 30, 90, 0))).getpixel((3, 2)) == (200, 30, 90)
     assert to_rgb(Image.new("LA", (6, 4), (77, 0))).getpixel((3, 2)) == (77, 77, 77)
 
