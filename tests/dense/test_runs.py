@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -345,6 +346,11 @@ def test_other_errors_keep_their_traceback():
 
 def test_stopped_is_no_exception_that_a_trainer_logs():
     assert not issubclass(Stopped, Exception)
+
+
+def test_stopped_is_the_same_in_another_process():
+    stopped = pickle.loads(pickle.dumps(Stopped(15, "iter_5.pth")))
+    assert (stopped.number, stopped.checkpoint, stopped.status) == (15, "iter_5.pth", 143)
 
 
 # Files

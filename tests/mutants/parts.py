@@ -134,7 +134,7 @@ TESTS = {
     "dense/detection/annotations": (f"{D}/test_annotations.py", BARS),
     "dense/detection/cascade": (f"{D}/test_cascade.py",),
     "dense/detection/checkpoint": (f"{D}/test_checkpoint.py",),
-    "dense/detection/data": (f"{D}/test_data.py", f"{D}/test_loading.py"),
+    "dense/detection/data": (f"{D}/test_own_data.py", f"{D}/test_data.py"),
     "dense/detection/mapper": (f"{D}/test_loading.py", f"{D}/test_data.py"),
     "dense/detection/backbone": (f"{D}/test_backbone.py",),
     "dense/detection/tta": (f"{D}/test_tta.py",),
