@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.layers import paste_masks_in_image
+from detectron2.layers import ShapeSpec, paste_masks_in_image
 from detectron2.modeling.roi_heads import CascadeROIHeads, MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from dense.backbone import revert_sync_batchnorm
-from dense.detection.cascade import PaperCascadeROIHeads
+from dense.detection.cascade import PaperCascadeROIHeads, mask_heads
 from dense.detection.config import load_config
 from dense.recipes import RECIPES
 
@@ -365,3 +365,74 @@ def test_another_number_of_stages_is_refused(key):
         cfg.stage_loss_weights = [1.0, 0.5]
     with pytest.raises(ValueError, match=f"{key} has 2 entries, the cascade 3 stages"):
         instantiate(cfg)
+
+
+def small_scene(count: int):
+    """Maps by name, proposals, instances."""
+    maps, boxes, classes, masks = scene()
+    features = dict(zip(("p2", "p3", "p4", "p5"), maps, strict=False))
+    given = [Instances((HEIGHT, WIDTH), proposal_boxes=Boxes(p)) for p in near(boxes, count)]
+    return features, given, instances(boxes, classes, masks)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_one_mask_head_learns_from_the_first_stages_samples(masks):
+    ours, (features, given, objects) = heads(True, masks).train(), small_scene(20)
+    drawn, sample = [], ours._sample
+    ours._sample = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
+    with EventStorage() as storage:
+        samples, losses = ours(None, features, given, objects)
+        assert samples is drawn[0] and len(drawn) == 3
+        boxes = {f"loss_{kind}_stage{n}" for kind in ("cls", "box_reg") for n in range(3)}
+        assert losses.keys() == boxes | ({"loss_mask"} if masks else set())
+        counted = {name.partition("/")[0] for name in storage.latest() if "fg_samples" in name}
+        assert counted == {"stage0", "stage1", "stage2"}
+        if masks:
+            found = [s[s.gt_classes < CLASSES] for s in samples]
+            assert all(len(s) for s in found)
+            regions = ours.mask_pooler(list(features.values()), [s.proposal_boxes for s in found])
+            assert_close(losses["loss_mask"], ours.mask_head(regions, found)["loss_mask"])
+    # A later stage starts from boxes of the one before: the objects among them come once.
+    for stage in drawn:
+        for one, image in zip(stage, objects, strict=True):
+            boxes = one.proposal_boxes.tensor[one.is_object]
+            assert len(boxes) == len(image) == OBJECTS < len(one)
+            order = box_iou(boxes, image.gt_boxes.tensor).argmax(1)
+            assert boxes.equal(image.gt_boxes.tensor[order]) and len(set(order.tolist())) == OBJECTS
+
+
+@pytest.mark.parametrize(
+    "shared, masks", [(True, True), (True, False), (False, True), (False, False)]
+)
+def test_what_an_evaluation_adds_to_its_boxes(shared, masks):
+    ours, (features, given, _) = heads(shared, masks).eval(), small_scene(30)
+    with torch.no_grad():
+        found, losses = ours(None, features, given)
+        assert losses == {} and all(len(image) for image in found)
+        assert [image.has("pred_masks") for image in found] == [masks] * 2
+        if masks:
+            regions = ours.mask_pooler(
+                list(features.values()), [image.pred_boxes for image in found]
+            )
+            means = []
+            for head in [ours.mask_head] if shared else ours.mask_head:
+                logits = head.layers(regions)
+                classes = torch.cat([image.pred_classes for image in found])
+                means.append(logits[torch.arange(len(logits)), classes, None].sigmoid())
+            expected = torch.stack(means).mean(0).split([len(image) for image in found])
+            for image, its in zip(found, expected, strict=True):
+                assert_close(image.pred_masks, its)
+
+
+def test_what_is_not_said_is_the_papers():
+    cfg = recipe().roi_heads
+    del cfg.stage_loss_weights, cfg.shared_heads
+    cfg.mask_head.shared = True
+    for predictor in cfg.box_predictors:
+        predictor.cls_agnostic_bbox_reg = True
+    ours = instantiate(cfg)
+    assert ours.stage_loss_weights == [1.0, 0.5, 0.25] and ours.shared_heads is True
+    options = dict(input_shape=ShapeSpec(channels=4), num_classes=2, conv_dims=[4])
+    assert len(mask_heads(shared=False, **options)) == 3
+    assert len(mask_heads(shared=False, stages=2, **options)) == 2
+    assert isinstance(mask_heads(shared=True, **options), MaskRCNNConvUpsampleHead)

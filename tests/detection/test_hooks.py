@@ -134,6 +134,22 @@ def test_a_signal_to_any_process_stops_all(tmp_path, monkeypatch, main, world, o
     assert checkpointer.saved == ([("model_0000041", {"iteration": 41})] if main else [])
 
 
+def test_processes_agree_where_their_model_is(tmp_path, monkeypatch):
+    """NCCL reduces what is on a GPU."""
+    devices = []
+    monkeypatch.setattr(hooks, "Stop", lambda: SimpleNamespace(asked=0))
+    monkeypatch.setattr(hooks.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        hooks.dist, "all_reduce", lambda value, _: devices.append(value.device.type)
+    )
+    hook = StopOnSignal(Checkpointer(tmp_path))
+    hook._checkpointer.model.to("meta")
+    hook.before_train()
+    with pytest.raises(RuntimeError, match="meta"):
+        hook.after_step()
+    assert devices == ["meta"]
+
+
 @pytest.mark.parametrize(
     "first, there, best",
     [
