@@ -145,6 +145,7 @@ TESTS = {
     ),
     "dense/detection/engine": (
         f"{D}/test_engine.py",
+        f"{D}/test_order.py",
         f"{D}/test_train.py",
         f"{D}/test_resuming.py",
         f"{D}/test_run_options.py",
