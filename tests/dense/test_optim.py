@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from dense.backbone import DenseBackbone
-from dense.optim import lr_scales, no_weight_decay, param_groups
+from dense.optim import _grouped, lr_scales, merged, no_weight_decay, param_groups
 from tests.support import NANO
 
 
@@ -87,6 +87,48 @@ def test_layers_in_a_whole_model(name):
     # timm's wrappers, however deep.
     wrapped = lr_scales(timm.create_model(name, features_only=True), 0.5)
     assert wrapped["model.patch_embed.proj.weight"] == 0.5**6
+
+
+def test_backbones_beside_and_within_each_other():
+    class Grouped(nn.Linear):
+        def group_matcher(self):
+            return {}
+
+    def names(*parts, **more):
+        model = nn.ModuleDict({**dict(parts), **more})
+        return [name for name, _ in _grouped(model)]
+
+    inner = nn.Sequential(nn.Linear(1, 1), Grouped(1, 1))
+    outer = Grouped(1, 1)
+    outer.deep = nn.Sequential(Grouped(1, 1))
+    assert names(a=outer, ab=inner, b=Grouped(1, 1)) == ["a", "ab.1", "b"]
+    assert [name for name, _ in _grouped(outer)] == [""]
+    assert list(_grouped(nn.Linear(1, 1))) == []
+
+
+def test_groups_of_equal_settings_are_one():
+    groups = [
+        {"params": [1], "lr": 0.1},
+        {"params": [2], "lr": 0.2, "weight_decay": 0.0},
+        {"params": [3, 4], "lr": 0.1},
+        {"params": [5], "weight_decay": 0.0, "lr": 0.2},
+        {"params": [6]},
+    ]
+    assert merged(groups) == [
+        {"params": [1, 3, 4], "lr": 0.1},
+        {"params": [2, 5], "lr": 0.2, "weight_decay": 0.0},
+        {"params": [6]},
+    ]
+    assert groups[0]["params"] == [1]
+
+
+def test_without_a_rate_groups_have_none():
+    model = Segmentor("swin_nano")
+    groups = param_groups(model)
+    assert [set(group) for group in groups] == [{"params"}, {"params", "weight_decay"}]
+    assert groups[1]["weight_decay"] == 0 and lr_scales(model, 1) == lr_scales(model, 1.0)
+    assert set(lr_scales(model, 1).values()) == {1.0}
+    assert {group["lr"] for group in param_groups(model, 0.5)} == {0.5}
 
 
 def test_frozen_parameters_are_in_no_group():

@@ -6,16 +6,19 @@ import math
 import pytest
 import timm
 import torch
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.config import LazyCall as L
-from detectron2.config import get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.model_zoo import get_config, get_config_file
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils import logger as detectron2_logger
 
 import backbones
 from backbones import FAMILIES
+from dense.backbone import DenseBackbone
 from dense.detection import PyramidBackbone, add_dense_config
+from dense.detection.backbone import last_level_p6p7
 from tests.support import foreign_operators, run_without
 
 from .steps import eval_step, sample, train_step
@@ -122,6 +125,65 @@ def test_input_is_rgb_with_imagenets_statistics():
         torch.testing.assert_close(
             ours.flatten() / 255, torch.tensor(expected[theirs]), atol=1e-3, rtol=0
         )
+
+
+def test_the_keys_of_a_yacs_config():
+    cfg = get_cfg()
+    add_dense_config(cfg)
+    dense = dict(cfg.MODEL.DENSE)
+    assert dense == {
+        **{"OUT_FEATURES": ["res2", "res3", "res4", "res5"], "INIT": "", "DROP_PATH_RATE": 0.0},
+        **{"FROZEN_STAGES": -1, "NORM": "SyncBN", "GRAD_CHECKPOINTING": False},
+        **{"WINDOW_SIZE": None, "FUSE": False, "OPTIONS": {}},
+    }
+    cfg.merge_from_other_cfg(CfgNode({"MODEL": {"DENSE": {"OPTIONS": {"output_stride": 8}}}}))
+    assert cfg.MODEL.DENSE.OPTIONS == {"output_stride": 8} and cfg.INPUT.FORMAT == "RGB"
+    with pytest.raises(KeyError, match="OTHER"):
+        cfg.merge_from_other_cfg(CfgNode({"MODEL": {"DENSE": {"OTHER": 8}}}))
+    assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+
+
+def test_a_pyramid_is_of_the_config():
+    cfg = stock(MASK_RCNN, "dw_conv_nano_fpn", FUSE=True)
+    cfg.MODEL.FPN.update(NORM="GN", FUSE_TYPE="avg", OUT_CHANNELS=64)
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4"]
+    fpn = build_backbone(cfg)
+    assert fpn._fuse_type == "avg" and isinstance(fpn.top_block, LastLevelMaxPool)
+    # A feature that is not used would have a norm without gradients.
+    assert list(fpn.bottom_up.output_shape()) == ["res3", "res4"] == list(fpn.in_features)
+    assert list(fpn.output_shape()) == ["p3", "p4", "p5"] and fpn.bottom_up.fuse is True
+    assert {shape.channels for shape in fpn.output_shape().values()} == {64}
+    assert sum(isinstance(m, torch.nn.GroupNorm) for m in fpn.modules()) == 4
+    cfg = stock(RETINANET, "dw_conv_nano_fpn")
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4"]
+    top = build_backbone(cfg).top_block
+    assert isinstance(top, LastLevelP6P7) and (top.p6.in_channels, top.in_feature) == (128, "res4")
+    assert (top.p6.out_channels, top.num_levels) == (256, 2)
+    other = last_level_p6p7("dw_conv_nano", 32)
+    assert (other.p6.in_channels, other.p6.out_channels, other.in_feature) == (256, 32, "res5")
+    cfg.MODEL.FPN.IN_FEATURES = []
+    with pytest.raises(ValueError, match="one or more"):
+        build_backbone(cfg)
+
+
+def test_weights_are_read_once(init, monkeypatch):
+    read = []
+    backbone = PyramidBackbone("dw_conv_nano", init=str(init))
+    monkeypatch.setattr(DenseBackbone, "init_weights", lambda self: read.append(self))
+    for _ in range(2):
+        backbone.train()(torch.rand(2, 3, 64, 64))
+    PyramidBackbone("dw_conv_nano").train()(torch.rand(2, 3, 64, 64))
+    assert read == [backbone]
+    # A state dict with a part of the parameters leaves it to be read.
+    other = PyramidBackbone("dw_conv_nano", init=str(init))
+    state = other.state_dict()
+    other.load_state_dict({k: v for k, v in state.items() if "norms.3" not in k}, strict=False)
+    assert other._needs_init
+    other.load_state_dict({k: v for k, v in state.items() if "running" not in k}, strict=False)
+    assert not other._needs_init
+    yacs = build_backbone(stock(MASK_RCNN, "dw_conv_nano"))
+    assert yacs.init is None and not yacs._needs_init and yacs.fuse is False
 
 
 def test_yacs_keys_reach_the_backbone():

@@ -67,6 +67,22 @@ def test_a_detector_of_boxes_in_one_stage(cfg):
     assert "mapper" not in cfg.dataloader.train
 
 
+def test_objects_that_are_not_said_to_be_crowds(cfg, coco_files):
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation.pop("iscrowd")
+            annotation["segmentation"] = {"size": [96, 128], "counts": [0, 96 * 128]}
+
+    coco_files.edit("train", change)
+    cfg.data.classes = ["bar"]
+    resolve_data(cfg, training=True)
+    assert cfg.dataloader.train.mapper.instance_mask_format == "bitmask"
+    written = sorted(Path(cfg.train.output_dir, "annotations").iterdir())
+    assert [path.name for path in written] == ["train.json", "val.json"]
+    kept = json.loads(written[0].read_text())
+    assert [a["id"] for a in kept["annotations"]] == [1, 3, 5, 7, 9, 11]
+
+
 def test_masks_of_runs_are_bitmaps(cfg, coco_files):
     runs = {"size": [96, 128], "counts": [0, 96 * 128]}
 
@@ -207,6 +223,8 @@ def test_a_mask_head_needs_masks_of_all_but_crowds(cfg, coco_files):
         for annotation in content["annotations"][:3]:
             annotation.pop("segmentation")
         content["annotations"][0]["iscrowd"] = 1
+        # Without the key it is no crowd.
+        del content["annotations"][1]["iscrowd"]
 
     coco_files.edit("val", change)
     assert refused(cfg) == (
