@@ -106,6 +106,18 @@ def test_backbones_beside_and_within_each_other():
     assert list(_grouped(nn.Linear(1, 1))) == []
 
 
+def test_a_parameter_of_two_names_has_both():
+    model = nn.ModuleDict({"a": nn.Sequential(nn.LayerNorm(2)), "b": nn.Linear(2, 2)})
+    model["c"], model["d"] = model["a"][0], nn.Linear(2, 2)
+    model["d"].bias = model["b"].bias
+    norms = {f"{name}.{kind}" for name in ("a.0", "c") for kind in ("weight", "bias")}
+    assert no_weight_decay(model) == norms
+    assert no_weight_decay(model, no_decay_bias=True) == norms | {"b.bias", "d.bias"}
+    linear = {f"{name}.{kind}" for name in "bd" for kind in ("weight", "bias")}
+    assert lr_scales(model, 1).keys() == norms | linear
+    assert sum(len(group["params"]) for group in param_groups(model)) == 5
+
+
 def test_groups_of_equal_settings_are_one():
     groups = [
         {"params": [1], "lr": 0.1},
