@@ -64,6 +64,8 @@ def test_columns_of_numbers_are_aligned():
     assert table.numeric == [False, True, False]
     assert page.Table(["a", "b"], [[None, True], [None, False]]).numeric == [False, False]
     assert page.Table(["a"], []).numeric == []
+    with pytest.raises(ValueError):
+        page.Table(["a", "b"], [["x", 1], ["y"]]).numeric  # noqa: B018
 
 
 def test_a_table_is_written_as_it_is_said():
