@@ -169,6 +169,9 @@ def test_masks_are_judged_where_there_are_some(coco_files, run, monkeypatch):
 
 
 def test_nothing_was_found(coco_files, run, monkeypatch):
+    # Nor is there anything in a third photo.
+    more = {"id": 7, "file_name": "1.png", "height": 96, "width": 128}
+    coco_files.edit("val", lambda content: content["images"].append(more))
     verdict = run([])
     assert [image.score for image in verdict.images] == [0.0, 0.0]
     assert verdict.measure == "box AP50 on the image alone"
