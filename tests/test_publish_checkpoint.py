@@ -257,6 +257,57 @@ def test_a_detector_without_mmengine(tmp_path):
     assert meta["mean"] == [0.5, 0.5, 0.2] and meta["std"] == [1.0, 0.2, 0.2]
 
 
+def test_all_that_is_known_of_a_detector_and_of_a_segmentor(tmp_path):
+    backbone = timm.create_model("dw_conv_nano", num_classes=0).state_dict()
+    folder, out = tmp_path / "mine", tmp_path / "out"
+    folder.mkdir()
+    weights = {f"backbone.bottom_up.{name}": value for name, value in backbone.items()}
+    torch.save(
+        {"model": weights, "classes": ["a", "b"], "iteration": 9}, folder / "model_final.pth"
+    )
+    config = "model:\n  backbone: {name: dw_conv_nano}\n  pixel_mean: [123.675, 116.28, 103.53]\n"
+    (folder / "config.yaml").write_text(config)
+    done = tool.publish.publish(folder / "model_final.pth", out)
+    known = {"model": "dw_conv_nano", "classes": ["a", "b"], "image_size": None, "recipe": "mine"}
+    known |= {"mean": [0.485, 0.456, 0.406], "std": None, "weights": "model", "metrics": {}}
+    versions = {"torch": str(torch.__version__), "timm": timm.__version__}
+    assert done.meta == {**known, "versions": versions}
+    assert done.line == f"| `dw_conv_nano` | `mine` |  | 2 |  |  | `{done.files[0].name}` |"
+    content = torch.load(done.files[0], weights_only=True)
+    assert content["state_dict"].keys() == weights.keys()
+    # A segmentor by MMEngine's config, without classes.
+    other = tmp_path / "other"
+    other.mkdir()
+    weights = {f"backbone.{name}": value for name, value in backbone.items()}
+    torch.save({"state_dict": weights, "meta": {"iter": 9}}, other / "iter_9.pth")
+    config = "model = dict(backbone=dict(type='dw_conv_nano'), data_preprocessor=dict({}))"
+    (other / "mine.py").write_text(config.format("mean=[127.5, 0, 255], std=[51, 51, 51]"))
+    done = tool.publish.publish(other / "iter_9.pth", out)
+    known |= {"classes": None, "mean": [0.5, 0, 1], "std": [0.2] * 3}
+    assert done.meta == {**known, "versions": versions}
+    assert done.line == f"| `dw_conv_nano` | `mine` |  |  |  |  | `{done.files[0].name}` |"
+    # A config that names none of our networks: nothing is known of it, and nothing checked.
+    (other / "mine.py").write_text("model = dict(backbone=dict(type='my_dw_conv_nano_2'))")
+    del weights["backbone.stages.0.blocks.0.mixer.in_proj.weight"]
+    torch.save({"state_dict": weights}, other / "iter_9.pth")
+    meta = tool.publish.publish(other / "iter_9.pth", out).meta
+    assert (meta["model"], meta["mean"], meta["std"]) == (None, None, None)
+
+
+def test_a_backbone_is_no_classifier(trained, tmp_path):
+    work, *_ = trained
+    backbone = timm.create_model("d_dw_conv_nano", num_classes=0).state_dict()
+    torch.save({"state_dict": {f"network.{k}": v for k, v in backbone.items()}}, work / "a.pth")
+    config = work / "d_dw_conv_nano.py"
+    message = f"{work / 'a.pth'} is of no classifier, but {config} trains one"
+    with pytest.raises(backbones.CheckpointError, match=message):
+        tool.publish.publish(work / "a.pth", tmp_path / "out")
+    torch.save({"optimizer": {}}, work / "a.pth")
+    message = f"{work / 'a.pth'} is no training checkpoint: it has no state_dict or model"
+    with pytest.raises(backbones.CheckpointError, match=message):
+        tool.publish.publish(work / "a.pth", tmp_path / "out")
+
+
 def test_the_line_in_the_table(trained, tmp_path):
     work, *_ = trained
     readme = tmp_path / "README.md"

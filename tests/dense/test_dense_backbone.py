@@ -73,6 +73,23 @@ def test_frozen_stages_stay(name, frozen_stages):
     assert backbone.eval() is backbone and not backbone.training
 
 
+@pytest.mark.parametrize("frozen_stages", [-1, 0, 1, 4])
+def test_what_is_frozen_is_so_from_the_beginning(frozen_stages):
+    backbone = DenseBackbone("dw_conv_nano", norm="BN", frozen_stages=frozen_stages)
+    for _ in range(2):
+        parts = {"patch_embed": backbone.patch_embed} | dict(backbone.stages.named_children())
+        for number, part in enumerate(parts.values()):
+            frozen = number <= frozen_stages
+            assert {module.training for module in part.modules()} == {not frozen}
+            assert {p.requires_grad for p in part.parameters()} == {not frozen}
+        assert all(p.requires_grad for p in backbone.norms.parameters())
+        assert backbone.training and backbone.norms["0"].training
+        backbone.eval()
+        assert not any(module.training for module in backbone.modules())
+        assert backbone.train(False) is backbone and not backbone.training
+        backbone.train()
+
+
 def test_init_loads_a_classifier(tmp_path, caplog):
     classifier = timm.create_model("i_d_dw_conv_nano")
     torch.save({"model": classifier.state_dict()}, tmp_path / "init.pth")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,28 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, name, kind):
         files.write(tmp_path / name, "text")
     assert raised.value.filename == str(tmp_path / name)
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_space_for_just_as_much(tmp_path, monkeypatch):
+    asked = []
+    usage = SimpleNamespace(free=5_000_000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    path = files.write(tmp_path / "a", "text", size=5_000_000)
+    assert asked == [tmp_path] and path.read_text() == "text"
+    for size, needed in ((5_000_001, 5), (7_600_000, 8)):
+        with pytest.raises(OSError) as full:
+            files.write(tmp_path / "b", "text", size=size)
+        assert full.value.strerror == (
+            f"not written: it needs {needed} MB, 5 MB are free on its disk"
+        )
+        assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path / "b"))
+    asked.clear()
+    files.write(tmp_path / "c", "text")
+    assert asked == [] and not (tmp_path / "b").exists()
+
+
+def test_a_line_is_sorted():
+    assert files.json_line({"b": 1, "a": [2]}) == '{"a": [2], "b": 1}\n'
 
 
 def test_another_files_error_keeps_its_name(tmp_path):
