@@ -184,6 +184,7 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path):
 
 
 def test_the_newest_is_by_its_time_and_is_a_training(tmp_path, caplog):
+    caplog.set_level("WARNING", "dense")
     checkpointer = saved(tmp_path, 1, 2, 3)
     checkpointer.save("model_best", iteration=9)
     paths = [tmp_path / f"model_000000{n}.pth" for n in (1, 2, 3)]

@@ -346,6 +346,7 @@ def test_a_process_is_set_up(cfg, monkeypatch, caplog, rank):
 
 
 def test_without_cuda_it_is_the_cpu_in_float32(cfg, monkeypatch, caplog):
+    caplog.set_level("WARNING", "dense")
     threads, cores = [], range(8)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(cores))

@@ -243,6 +243,7 @@ def test_as_wide_as_high_is_not_wide():
 
 @pytest.mark.parametrize("key", ["width", "height"])
 def test_annotations_without_sizes_are_not_grouped_anew(caplog, key):
+    caplog.set_level("WARNING", "detectron2")
     lacking = [{k: v for k, v in item.items() if k != key} for item in SQUARE]
 
     def loader(items, grouping):

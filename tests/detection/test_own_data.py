@@ -138,6 +138,7 @@ def test_what_is_not_coco_style(cfg, coco_files, content, message):
 
 
 def test_classes_that_a_split_lacks(cfg, coco_files, caplog):
+    caplog.set_level("WARNING", "dense")
     path = coco_files.json("val")
 
     def only_bars(content):
@@ -167,6 +168,7 @@ def test_classes_that_a_split_lacks(cfg, coco_files, caplog):
 
 
 def test_objects_of_a_class_alone(cfg, coco_files, caplog):
+    caplog.set_level("WARNING", "dense")
     cfg.data.classes = ["block"]
     cfg.data.val_json = cfg.data.val_images = None
     resolve_data(cfg, training=True)
@@ -195,6 +197,8 @@ def test_objects_of_a_class_alone(cfg, coco_files, caplog):
 
 
 def test_entries_that_are_dropped_are_named(cfg, coco_files, caplog):
+    caplog.set_level("WARNING", "dense")
+
     def break_it(content):
         content["images"][0]["width"] = 7
         content["annotations"][2]["iscrowd"] = 3

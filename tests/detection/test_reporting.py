@@ -202,7 +202,7 @@ def entry(tmp_path, name, *objects):
 
 def test_objects_are_counted_by_class_and_size(tmp_path):
     def square(side, kind=0, crowd=False):
-        return kind, [0, 0, side, side], crowd
+        return kind, [3, 5, side, side], crowd
 
     dicts = [
         entry(
