@@ -443,7 +443,27 @@ def test_label_maps_hold_class_indices(tmp_path, quadrants, count):
     jobs = plan([photos / "a.png"], tmp_path / "out", "segmentation")
     prediction.run(jobs, prediction.segmentation_writer(segmentor))
     with Image.open(jobs[0].result) as labels:
+        assert labels.format == "PNG" and labels.mode == ("L" if count <= 256 else "I;16")
         np.testing.assert_array_equal(np.asarray(labels), segmentor(quadrants))
+
+
+def test_a_label_without_a_class_is_kept_and_not_named(tmp_path, quadrants, monkeypatch):
+    pytest.importorskip("mmengine")
+
+    class More(FakeSegmentor):
+        def __call__(self, image):
+            return [[3, 4, 0], [255, 3, 4]]
+
+    legends = []
+    monkeypatch.setattr(drawing, "segmentation_drawer", lambda *_: lambda image, labels: image)
+    monkeypatch.setattr(drawing, "with_legend", lambda image, shown: legends.append(shown) or image)
+    photos = write_photos(tmp_path / "photos", quadrants)
+    jobs = plan([photos / "a.png"], tmp_path / "out", "segmentation")
+    for legend in (True, False):
+        assert prediction.run(jobs, prediction.segmentation_writer(More(4), legend)) == []
+    assert legends == [{"class 0": (0, 3, 7), "class 3": (3, 3, 7)}, {}]
+    with Image.open(jobs[0].result) as labels:
+        assert np.asarray(labels).tolist() == [[3, 4, 0], [255, 3, 4]]
 
 
 def test_segmentation_is_drawn_in_its_colours(quadrants):
