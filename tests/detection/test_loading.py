@@ -409,6 +409,14 @@ def test_overrides_change_and_add(tmp_path):
     )
 
 
+def test_what_a_config_leaves_open_is_set_by_an_override(tmp_path):
+    sections = ("model", "dataloader", "optimizer", "lr_multiplier")
+    text = "".join(f"{name}: {{}}\n" for name in sections)
+    (tmp_path / "a.yaml").write_text(f"{text}train: {{init: '???', other: '${{absent.key}}'}}\n")
+    cfg = load_config(str(tmp_path / "a.yaml"), ["train.init=a.pth", "train.other=b.pth"])
+    assert cfg.train == dict(init="a.pth", other="b.pth")
+
+
 def test_a_length_moves_what_is_in_proportion():
     train = dict(max_iter=100, eval_period=33, checkpointer=dict(period=10))
     cfg = OmegaConf.create(dict(train=train))
