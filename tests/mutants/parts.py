@@ -191,7 +191,11 @@ TESTS = {
         f"{S}/test_tools.py",
         f"{D}/test_train.py",
     ),
-    "dense/prediction": ("tests/test_predict.py", "tests/test_overlays.py"),
+    "dense/prediction": (
+        "tests/dense/test_prediction.py",
+        "tests/test_predict.py",
+        "tests/test_overlays.py",
+    ),
     "dense/pretraining/config": (f"{P}/test_configs.py", f"{P}/test_tool.py"),
     "dense/pretraining/predictor": ("tests/test_predict.py",),
     "dense/pretraining/": (f"{P}/test_data.py", f"{P}/test_tool.py", f"{P}/test_resuming.py"),
