@@ -142,13 +142,24 @@ def test_every_field_of_a_result(annotated, tmp_path):
     folder.mkdir(parents=True)
     instance = {"class_name": "dog", "class_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
     other = {**instance, "segmentation": {"size": [1, 1]}, "class_name": "cat"}
-    for name, instances in (("two/a.png", [instance, other]), ("one/a.png", [])):
-        content = {"image": f"photos/{name}", "instances": instances}
-        (folder / f"{name[:3]}.json").write_text(json.dumps(content))
-    path = write_results(tmp_path / "out", CocoIds(annotated))
+    content = {"image": "photos/one/a.png", "instances": []}
+    (folder / "none.json").write_text(json.dumps(content))
+    # In the order of their names, whenever they were written.
+    for number in (5, 2, 8, 1, 9, 3):
+        instance, other = ({**entry, "score": number / 10} for entry in (instance, other))
+        content = {"image": "photos/two/a.png", "instances": [instance, other]}
+        (folder / f"{number}.json").write_text(json.dumps(content))
+    path = write_results(str(tmp_path / "out"), CocoIds(str(annotated)))
     assert path == tmp_path / "out/coco_results.json"
-    shared = {"image_id": 9, "bbox": [1, 2, 3, 4], "score": 0.5}
+    shared = {"image_id": 9, "bbox": [1, 2, 3, 4]}
     assert json.loads(path.read_text()) == [
-        {**shared, "category_id": 17},
-        {**shared, "category_id": 3, "segmentation": {"size": [1, 1]}},
+        entry
+        for number in (1, 2, 3, 5, 8, 9)
+        for entry in (
+            {**shared, "score": number / 10, "category_id": 17},
+            {
+                **shared,
+                **{"score": number / 10, "category_id": 3, "segmentation": {"size": [1, 1]}},
+            },
+        )
     ]

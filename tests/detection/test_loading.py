@@ -26,7 +26,7 @@ from dense.detection.config import LazyConfigError, load_config
 from dense.detection.mapper import PhotoMapper
 from dense.images import TooManyUnreadable, UnreadableImage
 from dense.recipes import RECIPES
-from dense.seeding import Place, SeededDataset
+from dense.seeding import Place, SeededDataset, mixed
 from tests.support import build
 
 NANO = str(RECIPES / "detection/cascade_mask_rcnn_dw_conv_nano.py")
@@ -82,8 +82,13 @@ def test_a_predictor_is_of_the_config(monkeypatch, order, masks):
         assert found["masks"] is None
     with pytest.raises(ValueError, match="uint8 is needed"):
         predict(image[..., :2])
-    predictor.load_predictor("a.py", "net.pth")
+    # A photo that is not resized, and on the CPU.
+    cfg.dataloader.test.mapper.augmentations = []
+    predictor.load_predictor("a.py", "net.pth")(image)
     assert asked[-1] == ("a.py", "net.pth", "cpu")
+    pixels = model.seen[-1][0][0]["image"]
+    assert pixels.shape == (3, 30, 50)
+    assert pixels[:, 5, 7].tolist() == (colour if order == "RGB" else colour[::-1])
 
 
 def test_a_model_is_read_whole_and_fused(monkeypatch, tmp_path):
@@ -225,6 +230,31 @@ def test_a_resumable_loader_works_as_the_one_it_replaces(grouped):
     found.generator.initial_seed()
     assert found.generator is not torch.default_generator
     assert torch.get_rng_state().equal(before)
+
+
+def test_a_resumed_run_has_the_numbers_of_the_version_before(monkeypatch):
+    """Seeds of a sample, by seed, place and process, and of an iteration."""
+    seeds = []
+    monkeypatch.setattr(resuming, "seed_all", seeds.append)
+    monkeypatch.setattr(resuming.comm, "get_rank", lambda: 1)
+    monkeypatch.setattr(resuming.comm, "get_world_size", lambda: 4)
+    hook = resuming.SeedSteps(7)
+    hook.trainer = SimpleNamespace(iter=3)
+    hook.before_step()
+    assert seeds == [mixed(7, 1, 13)]
+    [batch] = resuming._Batches([5, 6, 8], 3, None, 7, 0)
+    assert [place.seed for place in batch] == [mixed(7, 0, n) for n in (1, 5, 9)]
+
+
+def test_annotations_of_sizes_alone():
+    """Which are read without the photos."""
+    sizes = [{"width": 4, "height": 3}]
+    built = build_detection_train_loader(
+        sizes, mapper=pytest.fail, sampler=TrainingSampler(1), total_batch_size=1
+    )
+    found = resuming.resumable(built, 5, 0)
+    assert isinstance(found.dataset, SeededDataset)
+    assert list(map(int, next(iter(found.batch_sampler)))) == [0]
 
 
 def test_as_wide_as_high_is_not_wide():
