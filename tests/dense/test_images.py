@@ -44,9 +44,17 @@ def test_as_many_are_skipped_as_the_share_says(share, total, allowed, caplog):
     )
 
 
+def test_names_are_told_apart_though_few_bits_are_kept(caplog):
+    skipped = Skipped(10**6)
+    for number in range(600):
+        skipped.note(f"photo {number}.jpg", OSError("cut"))
+    assert 580 < int(skipped._seen.sum()) <= 600 and skipped._seen.is_shared()
+
+
 def test_the_reason_alone_of_a_workers_traceback():
     traceback = "Caught TooManyUnreadable in worker 0.\n  raise\ndense.TooManyUnreadable: 2 of 8\n"
     assert str(TooManyUnreadable(traceback)) == "2 of 8"
+    assert str(TooManyUnreadable(f"{traceback} \n")) == "2 of 8"
     assert str(TooManyUnreadable("2 of 8")) == "2 of 8" and str(TooManyUnreadable()) == ""
 
 

@@ -1,5 +1,6 @@
 """What a sequence of commands says, keeps and counts."""
 
+import hashlib
 import json
 import os
 import signal
@@ -95,6 +96,8 @@ def test_a_digest_is_of_names_and_contents(tmp_path):
     def digest(without=()):
         return steps.sources_digest(tmp_path, ("a", "b"), without)
 
+    named = b"a/deep/y.py" + b"2" + b"a/x.py" + b"1" + b"b/z.py" + b"3"
+    assert digest() == hashlib.sha256(named).hexdigest()
     found = {digest(), digest([tmp_path / "b/z.py"]), digest([tmp_path / "a/../a/x.py"])}
     (tmp_path / "c/z.py").write_text("5")
     assert digest() in found
@@ -224,7 +227,11 @@ def test_steps_are_numbered_over_all_sequences(bars, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "_run", lambda step, *_: ran.append(step.name))
     todo = [every[0], every[1:3], every[3]]
     keep = lambda: kept.append(len(ran))  # noqa: E731
+    pools, pool = [], steps.ThreadPoolExecutor
+    monkeypatch.setattr(steps, "ThreadPoolExecutor", lambda jobs: pools.append(jobs) or pool(jobs))
     steps.run_all(todo, tmp_path, {"out": "/o"}, state, 0, tmp_path, keep=keep)
+    # One after the other, if nothing else is asked for.
+    assert pools == [1]
     assert Bar.said == [
         "[1/4] python a.py /o",
         "[2/4] do b: done before, in 72 s",

@@ -169,6 +169,7 @@ def test_a_photo_and_its_objects_are_turned_together(photo):
     assert entry["image"][:, 5, 5].tolist() == [200, 100, 20]
     assert entry["instances"].gt_boxes.tensor.tolist() == [[70, 4, 90, 44]]
     assert entry["instances"].gt_classes.tolist() == [3] and "annotations" not in entry
+    assert entry["instances"].image_size == (60, 100)
     assert photo["annotations"][0]["bbox"] == [5, 2, 10, 20] and "image" not in photo
     entry = mapped(False)
     assert "annotations" not in entry and "instances" not in entry
