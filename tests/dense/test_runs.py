@@ -351,6 +351,7 @@ def test_stopped_is_no_exception_that_a_trainer_logs():
 def test_stopped_is_the_same_in_another_process():
     stopped = pickle.loads(pickle.dumps(Stopped(15, "iter_5.pth")))
     assert (stopped.number, stopped.checkpoint, stopped.status) == (15, "iter_5.pth", 143)
+    assert stopped.args == Stopped(15, "iter_5.pth").args == (15, "iter_5.pth")
 
 
 # Files

@@ -16,6 +16,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
@@ -380,6 +381,9 @@ def test_trainers_stop_at_what_is_not_finite(precision, filters, caplog):
     proposals.rpn_head(torch.tensor(float("inf")))
     with pytest.raises(FloatingPointError, match="^iteration 5: loss=nan is not finite"):
         built._write_metrics({"loss": torch.tensor(float("nan"))}, 0.1)
+    with EventStorage() as storage:
+        built._write_metrics({"loss": torch.tensor(2.0)}, 0.1, prefix="its_")
+        assert storage.latest()["its_total_loss"][0] == 2
     # Detectron2's traceback is left out for this error alone.
     for error, shown in ((FloatingPointError, False), (KeyError, True), (None, True)):
         try:
