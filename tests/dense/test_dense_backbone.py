@@ -48,6 +48,7 @@ def test_features_are_timms(name):
 def test_only_what_is_asked_for_is_built(out_indices):
     backbone = DenseBackbone("dw_conv_nano", out_indices=out_indices)
     outputs = backbone(X)
+    assert type(outputs) is type(backbone.channels) is type(backbone.out_indices) is tuple
     assert [o.shape[1] for o in outputs] == [32 * 2**i for i in out_indices]
     sum(o.square().sum() for o in outputs).backward()
     assert [n for n, p in backbone.named_parameters() if p.grad is None] == []

@@ -238,6 +238,14 @@ def test_freeze_at_is_ignored_and_that_is_said_once(caplog):
             backbone = build_backbone(stock(MASK_RCNN, "dw_conv_nano"))
     assert all(p.requires_grad for p in backbone.parameters())
     assert caplog.text.count("FREEZE_AT (2) is ignored") == 1
+    # Of other values again.
+    with caplog.at_level(logging.INFO, logger="dense"):
+        build_backbone(stock(MASK_RCNN, "dw_conv_nano", FROZEN_STAGES=1))
+    said = [record for record in caplog.records if "is ignored" in record.getMessage()]
+    assert [record.name for record in said] == ["dense.detection.backbone"] * 2
+    assert said[1].getMessage() == (
+        "MODEL.BACKBONE.FREEZE_AT (2) is ignored: MODEL.DENSE.FROZEN_STAGES (1) is used instead"
+    )
 
 
 def test_config_without_our_keys():

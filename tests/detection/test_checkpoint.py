@@ -275,6 +275,16 @@ def test_weights_alone_are_a_checkpoint_too(tmp_path, caplog):
         WholeCheckpointer(nn.Linear(8, 3)).load_weights(path, complete=False)
 
 
+def test_a_file_of_a_gpu_is_read_on_any_machine(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    asked, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: asked.append(k) or load(*a, **k))
+    path = str(tmp_path / "model_0000001.pth")
+    WholeCheckpointer(detector()).load_weights(path, complete=True)
+    WholeCheckpointer.read_classes(path)
+    assert [(k["map_location"], k["weights_only"]) for k in asked] == [("cpu", True)] * 2
+
+
 def test_weights_may_be_at_an_address(monkeypatch):
     asked = []
     checkpointer = WholeCheckpointer(detector())

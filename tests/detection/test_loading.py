@@ -434,6 +434,9 @@ def test_overrides_change_and_add(tmp_path):
         LazyConfig.save(cfg, str(tmp_path / f"config.{suffix}"))
         again = load_config(str(tmp_path / f"config.{suffix}"), ["train.max_iter=9"])
         assert again.train.max_iter == 9 and again.model.input_format == "BGR"
+        # A training puts its model there.
+        again.optimizer.params.model = model = nn.Identity()
+        assert again.optimizer.params.model is model
     (tmp_path / "empty.yaml").touch()
     with pytest.raises(LazyConfigError) as refused:
         load_config(str(tmp_path / "empty.yaml"))
