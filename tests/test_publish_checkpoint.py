@@ -257,7 +257,7 @@ def test_a_detector_without_mmengine(tmp_path):
     assert meta["mean"] == [0.5, 0.5, 0.2] and meta["std"] == [1.0, 0.2, 0.2]
 
 
-def test_all_that_is_known_of_a_detector_and_of_a_segmentor(tmp_path):
+def test_all_that_is_known_of_a_detector_and_of_a_segmentor(tmp_path, monkeypatch):
     backbone = timm.create_model("dw_conv_nano", num_classes=0).state_dict()
     folder, out = tmp_path / "mine", tmp_path / "out"
     folder.mkdir()
@@ -275,15 +275,18 @@ def test_all_that_is_known_of_a_detector_and_of_a_segmentor(tmp_path):
     assert done.line == f"| `dw_conv_nano` | `mine` |  | 2 |  |  | `{done.files[0].name}` |"
     content = torch.load(done.files[0], weights_only=True)
     assert content["state_dict"].keys() == weights.keys()
+    # The folder's name is the recipe, from within it too.
+    monkeypatch.chdir(folder)
+    assert tool.publish.publish("model_final.pth", str(out)).meta == done.meta
     # A segmentor by MMEngine's config, without classes.
     other = tmp_path / "other"
     other.mkdir()
     weights = {f"backbone.{name}": value for name, value in backbone.items()}
     torch.save({"state_dict": weights, "meta": {"iter": 9}}, other / "iter_9.pth")
     config = "model = dict(backbone=dict(type='dw_conv_nano'), data_preprocessor=dict({}))"
-    (other / "mine.py").write_text(config.format("mean=[127.5, 0, 255], std=[51, 51, 51]"))
+    (other / "mine.py").write_text(config.format("mean=[127.5, 0, 255], std=[51, 51, 100]"))
     done = tool.publish.publish(other / "iter_9.pth", out)
-    known |= {"classes": None, "mean": [0.5, 0, 1], "std": [0.2] * 3}
+    known |= {"classes": None, "mean": [0.5, 0, 1], "std": [0.2, 0.2, 0.392157]}
     assert done.meta == {**known, "versions": versions}
     assert done.line == f"| `dw_conv_nano` | `mine` |  |  |  |  | `{done.files[0].name}` |"
     # A config that names none of our networks: nothing is known of it, and nothing checked.

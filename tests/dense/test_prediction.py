@@ -37,7 +37,7 @@ def test_what_counts_as_a_photo(tmp_path, quadrants):
     }
     for name in (*kept, "j.txt", "k.npy", "png"):
         (photos / name).touch()
-    jobs = plan([photos], tmp_path / "out", "mmdetection")
+    jobs = plan([photos], str(tmp_path / "out"), "mmdetection")
     assert {str(job.source.relative_to(photos)) for job in jobs} == kept
     assert [job.source for job in jobs] == sorted(job.source for job in jobs)
     places = {

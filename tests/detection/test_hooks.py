@@ -245,7 +245,15 @@ def test_the_main_process_decides_for_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "first, period, due",
-    [(4, 2, True), (2, 2, True), (3, 2, False), (0, 2, False), (4, 0, False), (4, 4, True)],
+    [
+        (4, 2, True),
+        (2, 2, True),
+        (1, 1, True),
+        (3, 2, False),
+        (0, 2, False),
+        (4, 0, False),
+        (4, 4, True),
+    ],
 )
 @pytest.mark.parametrize(
     "logged, with_best",
