@@ -470,6 +470,8 @@ def test_a_row_of_the_ablations_takes_the_backbones_place(nested):
     config.use_ablation(cfg, "dw_conv_positions_own")
     found = cfg.model.backbone.bottom_up if nested else cfg.model.backbone
     assert found.name == "dw_conv_nano" and found.drop_path_rate == 0.1 and len(found) > 2
+    with pytest.raises(LazyConfigError, match="^--ablation: volo_d1_dw_conv is a classifier"):
+        config.use_ablation(cfg, "volo_d1_dw_conv")
     for empty in ({}, dict(backbone=None)):
         with pytest.raises(LazyConfigError, match="^--ablation: "):
             config.use_ablation(OmegaConf.create(dict(model=empty)), "dw_conv_se")

@@ -150,7 +150,12 @@ TESTS = {
         f"{D}/test_resuming.py",
         f"{D}/test_run_options.py",
     ),
-    "dense/detection/config": (f"{D}/test_data.py", f"{D}/test_run_options.py"),
+    "dense/detection/config": (
+        f"{D}/test_loading.py",
+        f"{D}/test_data.py",
+        f"{D}/test_run_options.py",
+        f"{D}/test_train.py",
+    ),
     "dense/detection/predictor": (f"{D}/test_loading.py", f"{D}/test_train.py"),
     "dense/detection/resuming": (f"{D}/test_loading.py", f"{D}/test_resuming.py"),
     "dense/detection/trainer": (f"{D}/test_loading.py", f"{D}/test_resuming.py"),
