@@ -118,6 +118,15 @@ def test_what_is_known_of_a_file():
     assert gone == Photo("gone", fault="OSError")
 
 
+def test_the_bar_counts_photos(monkeypatch):
+    told = []
+    monkeypatch.setattr(browsing, "tqdm", lambda found, *a, **k: told.append((*a, k)) or found)
+    assert [photo.name for photo in browsing.look_at({"a": bytes, "b": bytes})] == ["a", "b"]
+    browsing.look_at({"a": bytes}, "reading training photos")
+    options = dict(delay=2, leave=False, unit="photo")
+    assert told == [("reading photos", 2, options), ("reading training photos", 1, options)]
+
+
 def frequencies(*rows) -> page.Table:
     return page.Table(["class", "objects", "photos"], [[n, page.Cell(c), p] for n, c, p in rows])
 

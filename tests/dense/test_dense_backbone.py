@@ -190,6 +190,7 @@ def test_a_fused_copy_is_for_evaluation_without_gradients():
             before = stages()
             change()
             assert stages() is not before and stages() is not backbone.stages
+        assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float64}
         backbone.train()
         assert stages() is backbone.stages
         backbone.eval().fuse = False
