@@ -285,6 +285,20 @@ def test_a_file_of_a_gpu_is_read_on_any_machine(tmp_path, monkeypatch):
     assert [(k["map_location"], k["weights_only"]) for k in asked] == [("cpu", True)] * 2
 
 
+@pytest.mark.parametrize("text, reason", [("  cut\nmore", "cut"), ("", "RuntimeError")])
+def test_why_a_file_cannot_be_read_is_a_line(tmp_path, monkeypatch, text, reason):
+    def load(*_, **__):
+        raise RuntimeError(text)
+
+    (tmp_path / "a.pth").touch()
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError) as refused:
+        WholeCheckpointer.read_classes(str(tmp_path / "a.pth"))
+    assert str(refused.value) == (
+        f"checkpoint {tmp_path}/a.pth is damaged or holds more than weights ({reason})"
+    )
+
+
 def test_weights_may_be_at_an_address(monkeypatch):
     asked = []
     checkpointer = WholeCheckpointer(detector())
