@@ -121,12 +121,14 @@ def _split(name: str, dataset: Any, classes: list[str], read: Any, check: int, s
         "ignored pixels (%)": round(100 * pixels[IGNORED] / total, 2),
     }
     shares = pixels[: len(classes)] / labelled
+    # Of masks without labels, no class has a bar.
+    largest = shares.max() or 1
     split.frequencies = page.Table(
         ["class", "pixels (%)", "masks"],
         [
             [
                 class_name,
-                page.Cell(round(100 * float(shares[i]), 3), share=float(shares[i] / max(shares))),
+                page.Cell(round(100 * float(shares[i]), 3), share=float(shares[i] / largest)),
                 int(images_of[i]),
             ]
             for i, class_name in enumerate(classes)
