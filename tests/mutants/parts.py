@@ -125,6 +125,12 @@ TESTS = {
     "dense/pretraining/reporting": (f"{P}/test_pages.py", BARS),
     "dense/segmentation/browsing": (f"{S}/test_pages.py", BARS),
     "dense/segmentation/reporting": (f"{S}/test_pages.py", BARS),
+    "dense/detection/browsing": (f"{D}/test_pages.py",),
+    "dense/detection/reporting": (f"{D}/test_pages.py",),
+    "dense/pretraining/browsing": (f"{P}/test_browsing.py", f"{P}/test_pages.py"),
+    "dense/pretraining/reporting": (f"{P}/test_browsing.py", f"{P}/test_pages.py"),
+    "dense/segmentation/browsing": (f"{S}/test_browsing.py", f"{S}/test_pages.py"),
+    "dense/segmentation/reporting": (f"{S}/test_browsing.py", f"{S}/test_pages.py"),
     "dense/run_report": (
         "tests/dense/test_run_report.py",
         *(f"{part}/test_pages.py" for part in (P, S, D)),
