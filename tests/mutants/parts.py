@@ -193,6 +193,7 @@ TESTS = {
         f"{S}/test_plugging_in.py",
         f"{S}/test_methods.py",
     ),
+    "dense/openmmlab/checking": (f"{S}/test_checking.py",),
     "dense/openmmlab/": (f"{P}/test_tool.py", f"{P}/test_resuming.py", f"{S}/test_runner.py"),
     "dense/optim": ("tests/dense/test_optim.py",),
     "dense/options": (
