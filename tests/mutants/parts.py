@@ -183,7 +183,10 @@ TESTS = {
     "dense/openmmlab/mmdetection": ("tests/test_mmdetection.py",),
     "dense/openmmlab/optim": ("tests/dense/test_optim.py",),
     "dense/openmmlab/tta": ("tests/test_mmdetection.py",),
-    "dense/openmmlab/hooks": (f"{S}/test_run_options.py", f"{S}/test_runner.py"),
+    "dense/openmmlab/hooks": tuple(f"{S}/test_{n}.py" for n in ("hooks", "run_options", "runner")),
+    "dense/openmmlab/logs": (f"{S}/test_hooks.py", f"{S}/test_runner.py"),
+    "dense/openmmlab/resuming": (f"{S}/test_loops.py", f"{P}/test_resuming.py"),
+    "dense/openmmlab/schedule": (f"{S}/test_loops.py", f"{P}/test_configs.py"),
     "dense/openmmlab/config": (
         *(f"{S}/test_{name}.py" for name in ("lengths", "run_options", "tta")),
         f"{P}/test_tool.py",
