@@ -187,11 +187,13 @@ TESTS = {
     "dense/openmmlab/logs": (f"{S}/test_hooks.py", f"{S}/test_runner.py"),
     "dense/openmmlab/resuming": (f"{S}/test_loops.py", f"{P}/test_resuming.py"),
     "dense/openmmlab/schedule": (f"{S}/test_loops.py", f"{P}/test_configs.py"),
+    "dense/openmmlab/checkpoints": (f"{S}/test_checkpoints.py", f"{S}/test_runner.py"),
     "dense/openmmlab/config": (
-        *(f"{S}/test_{name}.py" for name in ("lengths", "run_options", "tta")),
+        *(f"{S}/test_{name}.py" for name in ("settings", "lengths", "run_options", "tta")),
         f"{P}/test_tool.py",
     ),
     "dense/openmmlab/backbone": (
+        f"{S}/test_settings.py",
         f"{S}/test_registration.py",
         f"{S}/test_plugging_in.py",
         f"{S}/test_methods.py",

@@ -1,5 +1,7 @@
 """What is wrong with a config or an override of one, said before anything is built."""
 
+from copy import deepcopy
+
 import pytest
 from mmengine.config import Config
 
@@ -10,9 +12,14 @@ from dense.segmentation.config import ConfigError, load_config
 NANO = RECIPES / "segmentation/dw_conv_nano_upernet.py"
 
 
-@pytest.fixture
-def cfg():
+@pytest.fixture(scope="module")
+def recipe():
     return load_config(NANO)
+
+
+@pytest.fixture
+def cfg(recipe):
+    return deepcopy(recipe)
 
 
 # Keys that no tool's config need have, and arguments of classes that it leaves at their defaults.
