@@ -199,6 +199,7 @@ TESTS = {
         f"{S}/test_methods.py",
     ),
     "dense/openmmlab/checking": (f"{S}/test_checking.py",),
+    "dense/openmmlab/runner": (f"{S}/test_building.py", f"{S}/test_runner.py"),
     "dense/openmmlab/": (f"{P}/test_tool.py", f"{P}/test_resuming.py", f"{S}/test_runner.py"),
     "dense/optim": ("tests/dense/test_optim.py",),
     "dense/options": (
