@@ -217,6 +217,13 @@ TESTS = {
     "dense/pretraining/config": (f"{P}/test_configs.py", f"{P}/test_tool.py"),
     "dense/pretraining/predictor": ("tests/test_predict.py",),
     "dense/pretraining/": (f"{P}/test_data.py", f"{P}/test_tool.py", f"{P}/test_resuming.py"),
+    "dense/prediction": ("tests/test_predict.py", "tests/test_overlays.py"),
+    "dense/pretraining/config": tuple(f"{P}/test_{n}.py" for n in ("parts", "configs", "tool")),
+    "dense/pretraining/data": (f"{P}/test_data.py", f"{P}/test_tool.py"),
+    "dense/pretraining/predictor": (f"{P}/test_parts.py", "tests/test_predict.py"),
+    "dense/pretraining/": tuple(
+        f"{P}/test_{name}.py" for name in ("parts", "data", "tool", "resuming")
+    ),
     "dense/publish": ("tests/test_publish_checkpoint.py",),
     "dense/recipes": ("tests/test_recipes.py", "tests/test_packaging.py"),
     "dense/report": ("tests/dense/test_report.py", "tests/test_demo.py"),
