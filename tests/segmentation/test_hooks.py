@@ -135,7 +135,13 @@ def write_log(runner, *entries):
 @pytest.mark.parametrize(
     ("done", "attributes", "due"),
     [
-        *((0, {}, False), (2, {}, True), (3, {}, False), (4, {}, True)),
+        *(
+            (0, {}, False),
+            (0, {"val_begin": 0}, False),
+            (2, {}, True),
+            (3, {}, False),
+            (4, {}, True),
+        ),
         # The last one is due whatever the interval.
         *((5, {}, True), (3, {"dynamic_intervals": [3]}, True), (2, {"val_begin": 3}, False)),
         *(
