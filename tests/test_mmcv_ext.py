@@ -201,7 +201,34 @@ def test_another_operator_is_named_when_it_is_called(stand_in):
     assert not hasattr(stand_in, "__path__")
 
 
+def test_mmcvs_report_of_the_environment(stand_in, monkeypatch):
+    assert stand_in.get_compiler_version() == "none: torchvision's operators stand in"
+    for version, told in (("12.4", "torchvision's, of CUDA 12.4"), (None, "none")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert stand_in.get_compiling_cuda_version() == told
+    assert stand_in.softnms.__name__ == "softnms"
+    with pytest.raises(AttributeError, match="__path__"):
+        stand_in.__path__  # noqa: B018
+    with pytest.raises(NotImplementedError) as error:
+        stand_in.softnms(1, offset=0)
+    assert str(error.value) == (
+        "softnms is one of mmcv's compiled operators, and this is mmcv-lite: compile mmcv by `make "
+        "setup MMCV=compiled`, or in an environment of your own by `pip uninstall mmcv-lite` and "
+        "`MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==2.1.0`"
+    )
+
+
 # How it gets there
+
+
+def test_it_is_offered_once_and_under_its_name_alone(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", others := [object()])
+    for _ in range(2):
+        mmcv_lite.offer()
+    first, finder = others
+    assert isinstance(finder, mmcv_lite._StandIn) and not isinstance(first, mmcv_lite._StandIn)
+    assert finder.find_spec("mmcv._ext").origin == str(mmcv_lite.STAND_IN)
+    assert finder.find_spec("mmcv._extra") is finder.find_spec("mmcv") is None
 
 
 @pytest.fixture

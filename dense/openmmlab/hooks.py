@@ -122,9 +122,10 @@ class ValidateOnResume(Hook):
         loop, by_epoch = runner.train_loop, isinstance(runner.train_loop, EpochBasedTrainLoop)
         # A checkpoint written between two epochs may count the epoch as not finished.
         done = loop.iter / len(loop.dataloader) if by_epoch else loop.iter
-        if not done or done != int(done) or done < loop.val_begin:
+        if not done or done < loop.val_begin:
             return False
         loop._decide_current_val_interval()
+        # Nor is one due within an epoch: a part of one is no multiple of the interval.
         if done % loop.val_interval and done != (loop.max_epochs if by_epoch else loop.max_iters):
             return False
         try:

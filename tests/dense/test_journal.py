@@ -11,11 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from dense import journal
 
 LOADER = DataLoader(list(range(100)), batch_size=8)
+
+
+class Endless(IterableDataset):
+    """Without a length."""
+
+    def __iter__(self):
+        return iter([])
 
 
 def test_devices_have_their_names(monkeypatch):
@@ -141,6 +148,42 @@ def test_what_mmengines_runner_starts_with(monkeypatch):
     assert start.weights == "weights of net.pth"
     runner.iter = 60
     assert announcing.started(runner).weights == "resumed after 60 of 120 iterations"
+
+
+@pytest.mark.parametrize(
+    ("loader", "batch", "images"),
+    [
+        (LOADER, 8, 100),
+        (DataLoader([1, 2, 3], batch_size=None), 1, 3),
+        (DataLoader([1, 2, 3], batch_sampler=[[0, 1], [2]]), 1, 3),
+        (DataLoader(Endless(), batch_size=5), 5, None),
+    ],
+)
+def test_batches_of_every_kind_of_loader(loader, batch, images):
+    announcing = pytest.importorskip("dense.openmmlab.announcing")
+    runner = SimpleNamespace(
+        **dict(optim_wrapper=SimpleNamespace(), train_dataloader=loader, model=nn.Linear(1, 1)),
+        **dict(iter=0, max_iters=7, _load_from=None),
+    )
+    start = announcing.started(runner)
+    assert (start.batch, start.images, start.steps) == (batch, images, 7)
+
+
+def test_what_a_training_is_is_said_and_written(tmp_path, monkeypatch):
+    announcing = pytest.importorskip("dense.openmmlab.announcing")
+    start = journal.Start("CPU, 2 threads", "float32", 16, 800, 100, "random weights")
+    monkeypatch.setattr(announcing, "started", lambda runner: start)
+    said = []
+    runner = SimpleNamespace(work_dir=str(tmp_path), cfg=SimpleNamespace(filename="/net.py"))
+    runner.logger = SimpleNamespace(info=said.append)
+    hook = announcing.Announce()
+    hook.before_train(runner)
+    assert said == [str(start)]
+    [entry] = journal.read(tmp_path)
+    assert (entry["config"], entry["batch"], entry.get("seconds")) == ("/net.py", 16, None)
+    hook.after_train(runner)
+    [entry] = journal.read(tmp_path)
+    assert entry["seconds"] >= 0
 
 
 def test_what_detectron2s_trainer_starts_with(tmp_path, monkeypatch):

@@ -204,6 +204,30 @@ def test_mmengine_keeps_its_options_and_names_unknown_ones():
         engine.build_optim_wrapper(model, cfg | dict(paramwise_cfg=dict(decay_rate=0.9)))
 
 
+def test_mmengines_constructor_says_what_is_wrong():
+    pytest.importorskip("mmengine.optim")
+    from dense.openmmlab.optim import DenseOptimWrapperConstructor as Constructor
+
+    cfg = dict(optimizer=dict(type="AdamW"))
+    with pytest.raises(ValueError) as error:
+        Constructor(cfg, dict(lr_rate=1, decay_rate=2, layer_decay=0.5, norm_decay_mult=0.0))
+    assert str(error.value) == (
+        "paramwise_cfg has decay_rate, lr_rate: no_decay_bias, layer_decay, custom_keys, "
+        "bias_lr_mult, bias_decay_mult, norm_decay_mult, flat_decay_mult, dwconv_decay_mult, "
+        "dcn_offset_lr_mult, bypass_duplicate are valid"
+    )
+    with pytest.raises(ValueError, match="^layer_decay=0.5 needs optimizer.lr$"):
+        Constructor(cfg, dict(layer_decay=0.5))
+    given = dict(layer_decay=1.0, bypass_duplicate=True)
+    made = Constructor(cfg, given)
+    assert given == dict(layer_decay=1.0, bypass_duplicate=True)
+    assert made.paramwise_cfg == dict(bypass_duplicate=True)
+    assert (made.layer_decay, made.no_decay_bias) == (1.0, False)
+    made = Constructor(cfg)
+    assert (made.layer_decay, made.no_decay_bias) == (1.0, False)
+    assert made.paramwise_cfg == dict(bypass_duplicate=False)
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [
