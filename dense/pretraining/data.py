@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -255,10 +256,10 @@ def _reader(root: str, list_file: str | None, classes: list[str] | None) -> Read
         raise ConfigError(f"no images at {root}: expected a folder with a subfolder per class")
     class_map = {name: index for index, name in enumerate(classes)} if classes else ""
     try:
-        if path.is_dir() and (path.suffix == ".tar" or any(path.glob("*.tar"))):
+        if path.is_dir() and any(path.glob("*.tar")):
             return ReaderImageInTar(root, class_map=class_map)
         return create_reader("", root=root, class_map=class_map)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, OSError, tarfile.TarError) as error:
         raise ConfigError(f"no images in {root}: {error}") from error
 
 
