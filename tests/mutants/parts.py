@@ -219,7 +219,7 @@ TESTS = {
     "dense/pretraining/": (f"{P}/test_data.py", f"{P}/test_tool.py", f"{P}/test_resuming.py"),
     "dense/prediction": ("tests/test_predict.py", "tests/test_overlays.py"),
     "dense/pretraining/config": tuple(f"{P}/test_{n}.py" for n in ("parts", "configs", "tool")),
-    "dense/pretraining/data": (f"{P}/test_data.py", f"{P}/test_tool.py"),
+    "dense/pretraining/data": (f"{P}/test_readers.py", f"{P}/test_data.py", f"{P}/test_tool.py"),
     "dense/pretraining/predictor": (f"{P}/test_parts.py", "tests/test_predict.py"),
     "dense/pretraining/": tuple(
         f"{P}/test_{name}.py" for name in ("parts", "data", "tool", "resuming")
@@ -239,7 +239,7 @@ TESTS = {
         f"{S}/test_own_data.py",
         f"{S}/test_tta.py",
     ),
-    "dense/segmentation/predictor": ("tests/test_predict.py",),
+    "dense/segmentation/predictor": (f"{S}/test_predictor.py", "tests/test_predict.py"),
     "dense/segmentation/data": tuple(f"{S}/test_{n}.py" for n in ("masks", "data", "own_data")),
     "dense/segmentation/dataset": tuple(f"{S}/test_{n}.py" for n in ("masks", "data", "own_data")),
     "dense/segmentation/losses": (f"{S}/test_masks.py", f"{S}/test_data.py"),
