@@ -7,8 +7,10 @@ import shutil
 import sys
 import zipfile
 from functools import partial
+from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,6 +253,40 @@ def python(package, code):
 
 INSTALL = "import runpy; runpy.run_module('dense.openmmlab.mmcv_lite', run_name='__main__')"
 WHERE = "import mmcv._ext; print(mmcv._ext.__file__)"
+
+
+def test_what_installing_says_and_records(bare_mmcv, tmp_path, monkeypatch):
+    """Of this process's packages none is touched."""
+    about = bare_mmcv.parent / "mmcv_lite-2.1.0.dist-info"
+    found = metadata.Distribution.at(about)
+    asked = []
+    # Another package's list has no file of its name, and a package may have no list.
+    names = [SimpleNamespace(name="METADATA"), *found.files]
+    package = SimpleNamespace(
+        distribution=lambda name: asked.append(name) or found,
+        files=lambda name: asked.append(name) or names,
+        PackageNotFoundError=metadata.PackageNotFoundError,
+    )
+    spec = SimpleNamespace(origin=str(bare_mmcv / "__init__.py"))
+    util = SimpleNamespace(find_spec=lambda name: asked.append(name) or spec)
+    monkeypatch.setattr(mmcv_lite, "importlib", SimpleNamespace(util=util))
+    monkeypatch.setattr(mmcv_lite, "metadata", package)
+    monkeypatch.setattr(mmcv_lite, "require", lambda *given: asked.append(given))
+    installed = bare_mmcv / "_ext.py"
+    record = ["mmcv/__init__.py,,", f"{about.name}/RECORD,,", "mmcv/_ext.py,,"]
+    for _ in range(2):
+        assert mmcv_lite.install() == f"{installed} stands in for mmcv's compiled operators"
+        assert installed.read_text() == Path(mmcv_ext.__file__).read_text()
+        assert (about / "RECORD").read_text() == "\n".join([*record, ""])
+    assert asked[:4] == [("mmcv", "segmentation"), "mmcv", "mmcv-lite", "mmcv-lite"]
+    for files in ([], None, [SimpleNamespace(name="METADATA")]):
+        package.files = lambda name, files=files: files
+        assert mmcv_lite.install().endswith(" stands in for mmcv's compiled operators")
+    compiled = bare_mmcv / f"_ext{EXTENSION_SUFFIXES[-1]}"
+    compiled.touch()
+    installed.unlink()
+    assert mmcv_lite.install() == f"mmcv is compiled ({compiled}): nothing to do"
+    assert not installed.exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What is missing is named with the command that installs it."""
 
+from importlib import import_module, reload
 from types import SimpleNamespace
 
 import pytest
@@ -52,3 +53,28 @@ def test_what_is_installed_is_enough(monkeypatch):
         require(package, "export")
         assert asked == names
         asked.clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "framework", "extra"),
+    [
+        ("dense.segmentation", "mmengine", "segmentation"),
+        ("dense.pretraining", "mmengine", "pretraining"),
+        ("dense.openmmlab.mmdetection", "mmdet", "mmdetection"),
+    ],
+)
+def test_an_import_without_its_framework_names_it(module, framework, extra, monkeypatch):
+    pytest.importorskip(framework)
+    imported = import_module(module)
+    monkeypatch.setattr("dense.find_spec", lambda name: None if name == framework else True)
+    with pytest.raises(ImportError, match=rf"^{framework} is not .*dense-backbones\[{extra}\]'"):
+        reload(imported)
+
+
+def test_a_predictor_without_its_framework_names_it(monkeypatch):
+    pytest.importorskip("mmengine")
+    from dense.segmentation import load_predictor
+
+    monkeypatch.setattr("dense.find_spec", lambda name: None if name == "mmseg" else True)
+    with pytest.raises(ImportError, match=r"^mmseg is not .*dense-backbones\[segmentation\]'"):
+        load_predictor("config.py", "weights.pth")

@@ -125,6 +125,12 @@ TESTS = {
     "dense/pretraining/reporting": (f"{P}/test_pages.py", BARS),
     "dense/segmentation/browsing": (f"{S}/test_pages.py", BARS),
     "dense/segmentation/reporting": (f"{S}/test_pages.py", BARS),
+    "dense/segmentation/__init__": (
+        f"{S}/test_registration.py",
+        "tests/dense/test_require.py",
+        "tests/test_packaging.py",
+    ),
+    "dense/pretraining/__init__": ("tests/dense/test_require.py", f"{P}/test_tool.py"),
     "dense/detection/browsing": (f"{D}/test_pages.py",),
     "dense/detection/reporting": (f"{D}/test_pages.py",),
     "dense/pretraining/browsing": (f"{P}/test_browsing.py", f"{P}/test_pages.py"),

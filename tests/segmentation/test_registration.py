@@ -118,6 +118,45 @@ def test_weights_of_another_network_are_refused(tmp_path):
         backbone.init_weights()
 
 
+def test_one_source_of_weights_may_be_named_twice():
+    checkpoint = dict(type="Pretrained", checkpoint="a.pth", prefix="x", map_location="cpu")
+    for given in (
+        dict(init="a.pth", pretrained="a.pth", init_cfg=checkpoint),
+        dict(init_cfg=checkpoint),
+        dict(pretrained="a.pth", init_cfg=None),
+    ):
+        assert MODELS.build(dict(type="dw_conv_nano", **given)).init == "a.pth"
+    assert MODELS.build(dict(type="dw_conv_nano")).init is None
+
+
+@pytest.mark.parametrize(
+    "init_cfg",
+    [
+        *("a.pth", dict(checkpoint="a.pth"), dict(type="Pretrained")),
+        *(dict(type="Normal", checkpoint="a.pth"), dict(type="Pretrained", checkpoint="")),
+        dict(type="Pretrained", checkpoint="a.pth", std=0.1),
+    ],
+)
+def test_another_init_cfg_is_refused(init_cfg):
+    with pytest.raises(ValueError) as error:
+        MODELS.build(dict(type="dw_conv_nano", init_cfg=init_cfg))
+    assert str(error.value).endswith(
+        f"init_cfg={init_cfg!r}: dict(type='Pretrained', checkpoint=...) is valid; leave init_cfg "
+        "out to start from random weights"
+    )
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 32)])
+def test_maps_are_contiguous_whatever_the_photos_are(size):
+    backbone = MODELS.build(dict(type="dw_conv_nano", out_indices=(1, 3))).eval()
+    photos = torch.rand(1, 3, *size).contiguous(memory_format=torch.channels_last)
+    maps = backbone(photos)
+    assert len(maps) == 2
+    for found in maps:
+        _, channels, height, width = found.shape
+        assert found.stride() == (channels * height * width, height * width, width, 1)
+
+
 def test_contradictions_are_refused():
     with pytest.raises(ValueError, match="different weights"):
         MODELS.build(dict(type="dw_conv_nano", init="a.pth", pretrained="b.pth"))
