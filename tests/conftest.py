@@ -1,5 +1,6 @@
 """What all tests share: a thread for each xdist worker, the photos, and how Triton runs."""
 
+import io
 import logging
 import os
 import sys
@@ -67,6 +68,30 @@ def figures(monkeypatch) -> list:
         Figure, "savefig", lambda self, *a, **k: written.append(self) or savefig(self, *a, **k)
     )
     return written
+
+
+@pytest.fixture
+def bars(monkeypatch) -> list:
+    """Progress bars that were opened: name, total, seconds before it shows, whether it stays."""
+    from tqdm import tqdm
+
+    opened, begin = [], tqdm.__init__
+
+    def noting(bar, *given, **named):
+        begin(bar, *given, **named)
+        name = named.get("desc") or (given[1] if len(given) > 1 else None)
+        opened.append((name, bar.total, named.get("delay", 0), bar.leave, bar.unit))
+
+    monkeypatch.setattr(tqdm, "__init__", noting)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    return opened
+
+
+class Terminal(io.StringIO):
+    """Where bars are not switched off."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture

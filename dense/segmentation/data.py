@@ -141,7 +141,7 @@ def check_masks(
     indices = set(range(first, first + len(classes))) - ignored
     if palette:
         codes = [colour_code(colour) for colour in palette]
-        first, ignored = 0, set(codes[len(classes) :])
+        ignored = set(codes[len(classes) :])
         indices = set(codes[: len(classes)])
     masks = [mask for _, mask in pairs]
     if twice := sorted(mask for mask, n in Counter(masks).items() if n > 1):
@@ -162,7 +162,7 @@ def check_masks(
         more = f" ({len(faults)} of {len(pairs)} masks cannot be used)" if len(faults) > 1 else ""
         said = "" if palette else _said(found, indices | ignored, classes, first)
         raise ConfigError(faults[0] + said + more)
-    present = set().union(*found) if found else set()
+    present = set().union(*found)
     if not present & indices:
         raise ConfigError(f"all pixels of the {len(pairs)} masks in {masks[0].parent} are ignored")
     empty = [mask for mask, values in zip(masks, found, strict=True) if not set(values) & indices]

@@ -116,11 +116,19 @@ def test_shards_have_samples_and_no_counts(shards):
     assert reporting.ImageStream is ImageStream
 
 
-def test_samples_are_of_both_splits(photos):
+def test_samples_are_of_both_splits(photos, bars):
     cfg = load_config(CONFIGS / "dw_conv_nano.py")
     set_data(cfg, str(photos), num_classes=3)
     one, two = (browsing.splits(cfg, images=5, check=4, seed=seed)[0] for seed in (1, 1))
     training, validation = one
+    assert bars[:4] == [
+        (f"{what} {name} {kind}", count, 2, False, unit)
+        for name, samples in (("training", 5), ("validation", 2))
+        for what, kind, count, unit in (
+            ("reading", "photos", 4, "photo"),
+            ("drawing", "samples", samples, "it"),
+        )
+    ]
     assert [len(split.samples) for split in one] == [5, 2]
     assert [len(split.photos) for split in one] == [4, 4]
     assert training.about_samples == (
@@ -244,7 +252,7 @@ def judge(tmp_path, monkeypatch):
     return call, tmp_path, opened
 
 
-def test_photos_are_judged_by_the_probability_of_their_class(judge, photos):
+def test_photos_are_judged_by_the_probability_of_their_class(judge, photos, bars):
     call, folder, opened = judge
     cfg = load_config(CONFIGS / "dw_conv_nano.py")
     set_data(cfg, str(photos), num_classes=3)
@@ -252,6 +260,7 @@ def test_photos_are_judged_by_the_probability_of_their_class(judge, photos):
         call(cfg, 99)
     torch.save({"meta": {"iter": 7}}, folder / "epoch_7.pth")
     verdict = call(cfg, 99)
+    assert bars == [("judging validation images", 12, 2, False, "it")]
     assert opened == [(str(folder / "net.py"), str(folder / "epoch_7.pth"), "cpu")]
     assert verdict.measure == "the probability of its class in percent"
     assert verdict.source == "those of epoch_7.pth" and verdict.colours == {}

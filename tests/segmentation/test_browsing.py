@@ -119,6 +119,14 @@ def test_so_many_masks_are_read_as_asked_for(tmp_path):
     assert (len(split.photos), split.facts["masks read"], split.facts["photos"]) == (3, 3, 5)
 
 
+def test_what_takes_long_is_counted(tmp_path, bars):
+    split_of(tmp_path, [[[0, 0, 0]] * 2] * 5, ["a"], check=3)
+    assert bars == [
+        ("reading training photos", 3, 2, False, "photo"),
+        ("reading training masks", 3, 2, False, "mask"),
+    ]
+
+
 class Packed:
     """A data set whose samples are packed as MMSegmentation's: BGR, planes first."""
 
@@ -158,7 +166,7 @@ def test_a_photo_that_cannot_be_read_has_no_sample():
     assert browsing._sample(Damaged([0], [0]), 0, None) is None
 
 
-def test_samples_are_of_both_splits(shapes):
+def test_samples_are_of_both_splits(shapes, bars):
     cfg = load_config(NANO)
     use_own_data(cfg, shapes)
     (training, validation), colours = browsing.splits(cfg, images=2, check=4, seed=0)
@@ -167,6 +175,11 @@ def test_samples_are_of_both_splits(shapes):
     assert [split.name for split in (training, validation)] == ["training", "validation"]
     assert [len(split.samples) for split in (training, validation)] == [2, 1]
     assert [len(split.photos) for split in (training, validation)] == [4, 2]
+    drawn = [bar for bar in bars if bar[0].startswith("drawing")]
+    assert drawn == [
+        (f"drawing {name} samples", count, 2, False, "it")
+        for name, count in (("training", 2), ("validation", 1))
+    ]
     ignored = " Pixels without a colour are ignored."
     assert training.about_samples == (
         "Drawn at random, with the config's pipeline: resized, cropped, flipped and with the "
@@ -255,12 +268,13 @@ def run(shapes, tmp_path, monkeypatch):
     return folder, opened
 
 
-def test_validation_images_are_judged_one_by_one(run, shapes):
+def test_validation_images_are_judged_one_by_one(run, shapes, bars):
     folder, opened = run
     with pytest.raises(FileNotFoundError, match="there is no checkpoint yet"):
         reporting.judged(folder, 9)
     torch.save({"meta": {"iter": 7}}, folder / "iter_7.pth")
     verdict = reporting.judged(folder, 9)
+    assert bars == [("judging validation images", 2, 2, False, "it")]
     assert opened == [(str(folder / "net.py"), str(folder / "iter_7.pth"), "cpu")]
     assert (verdict.measure, verdict.source) == ("mIoU of the image alone", "those of iter_7.pth")
     assert verdict.colours == dict(zip(CLASSES, reporting.Predictor.palette, strict=True))

@@ -1,5 +1,6 @@
 """What is told of folders of masks, whole, and what is kept of them; their readers and loss."""
 
+import hashlib
 import json
 import os
 
@@ -69,6 +70,11 @@ def rows(*values):
             "used)",
         ),
         (
+            [rows(3, 0, 0), rows(4, 0, 0)],
+            {},
+            "0.png holds 3: 3 classes are 0 to 2, and 255 is ignored (2 of 2 masks cannot be used)",
+        ),
+        (
             [[[3, 4, 5], [6, 7, 8]]],
             dict(ignore_index=9),
             "0.png holds 3, 4, 5, 6, 7: 3 classes are 0 to 2, and 9, 255 are ignored",
@@ -133,9 +139,9 @@ def test_masks_and_classes_that_are_empty_are_said(tmp_path, caplog):
         f"no pixel in {folder} is of {ten}: 10 of 12 classes",
     ]
     caplog.clear()
-    check_masks(pairs[:1], [*names, "c12"], reduce_zero_label=True)
+    check_masks(pairs[:1], names, reduce_zero_label=True)
     assert [record.message for record in caplog.records] == [
-        f"no pixel in {folder} is of c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, ...: 12 of 13 classes"
+        f"no pixel in {folder} is of c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, ...: 11 of 12 classes"
     ]
     caplog.clear()
     check_masks(pairs[:1], names[:2])
@@ -171,6 +177,13 @@ def test_coloured_masks(tmp_path, caplog):
     assert refused(tmp_path, pairs_of(tmp_path, [six]), ABC).endswith(
         "it holds 2 0 0, 3 0 0, 4 1 0, 5 0 1, 6 0 0: 3 classes are 0 to 2, and 255 is ignored"
     )
+
+
+def test_absent_colours_are_in_their_order(tmp_path, caplog):
+    """Not in that of a set, whose first would be of (1, 0, 0)."""
+    palette = [(1, 0, 0), RED, (0, 0, 7)]
+    check_masks(pairs_of(tmp_path, [rows(RED, RED, RED)]), ABC, palette=palette)
+    assert caplog.messages == [f"no pixel in {tmp_path}/masks is of c, a: 2 of 3 classes"]
 
 
 def test_masks_of_other_kinds(tmp_path):
@@ -239,6 +252,30 @@ def test_what_is_known_of_masks_is_kept(tmp_path, cache, monkeypatch):
     os.utime(pairs[1][1], ns=(5, 5))
     check_masks(pairs[1:], ABC)
     assert [given[0] for given in written] == [path]
+
+
+def test_a_mask_that_is_gone_is_said_to_be(tmp_path):
+    [pair] = pairs_of(tmp_path, [rows(0, 1, 2)])
+    check_masks([pair], ABC)
+    pair[1].unlink()
+    assert refused(tmp_path, [pair], ABC).startswith("0.png cannot be read: ")
+
+
+def test_masks_of_several_folders_have_one_file(tmp_path, cache):
+    folders = [tmp_path / name for name in "cab"]
+    pairs = []
+    for folder in folders:
+        folder.mkdir()
+        pairs += pairs_of(folder, [rows(0, 1, 2)] * 2)
+    check_masks(pairs, ABC)
+    names = "\n".join(f"{tmp_path}/{name}/masks" for name in "abc")
+    [path] = cache.iterdir()
+    assert path.name == f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
+
+
+def test_masks_are_counted_while_they_are_read(tmp_path, bars):
+    check_masks(pairs_of(tmp_path, [rows(0, 1, 2)] * 3), ABC)
+    assert bars == [("checking masks", 3, 2, False, "it")]
 
 
 def test_a_mask_of_another_size_or_time_is_read_again(tmp_path, cache):
