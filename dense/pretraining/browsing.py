@@ -66,8 +66,8 @@ def _split(name: str, dataset: Any, classes: list[str], check: int, seed: int) -
         split.odd.append("shards are read in order: classes and files are not counted")
         return split
     counts = Counter(int(sample[1]) for sample in samples)
-    most = max(counts.values(), default=1)
-    fewest = min((counts[i] for i in range(len(classes))), default=0)
+    most = max(counts.values())
+    fewest = min(counts[i] for i in range(len(classes)))
     split.facts |= {"photos of the smallest class": fewest, "photos of the largest class": most}
     split.frequencies = page.Table(
         ["class", "photos"],

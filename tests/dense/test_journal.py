@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from dense import journal
 
@@ -156,6 +156,7 @@ def test_what_mmengines_runner_starts_with(monkeypatch):
         (LOADER, 8, 100),
         (DataLoader([1, 2, 3], batch_size=None), 1, 3),
         (DataLoader([1, 2, 3], batch_sampler=[[0, 1], [2]]), 1, 3),
+        (DataLoader([1, 2, 3], batch_sampler=BatchSampler([0, 1, 2], 2, False)), 2, 3),
         (DataLoader(Endless(), batch_size=5), 5, None),
     ],
 )

@@ -152,9 +152,9 @@ def test_samples_are_of_both_splits(photos, bars):
 @pytest.mark.parametrize(("count", "mixed"), [(2, 2), (3, 2), (7, 2), (8, 2), (9, 2), (12, 4)])
 def test_mixed_samples_are_of_pairs(count, mixed):
     """timm's Mixup takes an even number, and pairs the first with the last."""
-    samples = [(torch.full((3, 4, 4), float(i)), i % 3, "") for i in range(count)]
+    samples = [(torch.full((3, 4, 4), float(i)), 1997 + i % 3, "") for i in range(count)]
     mixup = dict(mixup_alpha=1.0, cutmix_alpha=0.0, label_smoothing=0.1)
-    cfg = SimpleNamespace(model=SimpleNamespace(mixup=mixup, num_classes=3))
+    cfg = SimpleNamespace(model=SimpleNamespace(mixup=mixup, num_classes=2000))
     mean, std = torch.full((3, 1, 1), 0.25), torch.full((3, 1, 1), 0.05)
 
     def mix():
@@ -197,7 +197,7 @@ def test_a_pair_of_training_is_mixed_where_the_config_mixes(photos, mixup, image
 
 
 def test_pictures_are_undone_of_what_normalised_them():
-    steps = [object(), SimpleNamespace(mean=[0.5, 0.25, 0.0], std=torch.tensor([0.5, 2.0, 1.0]))]
+    steps = [object(), SimpleNamespace(mean=[0.5, 0.25, 0.0], std=np.array([0.5, 2.0, 1.0]))]
     mean, std = browsing._normalisation(SimpleNamespace(transforms=steps))
     assert (mean.shape, std.shape) == ((3, 1, 1), (3, 1, 1))
     assert (mean.flatten().tolist(), std.flatten().tolist()) == ([0.5, 0.25, 0], [0.5, 2, 1])

@@ -233,7 +233,9 @@ def test_streams_have_loaders_of_their_own(monkeypatch):
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_checkpoint_is_evaluated_by_its_own_network(tmp_path, distributed):
     network = timm.create_model("dw_conv_nano", num_classes=3)
-    weights = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_trac")}
+    weights = {
+        k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")
+    }
     torch.save(dict(state_dict=weights, meta=dict(classes=["c", "a", "b"])), tmp_path / "a.pth")
     other = timm.create_model("dw_conv_nano", num_classes=3)
     held = SimpleNamespace(network=other)
@@ -255,6 +257,20 @@ def test_a_checkpoint_is_evaluated_by_its_own_network(tmp_path, distributed):
     )
 
 
+def test_an_exported_file_is_evaluated_in_the_networks_place(monkeypatch):
+    from dense.export import evaluation
+
+    monkeypatch.setattr(config, "is_exported", lambda path: path == "a.onnx")
+    monkeypatch.setattr(evaluation, "read_for", lambda *read: read)
+    monkeypatch.setattr(evaluation, "logits_of", lambda read: ("logits", *read))
+    used = []
+    held = SimpleNamespace(use=used.append, network=None)
+    settings = SimpleNamespace(model=SimpleNamespace(classes=["n02123045", "dog"]))
+    runner = SimpleNamespace(model=held, distributed=False, cfg=settings, val=lambda: used[:])
+    names = ("tabby, tabby cat", "dog")
+    assert config.evaluate(runner, "a.onnx") == [("logits", "classification", "a.onnx", names)]
+
+
 # Metric
 
 
@@ -265,7 +281,11 @@ def test_classes_without_images_have_no_accuracy(tmp_path, monkeypatch):
     counted.dataset_meta = {"classes": ["a, b", "longer name", "none"]}
     # label, index, best, second
     rows = [(0, 0, 0, 1), (0, 1, 1, 0), (0, 2, 2, 1), (1, 3, 1, 0)]
-    assert counted.compute_metrics(rows) == {"top1": 50.0, "top5": 75.0}
+    for _ in range(2):
+        found = counted.compute_metrics(rows)
+        assert found == {"top1": 50.0, "top5": 75.0}
+        assert {type(value) for value in found.values()} == {float}
+    assert said.pop() == said[0]
     with open(tmp_path / "deep/out/per_class.csv", newline="") as file:
         found = list(csv.reader(file))
     head = ["class", "images", "top1"]
@@ -307,7 +327,7 @@ def test_nothing_is_told_of_classes_without_names(monkeypatch):
 
 
 def test_the_first_batch_is_not_timed(monkeypatch):
-    times = iter([100.0, 104.0, 200.0, 200.0, 300.0, 302.0])
+    times = iter([100.0, 104.0, 200.0, 202.0, 300.0, 300.5, 400.0, 400.0])
     monkeypatch.setattr(metric.time, "perf_counter", lambda: next(times))
     counted = ClassificationMetric()
 
@@ -321,7 +341,11 @@ def test_the_first_batch_is_not_timed(monkeypatch):
     # 5 + 6 images in 4 s.
     assert evaluated(3, 5, 6) == 2.8
     assert evaluated(3) is None
-    assert evaluated(1, 1) == 0.5
+    assert evaluated(1, 1) == 2.0
+    assert evaluated(1, 1) is None
+    # Results that no batch brought have no time.
+    counted.results = [(0, -1, 0)]
+    assert counted.evaluate(1) == {"top1": 100.0, "top5": 100.0}
 
 
 def test_real_labels_need_names_of_imagenet(tmp_path):

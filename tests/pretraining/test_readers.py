@@ -67,6 +67,7 @@ def test_a_listed_file_is_opened_below_the_root(tmp_path):
     ("text", "reason"),
     [
         ("a.jpg\t0\n\nb.jpg\t1", ", line 2: '' is not a path, a tab and a class index"),
+        ("a.jpg\t0\n5", ", line 2: '5' is not a path, a tab and a class index"),
         ("a.jpg\tone", ", line 1: 'a.jpg\\tone' is not a path, a tab and a class index"),
         ('[["a.jpg", 0], ["b.jpg"]]', ", entry 2: ['b.jpg'] is not a path and a class index"),
         ("[[3, 0]]", ", entry 1: [3, 0] is not a path and a class index"),
@@ -85,6 +86,15 @@ def test_what_is_wrong_with_a_list(tmp_path, text, reason):
 @pytest.fixture
 def root(tmp_path):
     return write_images(tmp_path / "photos", {"b": 2, "a": 1, "c": 1})
+
+
+def test_another_number_of_listed_classes_names_the_list(root, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("a/a_0.jpg\t0\nb/b_0.jpg\t3")
+    assert told(ImageDataset, str(root), PLAIN, str(path), num_classes=5) == (
+        f"{path} has 4 classes (a, 1, 2, ...), the config 5: set --num-classes or take another "
+        "folder"
+    )
 
 
 def test_classes_of_folders_are_sorted_or_as_named(root):
@@ -164,10 +174,13 @@ def test_the_next_image_takes_a_damaged_ones_place(root, monkeypatch):
 
 
 @pytest.mark.parametrize(("share", "allowed"), [(0.001, 1), (0.5, 2), (0.75, 3)])
-def test_so_many_may_be_damaged(root, share, allowed):
+def test_so_many_may_be_damaged(root, share, allowed, monkeypatch):
     dataset = ImageDataset(str(root), PLAIN, unreadable_share=share)
     assert (dataset._skipped.allowed, dataset._skipped.total) == (allowed, 4)
-    assert ImageDataset(str(root), PLAIN)._skipped.allowed == 1
+    given = []
+    monkeypatch.setattr(data, "Skipped", lambda *counts: given.append(counts))
+    ImageDataset(str(root), PLAIN)
+    assert given == [(4, 0.001)]
 
 
 # Streams

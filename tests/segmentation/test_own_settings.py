@@ -54,6 +54,8 @@ def test_augmented_tests_keep_their_other_steps():
     set_short_side(cfg, 34)
     sizes = [(68, 17), (102, 25), (136, 34), (170, 42), (204, 51), (238, 59)]
     resizes = [dict(type="Resize", scale=size, keep_ratio=True) for size in sizes]
+    found = [step.scale for step in cfg.tta_pipeline[1].transforms[0]]
+    assert all(isinstance(side, int) for scale in found for side in scale)
     assert cfg.tta_pipeline[1].transforms == [resizes, flips, annotations, packing]
 
 
@@ -138,7 +140,10 @@ def test_all_settings_of_own_data(shapes, given, monkeypatch):
     cfg.pop("custom_imports")
     monkeypatch.chdir(Path(shapes["val_images"]).parent)
     relative = dict(test_images="val", test_masks="../masks/val")
+    imported = []
+    monkeypatch.setattr(config, "import_modules_from_strings", imported.append)
     use_own_data(cfg, dict(classes="a,b,c", train_images=None, **relative, **given))
+    assert imported == [["dense.segmentation.dataset", "dense.segmentation.losses"]]
     assert "data" not in cfg
     first, second, third, fourth = cfg.model.auxiliary_head
     assert first.loss_cls.class_weight == [1.0, 1.0, 1.0, 0.1]
