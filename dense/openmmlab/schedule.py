@@ -30,7 +30,7 @@ def without_empty(schedules: list[Any], loader: Sized) -> list[Any]:
         if not isinstance(schedule, dict) or not schedule.get("convert_to_iter_based"):
             return False
         first, last = schedule.get("begin", 0), schedule.get("end")
-        return last is not None and int(first * len(loader)) >= int(last * len(loader))
+        return last is not None and first * len(loader) >= int(last * len(loader))
 
     return [schedule for schedule in schedules if not is_empty(schedule)]
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dense import page
-from dense.browsing import Split
+from dense.browsing import Split, chosen
 from dense.openmmlab.config import load_config
 from dense.pretraining import browsing, reporting
 from dense.pretraining.config import set_data
@@ -280,7 +280,8 @@ def test_photos_are_judged_by_the_probability_of_their_class(judge, photos, bars
         assert caption == captions[name]
         photo = np.asarray(Image.open(photos / f"val/{name}/{judged.name}"))
         np.testing.assert_array_equal(draw(), photo)
-    assert len(call(cfg, 2).images) == 2
+    two = [judged.name for judged in call(cfg, 2).images]
+    assert two == [verdict.images[index].name for index in chosen(12, 2, seed=0)]
 
 
 def test_shards_are_not_judged(judge, shards):

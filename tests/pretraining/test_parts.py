@@ -10,6 +10,7 @@ import timm
 import torch
 from mmengine.config import Config, ConfigDict
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
 import backbones
@@ -396,6 +397,7 @@ def bar(monkeypatch):
         hook.after_train_iter(runner, 4, outputs=outputs)
         shown = hook._bar
         found = SimpleNamespace(**{key: getattr(shown, key, 0) for key in ("total", "n", "unit")})
+        found.follows = bool(getattr(shown, "dynamic_ncols", None))
         found.disable, found.postfix = shown.disable, getattr(shown, "postfix", None)
         hook.after_train(runner)
         assert shown.disable, "closed"
@@ -416,7 +418,7 @@ def bar(monkeypatch):
 def test_an_iteration_is_shown_with_speed_and_memory(bar, given, text, memory):
     shown, logged = bar(**given)
     assert shown.postfix == text and not shown.disable
-    assert (shown.total, shown.n, shown.unit) == (9, 5, "it")
+    assert (shown.total, shown.n, shown.unit, shown.follows) == (9, 5, "it", True)
     expected = {"train/images_per_second": 8.0, "train/memory_mb": memory}
     assert logged == {name: value for name, value in expected.items() if value is not None}
 
@@ -460,6 +462,7 @@ def test_images_reach_the_network_channels_last():
     assert classifier(x, labels, indices).equal(network(x))
     assert seen[0].equal(x) and seen[0].is_contiguous(memory_format=torch.channels_last)
     found = classifier(x, labels, indices, mode="predict")
+    assert {type(row[key]) for row in found for key in ("label", "index")} == {int}
     rows = [(row["label"], row["index"], row["best"].tolist()) for row in found]
     assert rows == [(2, 7, [1, 2, 0]), (0, 9, [1, 2, 0])]
 
@@ -493,14 +496,14 @@ def test_what_a_config_has_for_its_network_alone():
 def trained(tmp_path):
     """A config of four classes, and a function: the predictor of a checkpoint of some classes."""
     cfg = load_config(NANO)
-    cfg.model.num_classes = 4
+    cfg.model.update(num_classes=4, depths=(1, 2, 1, 1))
     cfg.dump(tmp_path / "net.py")
 
-    def call(count, content, drop=()):
-        network = timm.create_model("dw_conv_nano", num_classes=count)
-        weights = {k: v for k, v in network.state_dict().items() if k not in drop}
+    def call(count, content, drop="none", **options):
+        network = timm.create_model("dw_conv_nano", num_classes=count, depths=(1, 2, 1, 1))
+        weights = {k: v for k, v in network.state_dict().items() if drop not in k}
         torch.save(dict(content, state_dict=weights), tmp_path / "a.pth")
-        return Predictor(str(tmp_path / "net.py"), str(tmp_path / "a.pth"))
+        return Predictor(str(tmp_path / "net.py"), str(tmp_path / "a.pth"), **options)
 
     return call
 
@@ -510,6 +513,7 @@ def test_classes_of_a_predictor_are_the_files(trained):
     assert trained(2, dict(meta=dict(classes=classes))).classes == ("tabby, tabby cat", "dog")
     bare = trained(4, {})
     assert bare.classes == ("0", "1", "2", "3") and bare.report.matched
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in bare.network.modules())
     assert bare.transform == load_config(NANO).val_dataloader.dataset.transform.to_dict()
     image = np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)
     scores = bare(image)
@@ -521,9 +525,14 @@ def test_classes_of_a_predictor_are_the_files(trained):
         bare(image[..., 0])
 
 
+def test_a_predictor_runs_where_it_is_asked_to(trained):
+    predict = trained(4, {}, drop="num_batches_tracked", device="meta")
+    assert {value.device.type for value in predict.network.parameters()} == {"meta"}
+
+
 def test_a_checkpoint_without_its_classifier_predicts_nothing(trained):
     with pytest.raises(backbones.CheckpointError) as error:
-        trained(4, {}, drop=("head.fc.weight", "head.fc.bias"))
+        trained(4, {}, drop="head.fc.")
     told = "a.pth has no head.fc.weight, head.fc.bias, which prediction needs"
     assert str(error.value).endswith(told)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from dense import drawing, page
 from dense.browsing import Split
 from dense.images import UnreadableImage
+from dense.openmmlab.config import ConfigError
 from dense.recipes import RECIPES
 from dense.segmentation import browsing, reporting
 from dense.segmentation.config import load_config, set_data_root, use_own_data
@@ -59,25 +60,24 @@ def test_all_that_is_told_of_masks(tmp_path):
         [[255] * 3] * 2,
         [[256, 0, 0], [300, 0, 0]],
         [[254, 254, 255]] * 2,
+        [[256, 0, 0], [1, 1, 1]],
     ]
     split = split_of(tmp_path, masks, list(CLASSES))
     photos = split.photos
-    assert [photo.name for photo in photos] == [str(tmp_path / f"{i}.png") for i in range(7)]
-    # 8 pixels of the first class, 3 of the second, of 30 that are no more than 255.
-    rows = [["ground", page.Cell(72.727, share=1.0), 3]]
-    rows += [
-        ["box", page.Cell(27.273, share=pytest.approx(3 / 8)), 2],
-        ["bar", page.Cell(0.0, share=0.0), 0],
-    ]
+    assert [photo.name for photo in photos] == [str(tmp_path / f"{i}.png") for i in range(8)]
+    # 10 pixels of the first class, 6 of the second, of 33 that are no more than 255.
+    rows = [["ground", page.Cell(62.5, share=1.0), 4]]
+    rows += [["box", page.Cell(37.5, share=pytest.approx(0.6)), 3]]
+    rows += [["bar", page.Cell(0.0, share=0.0), 0]]
     assert split == Split(
         "training",
         facts={
-            **{"photos": 7, "masks read": 5, "classes": 3, "pixels in them": 28},
-            "ignored pixels (%)": 39.29,
+            **{"photos": 8, "masks read": 6, "classes": 3, "pixels in them": 33},
+            "ignored pixels (%)": 33.33,
         },
         frequencies=page.Table(["class", "pixels (%)", "masks"], rows),
         photos=photos,
-        total=7,
+        total=8,
         odd=[
             f"1 cannot be read: cut off {192 * 'x'}",
             "2 has 4 channels: class indices need one",
@@ -87,9 +87,17 @@ def test_all_that_is_told_of_masks(tmp_path):
             "5 holds 256, 300: 3 classes are 0 to 2",
             "6 holds 254: 3 classes are 0 to 2",
             "6 has ignored pixels only",
+            "7 holds 256: 3 classes are 0 to 2",
             "no pixel of these masks is of bar",
         ],
     )
+
+
+def test_shares_are_rounded(tmp_path):
+    masks = [[[0, 0, 0], [0, 1, 1]], [[0, 255, 255], [255, 255, 255]]]
+    split = split_of(tmp_path, masks, ["a", "b"])
+    assert [row[1].value for row in split.frequencies.rows] == [71.429, 28.571]
+    assert split.facts["ignored pixels (%)"] == 41.67
 
 
 @pytest.mark.parametrize(("mask", "share", "ignored"), [(0, 100.0, 0.0), (255, 0.0, 100.0)])
@@ -175,6 +183,12 @@ def test_samples_are_of_both_splits(shapes, bars):
     assert [split.name for split in (training, validation)] == ["training", "validation"]
     assert [len(split.samples) for split in (training, validation)] == [2, 1]
     assert [len(split.photos) for split in (training, validation)] == [4, 2]
+    for sample in validation.samples:
+        name = sample.caption.partition(".")[0]
+        photo = np.asarray(Image.open(f"{shapes['val_images']}/{name}.jpg"))
+        mask = np.asarray(Image.open(f"{shapes['val_masks']}/{name}.png"))
+        draw = drawing.segmentation_drawer(CLASSES, palette, named=False)
+        np.testing.assert_array_equal(sample.image, draw(photo, mask))
     drawn = [bar for bar in bars if bar[0].startswith("drawing")]
     assert drawn == [
         (f"drawing {name} samples", count, 2, False, "it")
@@ -204,6 +218,29 @@ def test_standard_data_has_its_own_colours_and_labels(ade_layout):
     assert validation.samples == []
 
 
+@pytest.fixture
+def registered(monkeypatch):
+    """What is registered from MMSegmentation, and in which scope it is looked for."""
+    called = []
+    for module in (browsing, reporting):
+        monkeypatch.setattr(module, "register_all_modules", lambda **named: called.append(named))
+        monkeypatch.setattr(module, "init_default_scope", called.append)
+    return called
+
+
+def test_missing_folders_are_said_by_the_loader(shapes, registered):
+    cfg = load_config(NANO)
+    use_own_data(cfg, shapes)
+    cfg.train_dataloader.dataset.data_prefix.seg_map_path += "/absent"
+    with pytest.raises(ConfigError, match=r"^no folder .*/absent \(train_dataloader\)$"):
+        browsing.splits(cfg, images=0, check=0, seed=0)
+    assert registered == [dict(init_default_scope=False), "mmseg"]
+    cfg.default_scope = "mine"
+    with pytest.raises(ConfigError):
+        browsing.splits(cfg, images=0, check=0, seed=0)
+    assert registered[-1] == "mine"
+
+
 # The report
 
 TABLE = """2026/11/28 12:00:00 - mmengine - INFO - per class results:
@@ -224,7 +261,10 @@ def write_log(run, started, *tables):
     log.write_text("".join(TABLE.format("\n".join(table)) for table in tables))
 
 
-def test_the_table_of_classes_is_the_last_of_all_logs(tmp_path):
+def test_the_table_of_classes_is_the_last_of_all_logs(tmp_path, monkeypatch):
+    glob = type(tmp_path).glob
+    backwards = lambda folder, pattern: sorted(glob(folder, pattern), reverse=True)  # noqa: E731
+    monkeypatch.setattr(type(tmp_path), "glob", backwards)
     assert reporting.per_class(tmp_path) is None
     write_log(tmp_path, "20261128_120000", ["|  old   |  9.0  |  9.0  |"])
     rows = [
@@ -234,6 +274,8 @@ def test_the_table_of_classes_is_the_last_of_all_logs(tmp_path):
     ]
     write_log(tmp_path, "20261128_130000", ["|  old   |  8.0  |  8.0  |"], rows)
     write_log(tmp_path, "20261128_140000")
+    # A table of something else.
+    (tmp_path / "20261128_140000/20261128_140000.log").write_text("| stray |  1.0  |  1.0  |\n")
     assert reporting.per_class(tmp_path) == page.Table(
         ["class", "IoU (%)", "accuracy (%)"],
         [
@@ -293,7 +335,7 @@ def test_validation_images_are_judged_one_by_one(run, shapes, bars):
     assert [judged.name for judged in reporting.judged(folder, 1).images] == ["1.jpg"]
 
 
-def test_an_image_without_labels_is_not_judged(run, shapes, tmp_path):
+def test_an_image_without_labels_is_not_judged(run, shapes, tmp_path, registered):
     folder, _ = run
     torch.save({"meta": {"iter": 7}}, folder / "iter_7.pth")
     masks = tmp_path / "masks"
@@ -305,6 +347,7 @@ def test_an_image_without_labels_is_not_judged(run, shapes, tmp_path):
     cfg.dump(folder / "net.py")
     [judged] = reporting.judged(folder, 2).images
     assert (judged.name, judged.score) == ("1.jpg", 100.0)
+    assert registered == [dict(init_default_scope=False), "mmseg"]
 
 
 def test_the_values_of_a_config_are_plain(run):
