@@ -172,7 +172,7 @@ def refuse_other(content: dict[str, Any], classes: Sequence[str] | None, source:
         CheckpointError: the checkpoint names classes that differ from ``classes``.
     """
     trained = class_names(content)
-    if trained and classes and tuple(trained) != tuple(map(str, classes)):
+    if trained and classes and trained != tuple(map(str, classes)):
         order = " in another order" if set(trained) == set(classes) else ""
         raise CheckpointError(
             f"{source} was trained on the classes {shown(trained)}; the data has "

@@ -344,6 +344,12 @@ def load(make, passed, monkeypatch):
     return call
 
 
+def test_a_checkpoint_is_loaded_whole_onto_the_cpu(make, passed):
+    passed("load_checkpoint", {})
+    assert make().load_checkpoint("a.pth") == {}
+    assert passed.calls == [("load_checkpoint", "a.pth", "cpu", True, [("^module.", "")])]
+
+
 def test_a_checkpoint_is_loaded_as_mmengine_does(load, passed):
     content = {"state_dict": {}, "ema_state_dict": {}, "meta": {"classes": ["b", "a"]}}
     assert load(content) is content

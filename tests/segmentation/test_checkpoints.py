@@ -47,6 +47,20 @@ def test_an_error_of_reading_is_a_line():
     assert refused(ValueError("a.pth")) != "a.pth"
 
 
+def test_checkpoints_of_gpus_are_read_without_one(tmp_path, monkeypatch):
+    from dense.openmmlab import runner
+
+    torch.save({"meta": {"iter": 4}}, path := tmp_path / "a.pth")
+    read, places = torch.load, []
+    monkeypatch.setattr(
+        torch, "load", lambda *a, **k: places.append(k["map_location"]) or read(*a, **k)
+    )
+    checkpoints.read(path)
+    assert checkpoints.iteration(path) == 4
+    runner._named(CheckpointError("odd"), str(path), SimpleNamespace(pretty_text=""))
+    assert places == ["cpu"] * 3
+
+
 @pytest.mark.parametrize("kind", ["f8", "f4", "i8", "i4", "b1"])
 def test_numpys_numbers_in_logs_are_read(tmp_path, kind):
     content = {"array": np.ones((2, 3), kind), "scalar": np.ones(1, kind)[0]}
@@ -147,7 +161,8 @@ def test_the_newest_is_by_what_the_files_say(tmp_path):
 
     silent = [write("iter_1.pth"), write("epoch_2.pth"), write("iter_3.pth", {"meta": {}})]
     assert checkpoints.newest_whole(tmp_path) == (silent[2], [])
-    zero = write("iter_7.pth", {"meta": {"iter": 0}})
+    tensor = torch.zeros(999)
+    zero = write("iter_7.pth", {"meta": {"iter": 0}, "x": tensor})
     assert checkpoints.iteration(zero) == 0
     assert checkpoints.newest_whole(str(tmp_path)) == (zero, [])
     # Other names are no checkpoints of a training.
@@ -155,10 +170,13 @@ def test_the_newest_is_by_what_the_files_say(tmp_path):
         write(name, {"meta": {"iter": 9}})
     assert checkpoints.newest_whole(tmp_path) == (zero, [])
     # Older ones that say what they are need not be whole: they are not read.
-    new = write("iter_8.pth", {"meta": {"iter": 8}, "x": torch.zeros(99)})
-    old = write("iter_5.pth", {"meta": {"iter": 5}, "x": torch.zeros(99)})
-    text = bytearray(old.read_bytes())
-    text[len(text) // 3] ^= 255
+    new = write("iter_8.pth", {"meta": {"iter": 8}, "x": tensor})
+    old = write("iter_5.pth", {"meta": {"iter": 5}, "x": tensor})
+    for path in (old, zero):
+        text = bytearray(path.read_bytes())
+        text[len(text) // 2] ^= 255
+        path.write_bytes(text)
+        assert checkpoints.iteration(path) >= 0 and not checkpoints._is_whole(path)
     assert checkpoints.newest_whole(tmp_path) == (new, [])
     # One that says nothing, and is cut off, may have been the newest.
     damaged = cut(write("iter_10.pth", {"meta": {"iter": 10}}))
