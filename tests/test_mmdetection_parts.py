@@ -69,7 +69,7 @@ def load(monkeypatch, tmp_path):
 
         monkeypatch.setattr(mmdetection, "init_detector", init)
         monkeypatch.setattr(mmdetection, "inference_detector", inference)
-        monkeypatch.setattr(mmdetection, "revert_sync_batchnorm", lambda model: model)
+        monkeypatch.setattr(mmdetection, "revert_sync_batchnorm", lambda m: done.append("BN") or m)
         monkeypatch.setattr(mmdetection, "fuse", lambda model, inplace: done.append(inplace))
         loaded = mmdetection.checkpoints
         monkeypatch.setattr(loaded, "load_whole", lambda model, path: ("content", f"of {path}"))
@@ -82,7 +82,7 @@ def load(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", HEADS)
 def test_detections_are_the_best_first(load, kind):
     predict, done = load(kind, device="cuda:1")
-    assert done == ["cuda:1", True] and predict.report == "of a.pth"
+    assert done == ["BN", "cuda:1", True] and predict.report == "of a.pth"
     image = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)
     found = predict(image)
     np.testing.assert_array_equal(done[-1], image[..., ::-1])

@@ -135,7 +135,7 @@ class ValidateOnResume(Hook):
         steps = (
             log.epochs if by_epoch else {s for points in log.metrics.values() for s, _ in points}
         )
-        return int(done) not in steps
+        return done not in steps
 
 
 @HOOKS.register_module()

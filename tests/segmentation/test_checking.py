@@ -136,7 +136,7 @@ def test_keys_that_builders_take_out_are_no_arguments(cfg, key):
 @pytest.mark.parametrize(
     ("changes", "wrong"),
     [
-        (dict(my_own=1, val_batches=2), None),
+        (dict(my_own=1, val_batches=2, model_name=3), None),
         (
             dict(train_dataloadr=1),
             "train_dataloadr is no key of a config; did you mean 'train_dataloader'?",

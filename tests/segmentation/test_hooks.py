@@ -248,6 +248,16 @@ def test_evaluations_before_a_resumption_count(runner):
     assert [said for said in runner.done if not isinstance(said, str)] == []
 
 
+def test_all_processes_count_what_the_first_has_read(runner, monkeypatch):
+    def broadcast(found):
+        assert found == [[]]
+        found[0] = [30.0, 20.0, 10.0]
+
+    monkeypatch.setattr(hooks, "broadcast_object_list", broadcast)
+    hooks.EarlyStop("mIoU", 2).before_train(runner)
+    assert runner.train_loop.stop_training
+
+
 @pytest.mark.parametrize("metrics", [None, {"aAcc": 1.0}])
 def test_an_evaluation_without_the_metric_is_named(runner, metrics):
     with pytest.raises(KeyError, match=f"EarlyStop: the evaluation has no 'mIoU': {metrics}"):

@@ -453,6 +453,8 @@ def test_weighted_losses_are_pytorchs(weights, ignored, given):
     factor = (kind[label[seen]].sum() if weights else label.numel()) if not given else 3.0
     found = loss(scores, label, ignore_index=ignored, **given)
     torch.testing.assert_close(found, 0.4 * total / factor)
+    if ignored == 255:
+        assert loss(scores, label, **given).equal(found)
     # A pixel's least weight, where none is seen, and the weight of each pixel.
     none = loss(scores, torch.full_like(label, ignored), ignore_index=ignored)
     assert none == 0

@@ -6,6 +6,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
+from torch import nn
 
 from backbones import CheckpointError
 from dense.backbone import revert_sync_batchnorm
@@ -35,12 +36,13 @@ def trained(tmp_path_factory):
 
 
 def test_a_predictor_knows_its_classes(trained, monkeypatch):
-    about = dict(ABOUT, palette=[[1, 2, 3], [4, 5, 6]])
+    about = dict(ABOUT, palette=[[1.0, 2.0, 3.0], [4, 5, 6]])
     predict = trained(about)
     assert predict.classes == ("a", "b") and predict.palette == ((1, 2, 3), (4, 5, 6))
     assert all(type(value) is int for colour in predict.palette for value in colour)
     assert predict.report.matched and predict.report.source.endswith("a.pth")
     assert not predict.segmentor.training
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in predict.segmentor.modules())
     given = []
 
     def infer(model, image):
