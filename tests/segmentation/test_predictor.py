@@ -37,12 +37,15 @@ def trained(tmp_path_factory):
 
 def test_a_predictor_knows_its_classes(trained, monkeypatch):
     about = dict(ABOUT, palette=[[1.0, 2.0, 3.0], [4, 5, 6]])
+    fuse, fused = predictor.fuse, []
+    monkeypatch.setattr(predictor, "fuse", lambda m, **k: fused.append(m) or fuse(m, **k))
     predict = trained(about)
     assert predict.classes == ("a", "b") and predict.palette == ((1, 2, 3), (4, 5, 6))
     assert all(type(value) is int for colour in predict.palette for value in colour)
     assert predict.report.matched and predict.report.source.endswith("a.pth")
     assert not predict.segmentor.training
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in predict.segmentor.modules())
+    assert fused == [predict.segmentor]
     given = []
 
     def infer(model, image):
