@@ -132,6 +132,33 @@ def test_roi_align_takes_boxes_of_another_dtype(stand_in):
     torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_roi_align_gradients_of_other_dtypes(stand_in, dtype):
+    maps, rois = torch.randn(2, 3, 9, 11).to(dtype), rois_of(5, torch.float64)
+
+    def gradient(x):
+        x.requires_grad_()
+        mmcv.ops.roi_align(x, rois.to(x.dtype), (7, 7), 0.1, 2, "avg", True).sum().backward()
+        return x.grad
+
+    found, expected = gradient(maps.clone()), gradient(maps.double())
+    assert found.dtype == dtype
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    # Boxes in another dtype than the gradient's.
+    output, grad = torch.ones(5, 3, 7, 7, dtype=dtype), torch.zeros_like(maps)
+    options = None, None, grad, 7, 7, 0.1, 2, 1, True
+    stand_in.roi_align_backward(output, rois, *options)
+    torch.testing.assert_close(grad.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_roi_align_has_no_maximum_in_either_direction(stand_in):
+    tensors = [torch.zeros(1)] * 5
+    for name in ("roi_align_forward", "roi_align_backward"):
+        with pytest.raises(NotImplementedError, match="^roi_align with pool_mode='max' is one"):
+            getattr(stand_in, name)(*tensors, 2, 2, 1.0, 0, 0, True)
+
+
 @pytest.mark.parametrize("gamma, alpha", [(2.0, 0.25), (0.0, 0.5), (0.5, 0.9), (1.5, 0.1)])
 def test_focal_loss_is_torchvisions(stand_in, gamma, alpha):
     logits = 6 * torch.randn(50, 4, dtype=torch.float64)
