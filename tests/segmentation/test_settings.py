@@ -107,6 +107,10 @@ def test_what_has_no_time_stays():
     cfg = lengths()
     config.set_length(cfg, "epochs", 10)
     assert cfg.train_cfg == dict(max_epochs=10) and cfg.default_hooks.checkpoint is None
+    for never in (-1, 0):
+        cfg = lengths(checkpoint=dict(interval=never))
+        config.set_length(cfg, "epochs", 10)
+        assert cfg.default_hooks.checkpoint.interval == never
     cfg = lengths(checkpoint=dict(type="CheckpointHook"), param_scheduler=None)
     config.set_length(cfg, "epochs", 10)
     assert cfg.default_hooks.checkpoint == dict(type="CheckpointHook")
@@ -126,13 +130,13 @@ def test_one_schedule_is_as_a_list_of_one():
 def test_parts_of_epochs_are_exact_where_they_become_iterations():
     schedule = dict(type="WarmupCosineLR", begin=0, end=5, warmup=1.5, milestones=[5, 15])
     cfg = lengths(param_scheduler=[dict(schedule, convert_to_iter_based=True), schedule])
-    cfg.train_cfg |= dict(val_interval=8, dynamic_intervals=[(10, 4), (16, 2)])
+    cfg.train_cfg |= dict(val_interval=8, dynamic_intervals=[(0, 4), (16, 2)])
     config.set_length(cfg, "epochs", 5)
     exact, whole = cfg.param_scheduler
     assert (exact.begin, exact.end, exact.warmup) == (0, 1.25, 0.375)
     assert (whole.begin, whole.end, whole.warmup) == (0, 1, 1)
     assert cfg.train_cfg.val_interval == 2
-    assert cfg.train_cfg.dynamic_intervals == [(2, 1), (4, 1)]
+    assert cfg.train_cfg.dynamic_intervals == [(0, 1), (4, 1)]
 
 
 @pytest.mark.parametrize("checkpoint", [None, {}, dict(save_best="auto"), dict(save_best=["a"])])
