@@ -240,6 +240,7 @@ TESTS = {
     ),
     "dense/segmentation/config": (
         f"{S}/test_own_settings.py",
+        f"{S}/test_data.py",
         f"{S}/test_configs.py",
         f"{S}/test_tools.py",
         f"{S}/test_own_data.py",
