@@ -247,7 +247,7 @@ def test_a_checkpoint_is_evaluated_by_its_own_network(tmp_path, distributed):
     )
     assert config.evaluate(runner, str(tmp_path / "a.pth")) == "figures"
     # The rows are matched by the classes' names.
-    assert other.head.fc.bias.equal(network.head.fc.bias[[1, 2, 0]])
+    assert other.head.fc.weight.equal(network.head.fc.weight[[1, 2, 0]])
     bare = {k: v for k, v in weights.items() if not k.startswith("head.fc.")}
     torch.save(bare, tmp_path / "b.pth")
     with pytest.raises(backbones.CheckpointError) as error:
@@ -474,7 +474,7 @@ def test_initial_weights_are_matched_by_the_classes(tmp_path):
     made = ImageClassifier("dw_conv_nano", 2, classes=["a", "b"], init=str(tmp_path / "a.pth"))
     assert not hasattr(made, "load_report")
     made.init_weights()
-    assert made.network.head.fc.bias.equal(network.head.fc.bias[[1, 0]])
+    assert made.network.head.fc.weight.equal(network.head.fc.weight[[1, 0]])
     assert not made.load_report.missing
     plain = ImageClassifier("dw_conv_nano", 2)
     plain.init_weights()
