@@ -222,9 +222,19 @@ def test_standard_data_has_its_own_colours_and_labels(ade_layout):
 def registered(monkeypatch):
     """What is registered from MMSegmentation, and in which scope it is looked for."""
     called = []
+    register, look_in = browsing.register_all_modules, browsing.init_default_scope
+
+    def registering(**named):
+        called.append(named)
+        register(**named)
+
+    def looking(scope):
+        called.append(scope)
+        look_in("mmseg")
+
     for module in (browsing, reporting):
-        monkeypatch.setattr(module, "register_all_modules", lambda **named: called.append(named))
-        monkeypatch.setattr(module, "init_default_scope", called.append)
+        monkeypatch.setattr(module, "register_all_modules", registering)
+        monkeypatch.setattr(module, "init_default_scope", looking)
     return called
 
 
@@ -341,7 +351,9 @@ def test_an_image_without_labels_is_not_judged(run, shapes, tmp_path, registered
     masks = tmp_path / "masks"
     masks.mkdir()
     Image.fromarray(np.full((64, 80), 255, np.uint8)).save(masks / "0.png")
-    Image.fromarray(np.zeros((64, 80), np.uint8)).save(masks / "1.png")
+    half = np.zeros((64, 80), np.uint8)
+    half[:32] = 255
+    Image.fromarray(half).save(masks / "1.png")
     cfg = Config.fromfile(folder / "net.py")
     cfg.val_dataloader.dataset.data_prefix.seg_map_path = str(masks)
     cfg.dump(folder / "net.py")
