@@ -11,15 +11,13 @@ FUSED = ("fused_parts", "fusion")
 # What a graph is made of runs unmeasured, by a tracer or compiler.
 GRAPHS = (f"{B}/test_tracing.py", f"{B}/test_export.py")
 OPTIONS = "tests/dense/test_options.py"
-LINES = "tests/dense/test_command_lines.py"
+LINES = ("tests/test_command_lines.py", "tests/dense/test_command_lines.py")
 CALLS = f"{B}/test_native_calls.py"
 DISPATCH = f"{B}/test_dispatch.py"
 IN_C = ("depthwise.c", "inhomogeneous.c", "matrix.h", "product.h", "sliding.c", "windows.c")
 BENCHMARK = "tests/dense/test_benchmark"
 BENCHMARKS = tuple(f"{BENCHMARK}{part}.py" for part in ("_plans", "", "_results"))
-LINES = "tests/test_command_lines.py"
 BARS = "tests/dense/test_bars.py"
-FILES = (f"{B}/test_checkpoints.py", f"{B}/test_layouts.py", f"{B}/test_released.py")
 FILES = ("checkpoints", "load_reports", "layouts", "released")
 FILES = tuple(f"{B}/test_{name}.py" for name in FILES)
 
@@ -88,29 +86,23 @@ TESTS = {
     "dense/analysis/benchmark/models": (f"{BENCHMARK}_models.py",),
     "dense/analysis/benchmark/engines": (f"{BENCHMARK}_models.py", f"{BENCHMARK}.py"),
     "dense/analysis/benchmark": BENCHMARKS[:2],
-    "dense/analysis/export_table": ("tests/export/test_table.py",),
+    "dense/analysis/export_table": (
+        "tests/export/test_table.py",
+        "tests/export/test_table_rows.py",
+    ),
     "dense/analysis/kernels/accesses": (
         f"{B}/test_kernel_accesses.py",
         f"{B}/test_triton_kernels.py",
     ),
     "dense/analysis/kernels": (f"{B}/test_kernel_inspection.py", f"{B}/test_triton_kernels.py"),
-    "dense/analysis/comparison": (f"{P}/test_comparison.py",),
-    "dense/analysis/benchmark": ("tests/dense/test_benchmark.py",),
-    "dense/analysis/export_table": (
-        "tests/export/test_table.py",
-        "tests/export/test_table_rows.py",
-    ),
-    "dense/analysis/random_detectors": ("tests/export/test_detectors.py",),
-    "dense/analysis/kernels": (f"{B}/test_triton_kernels.py",),
     "dense/analysis/comparison": (f"{P}/test_comparison.py", f"{P}/test_comparison_runs.py"),
+    "dense/analysis/random_detectors": ("tests/export/test_detectors.py",),
     "dense/analysis/properties": ("tests/test_properties.py",),
     "dense/analysis/": (
         "tests/test_complexity.py",
         "tests/test_complexity_tool.py",
         "tests/test_recipes.py",
     ),
-    "dense/backbone": ("tests/dense/test_dense_backbone.py", f"{B}/test_norms.py"),
-    "dense/analysis/": ("tests/test_complexity.py", "tests/test_recipes.py"),
     "dense/backbone": (
         "tests/dense/test_dense_backbone.py",
         f"{B}/test_norms.py",
@@ -118,25 +110,34 @@ TESTS = {
     ),
     "dense/demo": ("tests/test_make_scenes.py", "tests/test_demo.py"),
     "dense/detection/__init__": (f"{D}/test_backbone.py", "tests/test_packaging.py"),
-    "dense/segmentation/__init__": (f"{S}/test_registration.py", "tests/test_packaging.py"),
-    "dense/detection/browsing": (f"{D}/test_reporting.py", f"{D}/test_pages.py", BARS),
-    "dense/detection/reporting": (f"{D}/test_reporting.py", f"{D}/test_pages.py", BARS),
-    "dense/pretraining/browsing": (f"{P}/test_pages.py", BARS),
-    "dense/pretraining/reporting": (f"{P}/test_pages.py", BARS),
-    "dense/segmentation/browsing": (f"{S}/test_pages.py", BARS),
-    "dense/segmentation/reporting": (f"{S}/test_pages.py", BARS),
     "dense/segmentation/__init__": (
         f"{S}/test_registration.py",
         "tests/dense/test_require.py",
         "tests/test_packaging.py",
     ),
+    "dense/detection/browsing": (f"{D}/test_reporting.py", f"{D}/test_pages.py", BARS),
+    "dense/detection/reporting": (f"{D}/test_reporting.py", f"{D}/test_pages.py", BARS),
+    "dense/pretraining/browsing": (
+        f"{P}/test_pages.py",
+        BARS,
+        "tests/pretraining/test_browsing.py",
+    ),
+    "dense/pretraining/reporting": (
+        f"{P}/test_pages.py",
+        BARS,
+        "tests/pretraining/test_browsing.py",
+    ),
+    "dense/segmentation/browsing": (
+        f"{S}/test_pages.py",
+        BARS,
+        "tests/segmentation/test_browsing.py",
+    ),
+    "dense/segmentation/reporting": (
+        f"{S}/test_pages.py",
+        BARS,
+        "tests/segmentation/test_browsing.py",
+    ),
     "dense/pretraining/__init__": ("tests/dense/test_require.py", f"{P}/test_tool.py"),
-    "dense/detection/browsing": (f"{D}/test_pages.py",),
-    "dense/detection/reporting": (f"{D}/test_pages.py",),
-    "dense/pretraining/browsing": (f"{P}/test_browsing.py", f"{P}/test_pages.py"),
-    "dense/pretraining/reporting": (f"{P}/test_browsing.py", f"{P}/test_pages.py"),
-    "dense/segmentation/browsing": (f"{S}/test_browsing.py", f"{S}/test_pages.py"),
-    "dense/segmentation/reporting": (f"{S}/test_browsing.py", f"{S}/test_pages.py"),
     "dense/run_report": (
         "tests/dense/test_run_report.py",
         *(f"{part}/test_pages.py" for part in (P, S, D)),
@@ -220,13 +221,9 @@ TESTS = {
         "tests/test_predict.py",
         "tests/test_overlays.py",
     ),
-    "dense/pretraining/config": (f"{P}/test_configs.py", f"{P}/test_tool.py"),
-    "dense/pretraining/predictor": ("tests/test_predict.py",),
-    "dense/pretraining/": (f"{P}/test_data.py", f"{P}/test_tool.py", f"{P}/test_resuming.py"),
-    "dense/prediction": ("tests/test_predict.py", "tests/test_overlays.py"),
     "dense/pretraining/config": tuple(f"{P}/test_{n}.py" for n in ("parts", "configs", "tool")),
-    "dense/pretraining/data": (f"{P}/test_readers.py", f"{P}/test_data.py", f"{P}/test_tool.py"),
     "dense/pretraining/predictor": (f"{P}/test_parts.py", "tests/test_predict.py"),
+    "dense/pretraining/data": (f"{P}/test_readers.py", f"{P}/test_data.py", f"{P}/test_tool.py"),
     "dense/pretraining/": tuple(
         f"{P}/test_{name}.py" for name in ("parts", "data", "tool", "resuming")
     ),
@@ -247,8 +244,8 @@ TESTS = {
         f"{S}/test_tta.py",
     ),
     "dense/segmentation/predictor": (f"{S}/test_predictor.py", "tests/test_predict.py"),
-    "dense/segmentation/data": tuple(f"{S}/test_{n}.py" for n in ("masks", "data", "own_data")),
     "dense/segmentation/dataset": tuple(f"{S}/test_{n}.py" for n in ("masks", "data", "own_data")),
+    "dense/segmentation/data": tuple(f"{S}/test_{n}.py" for n in ("masks", "data", "own_data")),
     "dense/segmentation/losses": (f"{S}/test_masks.py", f"{S}/test_data.py"),
     "dense/segmentation/": (f"{S}/test_data.py", f"{S}/test_own_data.py", f"{S}/test_runner.py"),
     "dense/steps": ("tests/dense/test_steps.py", "tests/test_demo.py", f"{P}/test_comparison.py"),
@@ -275,33 +272,26 @@ TESTS = {
         f"{P}/test_command.py",
         *(f"{part}/test_pages.py" for part in (P, S, D)),
     ),
-    "tools/benchmark": ("tests/dense/test_benchmark.py",),
-    "tools/browse_data": tuple(f"{part}/test_pages.py" for part in (P, S, D)),
     "tools/benchmark": BENCHMARKS[1:],
-    "tools/compare_families": (f"{P}/test_comparison.py",),
     "tools/compare_families": (f"{P}/test_comparison.py", f"{P}/test_comparison_runs.py"),
     "tools/complexity": ("tests/test_complexity.py", "tests/test_complexity_tool.py"),
     "tools/demo_chain": ("tests/test_demo_chain.py",),
     "tools/demo": ("tests/test_demo.py", "tests/test_demo_commands.py"),
-    "tools/inspect_kernels": (f"{B}/test_triton_kernels.py",),
-    "tools/pretrain": (f"{P}/test_command.py", f"{P}/test_tool.py"),
     "tools/inspect_kernels": (f"{B}/test_kernel_inspection.py", f"{B}/test_triton_kernels.py"),
+    "tools/pretrain": (f"{P}/test_command.py", f"{P}/test_tool.py"),
     "tools/predict": ("tests/test_predict.py", "tests/test_predict_tool.py"),
-    "tools/pretrain": (f"{P}/test_tool.py",),
     "tools/publish_checkpoint": (
         "tests/test_publish_checkpoint.py",
         "tests/huggingface/test_folder.py",
     ),
     "tools/setup_environment": ("tests/test_setup.py", "tests/test_setting_up.py"),
-    "tools/show_kernels": ("tests/test_properties.py",),
+    "tools/show_kernels": ("tests/test_show_kernels.py", "tests/test_properties.py"),
     "tools/test_segmentor": (
         f"{S}/test_command.py",
         f"{S}/test_tools.py",
         f"{S}/test_own_data.py",
         f"{S}/test_tta.py",
     ),
-    "tools/show_kernels": ("tests/test_show_kernels.py", "tests/test_properties.py"),
-    "tools/test_segmentor": (f"{S}/test_tools.py", f"{S}/test_own_data.py", f"{S}/test_tta.py"),
     "tools/test_versions": ("tests/test_versions.py",),
     "tools/train_detector": (f"{D}/test_command.py", f"{D}/test_train.py", f"{D}/test_data.py"),
     "tools/train_segmentor": (
@@ -317,7 +307,6 @@ def covering(path: str) -> tuple[str, ...]:
     """The test files of a source; a tool's own ``test_<name>.py`` or all if no line has it."""
     for beginning, tests in TESTS.items():
         if path.startswith(beginning):
-            return (LINES, *tests, OPTIONS) if path.startswith("tools/") else tests
-            return (*tests, OPTIONS, LINES) if path.startswith("tools/") else tests
+            return (*tests, *LINES, OPTIONS) if path.startswith("tools/") else tests
     own = f"tests/test_{PurePath(path).stem}.py"
-    return (own, OPTIONS, LINES) if (ROOT / own).exists() else ("tests",)
+    return (own, *LINES, OPTIONS) if (ROOT / own).exists() else ("tests",)
