@@ -111,9 +111,25 @@ def write_weights(
     if path.suffix == ".safetensors":
         header = {key: json.dumps(value) for key, value in meta.items()}
         save_file(weights, partial, {"format": "pt"} | header)
+        _sort_metadata(partial)
     else:
         content = {wrapper or "state_dict": weights} if wrapper or meta else weights
         if meta:
             content["meta"] = meta
         torch.save(content, partial)
     os.replace(partial, path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort a safetensors file's metadata, whose order is drawn anew for each file.
+
+    One checkpoint then has one file, byte for byte, and one hash.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))

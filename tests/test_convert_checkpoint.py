@@ -1,11 +1,13 @@
 """The converter: bits survive the way there and back, and bad requests cost nothing."""
 
+import json
 import os
 import pickle
 
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 
 import backbones
 from backbones.conversion import convert_checkpoint, write_weights
@@ -204,3 +206,20 @@ def test_weights_are_written_as_they_are(given, keys, meta, suffix, tmp_path, mo
         assert type(value) is torch.Tensor and value.equal(weights[name]), name
         assert value.is_contiguous() and not value.requires_grad
         assert value.untyped_storage().nbytes() == 4 * value.numel()
+
+
+def test_safetensors_of_the_same_weights_are_the_same_bytes(tmp_path):
+    """The library draws the order of the metadata anew: published names, hashes, changed too."""
+    weights = {"b.weight": torch.randn(3, 5), "a": torch.arange(4), "größe": torch.ones(())}
+    meta = {name: [name, '"é\n'] for name in ("model", "classes", "mean", "std", "recipe")}
+    content = set()
+    for n in range(8):
+        path = tmp_path / f"{n}.safetensors"
+        write_weights(path, weights, meta=meta)
+        content.add(path.read_bytes())
+    assert len(content) == 1
+    with safe_open(path, "pt") as file:
+        expected = {"format": "pt"} | {name: json.dumps(value) for name, value in meta.items()}
+        assert file.metadata() == expected
+        assert set(file.keys()) == set(weights)
+        assert all(file.get_tensor(name).equal(value) for name, value in weights.items())
