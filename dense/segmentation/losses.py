@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from mmseg.models import CrossEntropyLoss
 from mmseg.registry import MODELS
 from torch import Tensor
@@ -32,9 +31,9 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
         """``(B, classes, H, W)`` scores and ``(B, H, W)`` labels to a scalar."""
         if avg_factor is None and self.class_weight is not None:
             weights = cls_score.new_tensor(self.class_weight)
-            seen = label != ignore_index
+            seen = label[label != ignore_index]
             # At least a pixel's weight: a crop may have ignored pixels only.
-            avg_factor = weights[torch.where(seen, label, 0)][seen].sum().clamp(min=weights.min())
+            avg_factor = weights[seen].sum().clamp(min=weights.min())
         return super().forward(
             cls_score,
             label,

@@ -350,6 +350,20 @@ def test_what_is_inspected(tool, monkeypatch):
     assert asked == [("fp16", STAGES, True), ("fp16", LARGE, True)] and len(found) == 4
 
 
+def test_tiles_of_large_maps_alone_are_inspected(tool, monkeypatch):
+    def launches(dtype, sizes, every):
+        tiles = ("16", "64") if sizes["stage 1"] == LARGE["stage 1"] else ("16",)
+        return [SimpleNamespace(label=tile, sizes=sizes["stage 1"]) for tile in tiles]
+
+    monkeypatch.setattr(tool, "launches", launches)
+    found = tool.planned(SimpleNamespace(tiles=True, dtypes=["fp32"], kernels=""))
+    large = LARGE["stage 1"]
+    assert [(one.label, one.sizes, same.label, same.sizes) for _, one, same in found] == [
+        ("16", STAGES["stage 1"], "16", large),
+        ("64", large, "64", large),
+    ]
+
+
 def test_options_of_the_inspection(tool, monkeypatch, capsys):
     pytest.importorskip("triton")
     given = []
