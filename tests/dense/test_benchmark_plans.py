@@ -350,9 +350,7 @@ def test_the_product_that_limits_networks():
     product = networks._product(CPU, torch.bfloat16)
     assert (product.name, product.ours) == ("a matrix product", False)
     assert product.multiply_adds == 4096 * 1024 * 1024
-    torch.manual_seed(0)
-    a, b = torch.randn(4096, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
     step = product.build()
     out = step()
     assert out.shape == (4096, 1024) and out.dtype == torch.bfloat16
-    assert step.args[0].shape == a.shape and step.args[1].shape == b.shape
+    assert out.is_inference() and out.float().std() > 0.1
