@@ -117,26 +117,10 @@ TESTS = {
     ),
     "dense/detection/browsing": (f"{D}/test_reporting.py", f"{D}/test_pages.py", BARS),
     "dense/detection/reporting": (f"{D}/test_reporting.py", f"{D}/test_pages.py", BARS),
-    "dense/pretraining/browsing": (
-        f"{P}/test_pages.py",
-        BARS,
-        "tests/pretraining/test_browsing.py",
-    ),
-    "dense/pretraining/reporting": (
-        f"{P}/test_pages.py",
-        BARS,
-        "tests/pretraining/test_browsing.py",
-    ),
-    "dense/segmentation/browsing": (
-        f"{S}/test_pages.py",
-        BARS,
-        "tests/segmentation/test_browsing.py",
-    ),
-    "dense/segmentation/reporting": (
-        f"{S}/test_pages.py",
-        BARS,
-        "tests/segmentation/test_browsing.py",
-    ),
+    "dense/pretraining/browsing": (f"{P}/test_pages.py", BARS, f"{P}/test_browsing.py"),
+    "dense/pretraining/reporting": (f"{P}/test_pages.py", BARS, f"{P}/test_browsing.py"),
+    "dense/segmentation/browsing": (f"{S}/test_pages.py", BARS, f"{S}/test_browsing.py"),
+    "dense/segmentation/reporting": (f"{S}/test_pages.py", BARS, f"{S}/test_browsing.py"),
     "dense/pretraining/__init__": ("tests/dense/test_require.py", f"{P}/test_tool.py"),
     "dense/run_report": (
         "tests/dense/test_run_report.py",
