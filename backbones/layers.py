@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.ops.common import leaf, without_autocast
+from backbones.ops.linear_layer import fast_linears
 
 Size = tuple[int, int]
 
@@ -26,6 +27,7 @@ class Mlp(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
 
+    @fast_linears
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., C)``."""
         return self.fc2(self.act(self.fc1(x)))

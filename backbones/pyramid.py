@@ -20,6 +20,7 @@ from backbones.layers import Mlp, Size, SqueezeExcite, ceil_div, crop, is_plain
 from backbones.mixers.base import Mixer, init_linears
 from backbones.mixers.norm import NORM_LAYERS, normalise, paused_statistics
 from backbones.ops.common import leaf
+from backbones.ops.linear_layer import fast_linears
 
 
 class Pyramid(nn.Module):
@@ -304,6 +305,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
+    @fast_linears
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, ceil(H/2), ceil(W/2), 2*C)``."""
         return self.reduction(self.norm(in_fours(x)))

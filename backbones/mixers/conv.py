@@ -8,6 +8,7 @@ from backbones.folding import foldable, linear_before
 from backbones.layers import Size, is_plain
 from backbones.mixers.base import Mixer
 from backbones.mixers.norm import normalise
+from backbones.ops.linear_layer import fast_linears
 
 # The authors' names of the layers around the operator, and of the block's norm before the MLP.
 AROUND = (
@@ -59,6 +60,7 @@ class ConvMixer(Mixer):
         for name in ("in_norm", "mid_norm", "out_norm"):
             setattr(self, name, norm_layer(self.in_proj.out_features))
 
+    @fast_linears
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
         return normalise(self.out_norm, self.out_proj(self.mid_act(self.hidden(x))))

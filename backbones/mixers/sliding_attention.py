@@ -13,6 +13,7 @@ from backbones.folding import affine, foldable, parameter
 from backbones.layers import Size, is_plain
 from backbones.mixers.attention import Attention
 from backbones.mixers.norm import normalise
+from backbones.ops.linear_layer import fast_linears
 from backbones.ops.windows import sliding_position_index
 
 
@@ -48,6 +49,7 @@ class SlidingAttention(Attention):
             return self.bias()[:, 0]
         return qkv.new_zeros(self.num_heads, self.window_size[0] * self.window_size[1])
 
+    @fast_linears
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
         qkv = self.qkv(x)

@@ -13,6 +13,7 @@ from backbones.layers import Size, ceil_div, crop
 from backbones.mixers.base import Mixer
 from backbones.ops.common import leaf
 from backbones.ops.dispatch import exporting
+from backbones.ops.linear_layer import fast_linears
 from backbones.ops.windows import (
     is_of_square_window,
     relative_position_bias,
@@ -57,6 +58,7 @@ class WindowedMixer(Mixer):
             trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.init_non_persistent_buffers()
 
+    @fast_linears
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``, any H and W."""
         padded = _pad_to_windows(x, self.window_size)

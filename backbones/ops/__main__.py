@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from backbones.ops import native, verdicts
 from backbones.ops.cases import Case, first_case, normal, small_cases, stage_cases
 from backbones.ops.common import forced_here
-from backbones.ops.dispatch import OPERATORS, explain
+from backbones.ops.dispatch import OPERATORS, choose, explain
 from backbones.ops.linear import ACTIVATIONS, Kept, linear
+from backbones.ops.linear_layer import convolved
 
 HALVES = (torch.bfloat16, torch.float16)
 # By which factor Triton's time must exceed that of torch before torch is preferred.
@@ -149,6 +151,9 @@ def _check_one(device: str, operator: str, backend: str, dtype: torch.dtype, rea
 
 def _cases(operator: str, batch: int = 1) -> tuple[list[Case], list[Case]]:
     """Small cases, and those of a network's stages."""
+    if operator == "linear_layer":
+        sizes = (1, 3, 5), (130, 96, 384)
+        return [_layer(*size) for size in sizes], [_layer(batch * 56**2, 96, 384)]
     if operator != "linear":
         small = [*small_cases(operator), first_case(operator)]
         return small, stage_cases(operator, batch)
@@ -169,6 +174,22 @@ def _linear(rows: int, channels: int, out: int, activation: str, pack: bool) -> 
         return linear(*given, activation, packed if pack else None)
 
     return Case("linear", label, run, None, tensors)
+
+
+def _layer(rows: int, channels: int, out: int) -> Case:
+    """A call of ``nn.Linear``, with autograd's backward pass."""
+    tensors = normal(1, rows, channels), normal(2, out, channels), normal(3, out)
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        by = choose("linear_layer", *given)
+        return convolved(*given) if by == "onednn" else F.linear(*given)
+
+    def gradients(grad: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = [t.detach().requires_grad_() for t in given]
+        with torch.enable_grad():
+            return torch.autograd.grad(run(*given), given, grad)
+
+    return Case("linear_layer", f"{rows} rows, {channels} to {out}", run, gradients, tensors)
 
 
 def _milliseconds(cases: list[Case], backend: str, device: str, dtype: torch.dtype) -> float:

@@ -2,7 +2,8 @@
 
 ``reference`` is plain PyTorch with autograd, the standard of the tests; ``torch`` is faster PyTorch
 without a compiler; ``native`` is C for CPUs; ``onednn`` has the linear layers of compiled graphs,
-for float32 and bfloat16 on CPUs; ``triton`` is for GPUs, and for CPUs in Triton's interpreter.
+for float32 and bfloat16 on CPUs, and convolutions in place of float32 linear layers; ``triton`` is
+for GPUs, and for CPUs in Triton's interpreter.
 Before Triton computes an operator on a GPU by default, it is compared once with ``torch``
 (:mod:`backbones.ops.verdicts`).
 """
@@ -37,6 +38,7 @@ OPERATORS = {
     "sliding_attention": ("reference", "torch", "native", "triton"),
     "convolutional_attention": ("reference", "torch"),
     "linear": ("reference", "torch", "onednn"),
+    "linear_layer": ("reference", "torch", "onednn"),
 }
 ENVIRONMENT = "DENSE_OPS"
 # Types of devices on which Triton is the default, for these operators: PyTorch's version is slow or
@@ -249,7 +251,7 @@ def explain(operator: str, device: torch.device | str, dtype: torch.dtype) -> tu
     known = OPERATORS[operator]
     if "onednn" in known:
         dtype = dtype_under_autocast(dtype, "cpu")
-        if (reason := _no_onednn(device.type, dtype)) is not None:
+        if (reason := _no_onednn(operator, device.type, dtype)) is not None:
             return "torch", reason
     wanted, by = (_forced, "ops.force") if _forced is not None else _environment()
     if wanted == "triton" and wanted in known:
@@ -263,6 +265,8 @@ def explain(operator: str, device: torch.device | str, dtype: torch.dtype) -> tu
         return _on_gpu(operator, device, dtype)
     if "native" in known and device.type == "cpu":
         return _on_cpu(operator, dtype)
+    if operator == "linear_layer":
+        return _instead_of_mkl(operator, dtype)
     if "onednn" in known:
         return _unless_refuted(
             operator, "onednn", dtype, "without gradients faster than PyTorch's linear"
@@ -320,13 +324,25 @@ def _no_triton(device: str) -> str | None:
     return None
 
 
-def _no_onednn(device: str, dtype: torch.dtype) -> str | None:
+def _instead_of_mkl(operator: str, dtype: torch.dtype) -> tuple[str, str]:
+    if not verdicts.halved_by_mkl():
+        return "torch", "PyTorch's library is as fast as oneDNN on this processor"
+    if torch.get_num_threads() == 1:
+        return "torch", "on one thread PyTorch does not give such convolutions to oneDNN"
+    return _unless_refuted(operator, "onednn", dtype, "MKL is half as fast on this processor")
+
+
+def _no_onednn(operator: str, device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return "oneDNN is used for float32 and bfloat16 on a CPU only"
     if torch.compiler.is_compiling():
         return "torch.compile chooses its own kernels"
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
+    if operator == "linear_layer":
+        if dtype != torch.float32:
+            return "in bfloat16 PyTorch's linear is oneDNN's"
+        return None if torch.backends.mkldnn.enabled else "torch.backends.mkldnn is not enabled"
     if type(torch.empty(0, device="cpu")) is not Tensor:
         return "under a mode of fake tensors nothing can be compared"
     return _no_linear_pointwise(dtype)

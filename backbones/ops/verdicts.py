@@ -177,13 +177,32 @@ def processor(device: str) -> str:
     return f"{kind} {_cpu()}"
 
 
+@cache
+def halved_by_mkl() -> bool:
+    """Whether MKL, PyTorch's library of float32 products, uses half of this CPU's width.
+
+    So it does on AMD's processors that compute 512 bits at a time, Zen 5 (family 26) and later.
+    """
+    about, capability = _cpuinfo(), torch.backends.cpu.get_cpu_capability()
+    if about.get("vendor_id") != "AuthenticAMD" or capability != "AVX512":
+        return False
+    family = about.get("cpu family", "")
+    return torch.backends.mkl.is_available() and family.isdecimal() and int(family) >= 26
+
+
 def _cpu() -> str:
+    about, capability = _cpuinfo(), torch.backends.cpu.get_cpu_capability()
+    return f"{about.get('model name', 'unknown')} {capability}" if about else capability
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; empty on other systems."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        return torch.backends.cpu.get_cpu_capability()
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(models, 'unknown')} {torch.backends.cpu.get_cpu_capability()}"
+        return {}
+    lines = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 @cache

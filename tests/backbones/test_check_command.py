@@ -229,6 +229,27 @@ def test_what_the_linear_layer_is_compared_on():
     assert case.operator == "linear" and case.backward is None
 
 
+def test_what_called_layers_are_compared_on():
+    small, stages = command._cases("linear_layer", batch=2)
+    assert labels(small) == ["1 rows, 3 to 5", "130 rows, 96 to 384"]
+    assert labels(stages) == ["6272 rows, 96 to 384"]
+    assert labels(command._cases("linear_layer")[1]) == ["3136 rows, 96 to 384"]
+    for case in small:
+        x, weight, bias = case.tensors
+        assert case.label == f"{len(x)} rows, {x.shape[1]} to {len(weight)}"
+        assert weight.shape[1] == x.shape[1] and bias.shape == weight.shape[:1]
+        assert len({t.flatten()[0].item() for t in case.tensors}) == 3
+        grad, true = torch.randn(len(x), len(weight)), [t.requires_grad_() for t in case.tensors]
+        expected = x @ weight.T + bias
+        gradients = torch.autograd.grad(expected, true, grad.double())
+        for backend in ("torch", "onednn"):
+            with forced_here(backend):
+                got = case.run(*(t.detach().float() for t in true), grad=grad)
+            for one, other in zip(got, (expected, *gradients), strict=True):
+                near = 1e-5 * float(other.detach().abs().max())
+                torch.testing.assert_close(one.double(), other.detach(), rtol=0, atol=near)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_packed_weights_are_kept_for_a_case(packed, monkeypatch):
     given = []
@@ -313,9 +334,10 @@ def test_what_is_compared(gpu, interpreted, monkeypatch):
     monkeypatch.setattr(command, "explain", explain)
     halves = [torch.bfloat16, torch.float16]
     of_c = [torch.float64, torch.float32, *halves]
-    own = [name for name in dispatch.OPERATORS if name not in ("linear", "convolutional_attention")]
+    others = "linear", "linear_layer", "convolutional_attention"
+    own = [name for name in dispatch.OPERATORS if name not in others]
     expected = [("cpu", name, "native", dtype) for name in own for dtype in of_c]
-    expected += [("cpu", "linear", "onednn", torch.float32)]
+    expected += [("cpu", name, "onednn", torch.float32) for name in others[:2]]
     if gpu or interpreted:
         device = "cuda:0" if gpu else "cpu"
         expected += [
@@ -323,7 +345,7 @@ def test_what_is_compared(gpu, interpreted, monkeypatch):
         ]
     assert list(command._subjects(interpreted)) == expected
     pair = (torch.float32, torch.bfloat16)
-    assert asked == [("linear", "cpu", dtype, False) for dtype in pair]
+    assert asked == [(name, "cpu", dtype, False) for name in others[:2] for dtype in pair]
     monkeypatch.setattr(native, "missing", lambda: "no compiler")
     assert "native" not in {backend for _, _, backend, _ in command._subjects(interpreted)}
 

@@ -330,7 +330,7 @@ def test_how_an_error_is_judged(dtype, error, use, limit, monkeypatch):
 @pytest.mark.parametrize(
     "text, name",
     [
-        ("model name\t: Fast One: 2\nmodel name\t: Other", "Fast One: 2 AVX9"),
+        ("model name\t: Fast One: 2\n\nmodel name\t: Other", "Fast One: 2 AVX9"),
         ("other : x", "unknown AVX9"),
         (None, "AVX9"),
     ],

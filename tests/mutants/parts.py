@@ -29,11 +29,12 @@ TESTS = {
         f"{B}/test_kernel_inspection.py",
         CALLS,
     ),
-    "backbones/ops/verdicts": (CALLS, f"{B}/test_verdicts.py"),
+    "backbones/ops/verdicts": (CALLS, f"{B}/test_verdicts.py", f"{B}/test_linear_layer.py"),
     "backbones/ops/cases": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
     "backbones/ops/__main__": (f"{B}/test_check_command.py", f"{B}/test_verdicts.py"),
     "backbones/ops/library": (f"{B}/test_library.py", DISPATCH),
     "backbones/ops/native": (*OPERATORS, f"{B}/test_library.py", DISPATCH),
+    "backbones/ops/linear_layer": (f"{B}/test_linear_layer.py",),
     "backbones/ops/linear": (f"{B}/test_linear.py", f"{B}/test_fusion.py"),
     **dict.fromkeys(
         (f"backbones/ops/{name}" for name in IN_C),
