@@ -29,29 +29,31 @@ DEPTHWISE_BLOCK(One)
 
 /* K = 7: eight outputs of a row, fewer where it ends (`edge`). Each element of x is loaded once for
    the seven taps of a kernel row. */
-INLINE void depthwise_seven(const Map *x, const REAL *w, const REAL *bias, Map *out, I H, I W, I C,
-                            I before, int flip, I y, I left, I c, const int edge) {
-  Vec sum[8];
-  for (int i = 0; i < 8; i++) sum[i] = bias ? LOAD(bias + c) : (Vec){0};
-  for (I u = most(0, before - y); u < least(7, H - y + before); u++) {
-    const Map *row = x + ((y + u - before) * W + left - before) * C + c;
-    Vec weight[7];
-    for (int v = 0; v < 7; v++) {
-      I tap = u * 7 + v;
-      weight[v] = LOAD(w + (flip ? 48 - tap : tap) * C + c);
-    }
-#pragma GCC unroll 14
-    for (int i = 0; i < 14; i++) {
-      if (edge && (left + i < before || left + i - before >= W)) continue;
-      Vec value = READ(Vec, row + i * C);
-#pragma GCC unroll 7
-      for (int v = 0; v < 7; v++)
-        if (i - v >= 0 && i - v < 8) sum[i - v] += value * weight[v];
-    }
+#define DEPTHWISE_SEVEN(T)                                                                        \
+  INLINE void depthwise_seven_##T(const Map *x, const REAL *w, const REAL *bias, Map *out, I H,   \
+                                  I W, I C, I before, int flip, I y, I left, I c,                 \
+                                  const int edge) {                                               \
+    T sum[8];                                                                                     \
+    for (int i = 0; i < 8; i++) sum[i] = bias ? AT(T, bias + c) : (T){0};                         \
+    for (I u = most(0, before - y); u < least(7, H - y + before); u++) {                          \
+      const Map *row = x + ((y + u - before) * W + left - before) * C + c;                        \
+      T weight[7];                                                                                \
+      for (int v = 0; v < 7; v++) {                                                               \
+        I tap = u * 7 + v;                                                                        \
+        weight[v] = AT(T, w + (flip ? 48 - tap : tap) * C + c);                                   \
+      }                                                                                           \
+      _Pragma("GCC unroll 14") for (int i = 0; i < 14; i++) {                                     \
+        if (edge && (left + i < before || left + i - before >= W)) continue;                      \
+        T value = READ(T, row + i * C);                                                           \
+        _Pragma("GCC unroll 7") for (int v = 0; v < 7; v++)                                       \
+          if (i - v >= 0 && i - v < 8) sum[i - v] += value * weight[v];                           \
+      }                                                                                           \
+    }                                                                                             \
+    for (int i = 0; i < (edge ? least(8, W - left) : 8); i++)                                     \
+      WRITE(T, out + (y * W + left + i) * C + c, sum[i]);                                         \
   }
-  for (int i = 0; i < (edge ? least(8, W - left) : 8); i++)
-    WRITE(Vec, out + (y * W + left + i) * C + c, sum[i]);
-}
+DEPTHWISE_SEVEN(Wide)
+DEPTHWISE_SEVEN(Vec)
 
 /* out[b, p, c] = bias[c] + sum over taps of x[b, p + tap, c] * w[b, tap, c]; bias may be NULL. */
 I depthwise(const Map *x, Map *out, const REAL *w, const REAL *bias, I B, I H, I W, I C, I K,
@@ -67,11 +69,15 @@ I depthwise(const Map *x, Map *out, const REAL *w, const REAL *bias, I B, I H, I
         /* The last block overlaps the one before it and writes the same values again. */
         I from = most(0, least(left, W - 8));
         int edge = from < before || from + 14 - before > W;
-        for (I c = 0; c < whole; c += LANES)
-          if (edge)
-            depthwise_seven(xb, wb, bias, ob, H, W, C, before, flip, y, from, c, 1);
-          else
-            depthwise_seven(xb, wb, bias, ob, H, W, C, before, flip, y, from, c, 0);
+        I c = 0;
+#define ALL_SEVEN(T, lanes)                                                                       \
+  for (; c + lanes <= C; c += lanes)                                                              \
+    if (edge)                                                                                     \
+      depthwise_seven_##T(xb, wb, bias, ob, H, W, C, before, flip, y, from, c, 1);                \
+    else                                                                                          \
+      depthwise_seven_##T(xb, wb, bias, ob, H, W, C, before, flip, y, from, c, 0);
+        ALL_SEVEN(Wide, SPAN)
+        ALL_SEVEN(Vec, LANES)
       }
       for (I left = 0; left < W;) {
         int wide = left >= before && left + 8 + (K - 1 - before) <= W;

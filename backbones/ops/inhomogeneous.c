@@ -3,21 +3,28 @@
    Maps are (B, H, W, G, S), C = G * S. Inside, groups are innermost, (S, G), as in kernels (K*K, G),
    so that both are read as vectors, and x and dx are zero-padded to (B, H + K - 1, W + K - 1, S, G),
    of width Wp. The order of sums does not depend on the number of threads: results are bitwise
-   reproducible. Functions return 1 if malloc fails. */
+   reproducible. Functions return 1 if memory runs out. */
 
 #include "matrix.h"
 
-#include <stdlib.h>
 #include <string.h>
 
-/* Transpose n rows of m elements. */
+/* Transpose n rows of m elements; compilers have vectors for an m that they know. */
 INLINE void turn_in(const Map *from, REAL *to, I n, I m) {
-  for (I i = 0; i < m; i++)
-    for (I j = 0; j < n; j++) to[i * n + j] = READ(One, from + j * m + i);
+  if (m == 3)
+    for (I j = 0; j < n; j++)
+      for (I i = 0; i < 3; i++) to[i * n + j] = READ(One, from + j * 3 + i);
+  else
+    for (I i = 0; i < m; i++)
+      for (I j = 0; j < n; j++) to[i * n + j] = READ(One, from + j * m + i);
 }
 INLINE void turn_out(const REAL *from, Map *to, I n, I m) {
-  for (I i = 0; i < n; i++)
-    for (I j = 0; j < m; j++) WRITE(One, to + i * m + j, from[j * n + i]);
+  if (m == 3)
+    for (I i = 0; i < n; i++)
+      for (I j = 0; j < 3; j++) WRITE(One, to + i * 3 + j, from[j * n + i]);
+  else
+    for (I i = 0; i < n; i++)
+      for (I j = 0; j < m; j++) WRITE(One, to + i * m + j, from[j * n + i]);
 }
 
 typedef struct {
@@ -122,13 +129,24 @@ INLINE I step_of(I n) {
 #define PAIR 2
 typedef uint32_t Factor;
 #define ELEMENT Factor
-#define ELEMENTS Words
+typedef Words PairsVec;
+typedef WideWords PairsWide;
+INLINE Vec plus_Vec(Vec sum, Words a, Words b) {
+  return (Vec)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
+}
+INLINE Wide plus_Wide(Wide sum, WideWords a, WideWords b) {
+  return (Wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#define ELEMENTS(T) Pairs##T
 #define NAME(name) name##_factors
-#define PLUS_TIMES(sum, a, b) \
-  (Vec) _mm256_dpbf16_ps((__m256)sum, (__m256bh)((Words){0} + a), (__m256bh)b)
+#define PLUS_TIMES(T, sum, a, b) plus_##T(sum, (Pairs##T){0} + a, b)
 #include "product.h"
 INLINE Words join(Vec a, Vec b) {
   return __builtin_convertvector(narrow(a), Words) | __builtin_convertvector(narrow(b), Words) << 16;
+}
+INLINE WideWords join_Wide(Wide a, Wide b) {
+  return __builtin_convertvector(narrow_Wide(a), WideWords) |
+         __builtin_convertvector(narrow_Wide(b), WideWords) << 16;
 }
 #else
 #define PAIR 1
@@ -153,13 +171,24 @@ INLINE const Factor *across(const REAL *rows, I n, I width, Factor *to) {
 #if PAIR == 1
   return rows;
 #else
-  for (I i = 0; i < n; i += 2)
-    for (I j = 0; j < width; j += LANES) {
-      const REAL *at = rows + i * width + j;
-      SET(Words, to + i / 2 * width + j) = join(LOAD(at), i + 1 < n ? LOAD(at + width) : (Vec){0});
-    }
+  for (I i = 0; i < n; i += 2) {
+    const REAL *at = rows + i * width;
+    Factor *joined = to + i / 2 * width;
+    I j = 0, both = i + 1 < n;
+    for (; j + SPAN <= width; j += SPAN)
+      SET(WideWords, joined + j) =
+          join_Wide(AT(Wide, at + j), both ? AT(Wide, at + width + j) : (Wide){0});
+    if (j < width) SET(Words, joined + j) = join(LOAD(at + j), both ? LOAD(at + width + j) : (Vec){0});
+  }
   return to;
 #endif
+}
+
+/* Add a row of whole vectors to another. */
+INLINE void add_row(const REAL *from, REAL *to, I width) {
+  I i = 0;
+  for (; i + SPAN <= width; i += SPAN) SET(Wide, to + i) += AT(Wide, from + i);
+  if (i < width) STORE(to + i) += LOAD(from + i);
 }
 
 /* What predicts kernels, `width` numbers by tap, from D channels, padded Dp: the weight (G*K*K, D)
@@ -175,10 +204,12 @@ static int predictor(Predictor *w, const REAL *weight, const REAL *bias, I G, I 
                      I threads) {
   I many = taps * G, width = padded(many), Dp = padded(D);
   I size = halved(D) * width, back = backward ? halved(width) * Dp : 0;
-  *w = (Predictor){D, Dp, width, calloc(size + back + width, sizeof(Factor))};
+  I bytes = (size + back + width) * sizeof(Factor);
+  *w = (Predictor){D, Dp, width, allocate(bytes)};
   w->back = w->matrix + size;
   w->offset = (REAL *)(w->back + back);
   if (!w->matrix) return 1;
+  memset(w->matrix, 0, bytes);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -221,7 +252,7 @@ I predict_and_aggregate(const Map *x, const Map *hidden, Map *out, const REAL *w
   Grid m = grid(B, H, W, S, G, K);
   I C = S * G, all = B * H * W, failed = 0;
   I step = step_of((all + threads - 1) / threads);
-  REAL *x_padded = malloc(B * m.Hp * m.Wp * C * sizeof(REAL));
+  REAL *x_padded = allocate(B * m.Hp * m.Wp * C * sizeof(REAL));
   Predictor w;
   if (predictor(&w, weight, bias, G, K * K, D, 0, threads) || !x_padded) {
     free(w.matrix);
@@ -230,7 +261,7 @@ I predict_and_aggregate(const Map *x, const Map *hidden, Map *out, const REAL *w
   }
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernels = malloc(TOGETHER * (w.width + 2 * w.Dp + C) * sizeof(REAL));
+    REAL *kernels = allocate(TOGETHER * (w.width + 2 * w.Dp + C) * sizeof(REAL));
     REAL *rows = kernels + TOGETHER * w.width, *result = rows + TOGETHER * w.Dp;
     Factor *factors = (Factor *)(result + TOGETHER * C);
     failed = !kernels;
@@ -298,7 +329,7 @@ INLINE void spread_at(const Grid *m, const REAL *x, I p, I n, const REAL *grad, 
   SPREAD_FROM(One, 1, S, K, 0)
 }
 
-/* The gradients. dweight (groups, strips, width, Dp) and dbias (groups, strips, width), by tap, are
+/* The gradients. dweight (groups, strips, D, width) and dbias (groups, strips, width), by tap, are
    partial sums over groups of images and strips of rows. A strip also writes K - 1 rows of dx that
    belong to the next strip, so even and odd strips run one after the other; each has at least K - 1
    rows. */
@@ -309,7 +340,7 @@ I predict_and_aggregate_backward(const Map *grad, const Map *x, const Map *hidde
   Grid m = grid(B, H, W, S, G, K);
   I C = S * G, size = B * m.Hp * m.Wp * C, failed = 0;
   Predictor w;
-  REAL *x_padded = malloc(2 * size * sizeof(REAL)), *dx_padded = x_padded + size;
+  REAL *x_padded = allocate(2 * size * sizeof(REAL)), *dx_padded = x_padded + size;
   if (predictor(&w, weight, bias, G, K * K, D, 1, threads) || !x_padded) {
     free(w.matrix);
     free(x_padded);
@@ -318,7 +349,7 @@ I predict_and_aggregate_backward(const Map *grad, const Map *x, const Map *hidde
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     I Dp = w.Dp, width = w.width, narrow = TOGETHER * Dp, wide = TOGETHER * width;
-    REAL *kernels = malloc((2 * (wide + narrow) + TOGETHER * C) * sizeof(REAL)), *rows = kernels + wide;
+    REAL *kernels = allocate((2 * (wide + narrow) + TOGETHER * C) * sizeof(REAL)), *rows = kernels + wide;
     REAL *given = rows + narrow;
     Factor *factors = (Factor *)(given + TOGETHER * C), *others = factors + wide;
     failed = !kernels;
@@ -331,8 +362,8 @@ I predict_and_aggregate_backward(const Map *grad, const Map *x, const Map *hidde
           I part = group * strips + strip;
           I first = start_of(&m, strip, strips), last = start_of(&m, strip + 1, strips);
           I step = step_of(last - first);
-          REAL *dw = dweight + part * width * Dp, *db = dbias + part * width;
-          memset(dw, 0, width * Dp * sizeof(REAL));
+          REAL *dw = dweight + part * D * width, *db = dbias + part * width;
+          memset(dw, 0, D * width * sizeof(REAL));
           memset(db, 0, width * sizeof(REAL));
           for (I b = B * group / groups; b < B * (group + 1) / groups; b++)
             for (I at = first; at < last && !failed; at += step) {
@@ -340,11 +371,10 @@ I predict_and_aggregate_backward(const Map *grad, const Map *x, const Map *hidde
               predict(&w, hidden + p * D, n, rows, factors, kernels);
               for (I i = 0; i < n; i++) turn_in(grad + (p + i) * C, given + i * C, G, S);
               spread_at(&m, x_padded, p, n, given, dx_padded, kernels, width);
-              for (I i = 0; i < n; i++)
-                for (I t = 0; t < width; t += LANES) STORE(db + t) += LOAD(kernels + i * width + t);
+              for (I i = 0; i < n; i++) add_row(kernels + i * width, db, width);
               const Factor *from = across(rows, n, Dp, others);
-              multiply_factors(across(kernels, n, width, factors), 1, width, from, Dp, dw, Dp, Dp, width,
-                               halved(n), 1);
+              multiply_factors(from, 1, Dp, across(kernels, n, width, factors), width, dw, width, width,
+                               D, halved(n), 1);
               multiply_factors(along(kernels, n, width, factors), width / PAIR, 1, w.back, Dp, rows, Dp,
                                Dp, n, halved(width), 0);
               for (I i = 0; i < n; i++) write_row(rows + i * Dp, dhidden + (p + i) * D, D, 1);
@@ -362,11 +392,11 @@ I predict_and_aggregate_backward(const Map *grad, const Map *x, const Map *hidde
 I aggregate(const Map *x, const Map *given, Map *out, I B, I H, I W, I S, I G, I K, I threads) {
   Grid m = grid(B, H, W, S, G, K);
   I C = S * G, many = K * K * G, failed = 0;
-  REAL *x_padded = malloc(B * m.Hp * m.Wp * C * sizeof(REAL));
+  REAL *x_padded = allocate(B * m.Hp * m.Wp * C * sizeof(REAL));
   if (!x_padded) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernel = malloc((many + C) * sizeof(REAL)), *result = kernel + many;
+    REAL *kernel = allocate((many + C) * sizeof(REAL)), *result = kernel + many;
     failed = !kernel;
     pad(&m, x, x_padded);
 #pragma omp for schedule(static)
@@ -387,11 +417,11 @@ I aggregate_backward(const Map *grad, const Map *x, const Map *given, Map *dx, M
                      I B, I H, I W, I S, I G, I K, I threads) {
   Grid m = grid(B, H, W, S, G, K);
   I C = S * G, many = K * K * G, size = B * m.Hp * m.Wp * C, failed = 0;
-  REAL *x_padded = malloc(2 * size * sizeof(REAL)), *dx_padded = x_padded + size;
+  REAL *x_padded = allocate(2 * size * sizeof(REAL)), *dx_padded = x_padded + size;
   if (!x_padded) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    REAL *kernel = malloc((many + C) * sizeof(REAL)), *from = kernel + many;
+    REAL *kernel = allocate((many + C) * sizeof(REAL)), *from = kernel + many;
     failed = !kernel;
     pad(&m, x, x_padded);
     clear(&m, dx_padded);

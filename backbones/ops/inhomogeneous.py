@@ -161,22 +161,22 @@ def _native_backward(
 ) -> tuple[Tensor, ...]:
     x, hidden, grad = native.maps(x, hidden, grad)
     weight, bias = native.weights(x.dtype, weight, bias)
-    # By tap, as rows of whole vectors.
+    # By tap, in rows of whole vectors.
     (rows, depth), groups, lanes = weight.shape, x.shape[3], 32 // weight.element_size()
-    shape = [n + -n % lanes for n in (rows, depth)]
+    width = rows + -rows % lanes
     # Number of partial weight gradients: enough for many threads, in tens of megabytes.
-    parts = max(4, min(64, _PARTS // (shape[0] * shape[1])))
+    parts = max(4, min(64, _PARTS // (width * depth)))
     batches = min(x.shape[0], parts)
     strips = max(1, min(parts // max(1, batches), x.shape[1] // max(1, size - 1)))
     grad_x, grad_hidden = torch.empty_like(x), torch.empty_like(hidden)
-    grad_weight = weight.new_empty(batches, strips, *shape)
-    grad_bias = bias.new_empty(batches, strips, shape[0])
+    grad_weight = weight.new_empty(batches, strips, depth, width)
+    grad_bias = bias.new_empty(batches, strips, width)
     maps, weights = (grad, x, hidden, grad_x, grad_hidden), (weight, bias, grad_weight, grad_bias)
     sizes = batches, strips, *_sizes(x, hidden, size)
     native.call("predict_and_aggregate_backward", maps, weights, sizes)
-    grad_weight = grad_weight.sum((0, 1))[:rows, :depth].unflatten(0, (-1, groups))
+    grad_weight = grad_weight.sum((0, 1))[:, :rows].unflatten(1, (-1, groups))
     grad_bias = grad_bias.sum((0, 1))[:rows].unflatten(0, (-1, groups))
-    return grad_x, grad_hidden, grad_weight.transpose(0, 1).flatten(0, 1), grad_bias.T.flatten()
+    return grad_x, grad_hidden, grad_weight.permute(2, 1, 0).flatten(0, 1), grad_bias.T.flatten()
 
 
 def _sizes(x: Tensor, hidden: Tensor, size: int) -> list[int]:

@@ -8,11 +8,10 @@
    on any number of threads.
 
    Shared arguments: heads of D channels; windows of rows x columns positions, both odd. Functions
-   return 1 if malloc fails. */
+   return 1 if memory runs out. */
 
 #include "matrix.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 /* Dp, Kp: D and columns padded to whole vectors; N: weights of a query, rows * Kp; up and left: from
@@ -193,7 +192,7 @@ I sliding_attention(const Map *qkv, Map *out, const REAL *bias, I strips, I B, I
     REAL *keys = calloc(rows * (turned + wide) + 2 * plain + W * s.N, sizeof(REAL));
     REAL *values = keys + rows * turned, *query = values + rows * wide, *result = query + plain;
     REAL *weights = result + plain;
-    REAL **near = malloc(2 * rows * sizeof(REAL *)), **mixed = near + rows;
+    REAL **near = allocate(2 * rows * sizeof(REAL *)), **mixed = near + rows;
     failed = !keys || !near;
 #pragma omp for collapse(2) schedule(static)
     for (I i = 0; i < B * heads; i++)
@@ -269,7 +268,7 @@ I sliding_attention_backward(const Map *grad, const Map *qkv, Map *dqkv, const R
     REAL *dkeys = plain_keys + rows * wide, *dvalues = dkeys + rows * plain;
     REAL *query = dvalues + rows * plain, *given = query + wide, *result = given + wide;
     REAL *weights = result + plain, *scores = weights + square, *total = scores + square;
-    REAL **near = malloc(3 * rows * sizeof(REAL *)), **mixed = near + rows, **from = mixed + rows;
+    REAL **near = allocate(3 * rows * sizeof(REAL *)), **mixed = near + rows, **from = mixed + rows;
     failed = !keys || !near;
     for (I parity = 0; parity < 2; parity++)
 #pragma omp for collapse(2) schedule(static, 1)

@@ -5,12 +5,11 @@
    over windows use fixed chunks: results are bitwise reproducible on any number of threads.
 
    Shared arguments: heads of D channels; windows of rows x columns positions; a cyclic shift by
-   `down` rows and `right` columns. Functions return 1 if malloc fails. */
+   `down` rows and `right` columns. Functions return 1 if memory runs out. */
 
 #include "matrix.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 /* The windows of a map. N: positions of a window; Np, Dp: N and D padded to whole vectors; across:
@@ -41,7 +40,7 @@ INLINE void places(const Cut *c, I window, I channels, I *to) {
 
 /* For each position of a window on the seam, bits: 1 below the seam, 2 right of it. */
 static unsigned char *sides_of(const Cut *c) {
-  unsigned char *sides = malloc(c->N);
+  unsigned char *sides = allocate(c->N);
   for (I n = 0; sides && n < c->N; n++)
     sides[n] = (n / c->columns >= c->rows - c->down) | (n % c->columns >= c->columns - c->right) << 1;
   return sides;
@@ -68,7 +67,7 @@ INLINE void transpose(const Cut *c, const REAL *from, REAL *to) {
 
 /* (4, heads, N, Np): the bias for each value of seam_of, -inf across the seam and in padding. */
 static REAL *masked_bias(const Cut *c, const REAL *bias) {
-  REAL *all = malloc(4 * c->heads * c->N * c->Np * sizeof(REAL)), *to = all;
+  REAL *all = allocate(4 * c->heads * c->N * c->Np * sizeof(REAL)), *to = all;
   unsigned char *sides = sides_of(c);
   for (I seam = 0; all && sides && seam < 4; seam++)
     for (I h = 0; h < c->heads; h++)
@@ -107,9 +106,9 @@ I window_attention(const Map *qkv, Map *out, const REAL *bias, I B, I H, I W, I 
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     I part = c.N * c.Dp;
-    REAL *query = malloc((3 * part + D * c.Np + c.N * c.Np) * sizeof(REAL));
+    REAL *query = allocate((3 * part + D * c.Np + c.N * c.Np) * sizeof(REAL));
     REAL *key = query + part, *value = key + part, *keys = value + part, *weights = keys + D * c.Np;
-    I *at = malloc(2 * c.N * sizeof(I)), *to = at + c.N;
+    I *at = allocate(2 * c.N * sizeof(I)), *to = at + c.N;
     failed = !query || !at;
 #pragma omp for collapse(3) schedule(static)
     for (I b = 0; b < B; b++)
@@ -142,11 +141,11 @@ I window_attention_backward(const Map *grad, const Map *qkv, Map *dqkv, const RE
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     I part = c.N * c.Dp, square = c.N * c.Np;
-    REAL *query = malloc((5 * part + D * c.Np + 3 * square) * sizeof(REAL));
+    REAL *query = allocate((5 * part + D * c.Np + 3 * square) * sizeof(REAL));
     REAL *key = query + part, *value = key + part, *from = value + part, *to = from + part;
     REAL *turned = to + part, *weights = turned + D * c.Np, *scores = weights + square;
     REAL *total = scores + square, scale = (REAL)(1 / sqrt((double)D));
-    I *at = malloc(2 * c.N * sizeof(I)), *given = at + c.N;
+    I *at = allocate(2 * c.N * sizeof(I)), *given = at + c.N;
     failed = !query || !at;
 #pragma omp for collapse(2) schedule(static)
     for (I chunk = 0; chunk < chunks; chunk++)
@@ -213,9 +212,9 @@ I local_mlp(const Map *value, Map *out, const REAL *weight, I step, I B, I H, I 
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     I part = c.N * c.Dp;
-    REAL *from = malloc((2 * part + c.N * c.Np) * sizeof(REAL));
+    REAL *from = allocate((2 * part + c.N * c.Np) * sizeof(REAL));
     REAL *to = from + part, *mixing = to + part;
-    I *at = malloc(c.N * sizeof(I));
+    I *at = allocate(c.N * sizeof(I));
     failed = !from || !at;
 #pragma omp for collapse(2) schedule(static)
     for (I window = 0; window < c.windows; window++)
@@ -248,10 +247,10 @@ I local_mlp_backward(const Map *grad, const Map *value, Map *dvalue, const REAL 
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     I part = c.N * c.Dp, square = c.N * c.Np;
-    REAL *from = malloc((3 * part + D * c.Np + 3 * square) * sizeof(REAL));
+    REAL *from = allocate((3 * part + D * c.Np + 3 * square) * sizeof(REAL));
     REAL *to = from + part, *given = to + part, *turned = given + part;
     REAL *mixing = turned + D * c.Np, *one = mixing + square, *total = one + square;
-    I *at = malloc(c.N * sizeof(I));
+    I *at = allocate(c.N * sizeof(I));
     failed = !from || !at;
 #pragma omp for collapse(2) schedule(static)
     for (I chunk = 0; chunk < chunks; chunk++)

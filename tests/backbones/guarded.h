@@ -18,6 +18,6 @@ static inline void *guarded(size_t size, int filling) {
   return at + page + pages - size;
 }
 
-#define malloc(size) guarded(size, 255)
+#define allocate(size) guarded(size, 255)
 #define calloc(number, size) guarded((number) * (size), 0)
 #define free(pointer) ((void)(pointer)) /* a few pages, for a short process */

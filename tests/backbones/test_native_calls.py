@@ -82,8 +82,9 @@ def test_parts_of_a_backward_pass(name, monkeypatch):
         assert weights[-1] == (expected[0] * expected[1], *case.tensors[1].shape)
     if name.startswith("predicted"):
         # By tap, padded to vectors of eight.
-        rows, depth = (-(-n // 8) * 8 for n in case.tensors[2].shape)
-        assert weights[-2:] == [(*expected[:2], rows, depth), (*expected[:2], rows)]
+        rows, depth = case.tensors[2].shape
+        width = -(-rows // 8) * 8
+        assert weights[-2:] == [(*expected[:2], depth, width), (*expected[:2], width)]
 
 
 @pytest.mark.parametrize(
