@@ -211,7 +211,8 @@ def _local_mlp(mixer: LocalMLP, x: Tensor, grid: Size, kept: Kept) -> Mixed:
         weight = mixer.weight
         if not mixer.shared:
             weight = resize_window_grid(weight, grid).flatten(-2)
-        return weight + mixer.bias()
+        # A resized grid is in another order of memory, which each call of the kernel would copy.
+        return (weight + mixer.bias()).contiguous()
 
     sources = mixer.weight, mixer.relative_position_bias_table
     weight = kept.of(sources, grid, sum_of_both)

@@ -194,10 +194,10 @@ I window_attention_backward(const Map *grad, const Map *qkv, Map *dqkv, const RE
 
 /* The weights (N, Np) of a window, zero across the seam. */
 INLINE void mix(const Cut *c, const REAL *weight, const unsigned char *sides, I seam, REAL *to) {
-  for (I n = 0; n < c->N; n++) {
-    for (I m = 0; m < c->N; m++)
-      to[n * c->Np + m] = (sides[n] ^ sides[m]) & seam ? 0 : weight[n * c->N + m];
-    for (I m = c->N; m < c->Np; m++) to[n * c->Np + m] = 0;
+  for (I n = 0; n < c->N; n++, weight += c->N, to += c->Np) {
+    memcpy(to, weight, c->N * sizeof(REAL));
+    for (I m = 0; seam && m < c->N; m++) to[m] = (sides[n] ^ sides[m]) & seam ? 0 : to[m];
+    for (I m = c->N; m < c->Np; m++) to[m] = 0;
   }
 }
 
@@ -274,7 +274,7 @@ I local_mlp_backward(const Map *grad, const Map *value, Map *dvalue, const REAL 
           }
           for (I n = 0; n < c.N; n++)
             for (I m = 0; m < c.N; m++)
-              if (!((sides[n] ^ sides[m]) & seam)) total[n * c.Np + m] += one[n * c.Np + m];
+              total[n * c.Np + m] += (sides[n] ^ sides[m]) & seam ? 0 : one[n * c.Np + m];
         }
         for (I n = 0; n < c.N; n++)
           memcpy(dweight + ((chunk * heads + h) * c.N + n) * c.N, total + n * c.Np,

@@ -56,6 +56,8 @@ def _onnx_runtime(graph: bytes, x: Tensor) -> Step:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would wait busily when the step is done, in the time of the next contender.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     given = {session.get_inputs()[0].name: x.numpy()}
     return lambda: torch.from_numpy(session.run(None, given)[0])
