@@ -20,6 +20,9 @@ Names = tuple[tuple[str, str], ...]
 class Mixer(nn.Module):
     """Mixes the positions of a map, ``(B, H, W, C)`` to ``(B, H, W, C)`` at any H and W.
 
+    A ``forward`` that calls linears is decorated with
+    :func:`backbones.ops.linear_layer.fast_linears`, without which they are slower on some CPUs.
+
     Attributes:
         norm_layer: the class of the norms in the blocks, called with C: ``nn.LayerNorm`` or
             ``nn.BatchNorm2d``, which the dense outputs have too; an instance's own value, set by

@@ -314,3 +314,19 @@ def test_what_is_kept_goes_with_a_move(family):
         assert all(a is b for a, b in zip(held, again, strict=True))
     fused.requires_grad_(False).float()
     assert kept() == (0, 0)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 52), (70, 130)])
+def test_weights_of_windows_are_kept_as_the_kernel_reads_them(size, monkeypatch):
+    """Whatever the image's size: in another order of memory each call would copy them."""
+    given, mixed = [], ops.local_mlp
+
+    def local_mlp(value, weight, *others):
+        given.append(weight.is_contiguous())
+        return mixed(value, weight, *others)
+
+    monkeypatch.setattr(ops, "local_mlp", local_mlp)
+    fused = backbones.fuse(build("swin_local_mlp_nano", img_size=64))
+    with torch.no_grad(), ops.force("onednn"):
+        fused(torch.randn(1, 3, *size))
+    assert len(given) >= 4 and all(given)

@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
@@ -280,14 +281,32 @@ def test_functional_transforms_and_graphs_see_linear_layers():
                 torch.testing.assert_close(graph(x), mlp.fc2(mlp.act(mlp.fc1(x))))
             assert calls.convolutions == 0
         graphs = []
-        torch.compile(mlp, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)(
-            x
-        )
+
+        def keep(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+            graphs.append(graph)
+            return graph
+
+        torch.compile(mlp, backend=keep, fullgraph=True)(x)
         (compiled,) = graphs
         assert "linear" in compiled.code and "conv" not in compiled.code
     assert [node.target for node in symbolic.graph.nodes] == ["x", "fc1", "act", "fc2", "output"]
     both = [torch.autograd.grad(loss(parameters, row), mlp.fc1.weight)[0] for row in x]
     torch.testing.assert_close(each["fc1.weight"], torch.stack(both))
+
+
+@pytest.mark.usefixtures("any_size")
+def test_a_tangent_of_a_weight_is_followed():
+    torch.manual_seed(0)
+    mlp, x = Mlp(3, 4), torch.randn(2, 3)
+    tangent, found = torch.randn(4, 3), []
+    for backend in ("torch", "onednn"):
+        with ops.force(backend), forward_ad.dual_level():
+            dual = forward_ad.make_dual(mlp.fc1.weight.detach(), tangent)
+            given = dict(mlp.named_parameters()) | {"fc1.weight": dual}
+            out = torch.func.functional_call(mlp, given, (x,))
+            found.append(forward_ad.unpack_dual(out).tangent)
+    torch.testing.assert_close(*found)
+    assert found[0].abs().max() > 0.01
 
 
 @pytest.mark.usefixtures("any_size")
