@@ -153,7 +153,9 @@ def test_which_layers_are_convolutions():
     assert suits(x, nn.Parameter(weight), nn.Parameter(bias))
     assert not suits(x[:, :63], weight)
     assert not suits(x, weight[:255])
-    assert not suits(x, weight[:, :511]) and not suits(x, weight, bias[:255])
+    many = torch.ones(4, 64, 512)
+    assert suits(many, weight, bias) and suits(many[..., :511], weight[:, :511])
+    assert not suits(many, weight[:, :511]) and not suits(many, weight, bias[:255])
     assert suits(torch.ones(4, 2, 32, 256), weight[:, :256])
     assert not suits(torch.ones(5, 51, 256), weight[:, :256])
     assert not suits(torch.ones(127, 512), torch.ones(4096, 512))
@@ -186,6 +188,7 @@ def test_only_linears_inside_of_the_decorated_function():
     assert Mlp.forward.__name__ == "forward" and "C" in Mlp.forward.__doc__
 
 
+@pytest.mark.usefixtures("any_size")
 def test_wrong_sizes_get_pytorch_s_error():
     with ops.force("onednn"), pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be"):
         Mlp(8, 16)(torch.randn(3, 7))

@@ -181,6 +181,8 @@ def test_engines_run_another_network(monkeypatch):
 
     def started(graph, options, providers):
         threads.append(options.intra_op_num_threads)
+        # Threads that wait busily would take the next contender's time.
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
         assert providers == ["CPUExecutionProvider"]
         return session(graph, options, providers=providers)
 
