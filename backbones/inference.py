@@ -17,6 +17,7 @@ from backbones.mixers.window_attention import WindowAttention
 from backbones.mixers.windowed import WindowedMixer
 from backbones.ops.common import autocast_dtype
 from backbones.ops.linear import Kept, by_onednn, pieces, prepared
+from backbones.ops.residual_mlp import Panels, by_native, residual_mlp
 from backbones.ops.windows import resize_window_grid
 from backbones.pyramid import Block, PatchMerging, in_fours
 
@@ -92,11 +93,11 @@ class InferenceBlock(Block):
     def become(cls, block: Block) -> None:
         """Make ``block`` one, in place."""
         block.__class__ = cls
-        block.kept = Kept()
+        block.kept, block.panels = Kept(), Kept()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H, W, C)``."""
-        if isinstance(x, torch.fx.Proxy) or self.training or not by_onednn(x):
+        if isinstance(x, torch.fx.Proxy) or self.training or not (by_native(x) or by_onednn(x)):
             return super().forward(x)
         if not (_pointwise(self.norm2) and is_plain(self.mlp, InferenceMlp)):
             return super().forward(x)
@@ -121,8 +122,8 @@ class InferenceBlock(Block):
     def _by_rows(self, x: Tensor) -> Tensor:
         """With a convolutional mixer; the result takes the memory of its hidden map."""
         hidden = self.mixer.hidden(self.norm1(x)).contiguous()
-        x, project = x.to(hidden.dtype), _rows(self.mixer.out_proj, hidden)
-        self._finished(x, lambda rows: project(rows.relu_()))(x, hidden)
+        x = x.to(hidden.dtype)
+        self._finished(x, self.mixer.out_proj)(x, hidden)
         return hidden
 
     def _by_windows(self, x: Tensor, mix: "Mix") -> Tensor:
@@ -148,25 +149,54 @@ class InferenceBlock(Block):
     def _hidden(self) -> int:
         return self.mlp.fc1.weight_t.shape[1]
 
-    def _finished(self, x: Tensor, project: Rows | None = None) -> Callable[[Tensor, Tensor], None]:
+    def _finished(
+        self, x: Tensor, project: nn.Module | None = None
+    ) -> Callable[[Tensor, Tensor], None]:
         """A function of parts of x and of the result: the MLP's half of the block.
 
-        ``project(out)`` is added to x before, if given.
+        ``project(relu(out))`` is added to x before, if given.
         """
-        norm, first, second = self.norm2, self.mlp.fc1.prepared(x), self.mlp.fc2.prepared(x)
+        if x.dtype == autocast_dtype(x) and by_native(x):
+            if project is None or is_plain(project, InferenceLinear):
+                return self._finished_in_c(x, project)
+        norm, first, second = self.norm2, _rows(self.mlp.fc1, x), _rows(self.mlp.fc2, x)
+        before = None if project is None else _rows(project, x)
 
         def finish(x: Tensor, out: Tensor) -> None:
             rows, into = x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1])
             size = ceil_div(len(rows), pieces(rows, self._hidden()))
             for part, place in zip(rows.split(size), into.split(size), strict=True):
-                if project is not None:
-                    part = project(place).add_(part)
+                if before is not None:
+                    part = before(place.relu_()).add_(part)
                 torch.add(part, second(first(norm(part))), out=place)
+
+        return finish
+
+    def _finished_in_c(
+        self, x: Tensor, project: InferenceLinear | None
+    ) -> Callable[[Tensor, Tensor], None]:
+        layers = (
+            [self.mlp.fc1, self.mlp.fc2] if project is None else [project, *self.mlp.children()]
+        )
+        linears = tuple((layer.weight_t, layer.bias) for layer in layers)
+        norm = None
+        if isinstance(self.norm2, nn.LayerNorm):
+            norm = self.norm2.weight, self.norm2.bias, self.norm2.eps
+
+        def laid_out() -> Panels:
+            return Panels.of(x.dtype, tuple((weight.t(), bias) for weight, bias in linears), norm)
+
+        sources = sum(linears, ()) + (norm or ())[:2]
+        panels = self.panels.of(sources, (x.dtype, norm and norm[2]), laid_out)
+
+        def finish(x: Tensor, out: Tensor) -> None:
+            residual_mlp(x.contiguous(), None if project is None else out, panels, out)
 
         return finish
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.kept.clear()
+        self.panels.clear()
         return super()._apply(fn, recurse)
 
 
@@ -230,7 +260,7 @@ _IN_WINDOWS: dict[type[WindowedMixer], Mix] = {WindowAttention: _attention, Loca
 
 def _rows(layer: nn.Module, x: Tensor) -> Rows:
     """A layer as a function of parts of maps like x."""
-    return layer.prepared(x) if is_plain(layer, InferenceLinear) else layer
+    return layer.prepared(x) if is_plain(layer, InferenceLinear) and by_onednn(x) else layer
 
 
 def _stripes(

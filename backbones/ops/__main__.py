@@ -29,6 +29,7 @@ from backbones.ops.common import forced_here
 from backbones.ops.dispatch import OPERATORS, choose, explain
 from backbones.ops.linear import ACTIVATIONS, Kept, linear
 from backbones.ops.linear_layer import convolved
+from backbones.ops.residual_mlp import Panels, residual_mlp
 
 HALVES = (torch.bfloat16, torch.float16)
 # By which factor Triton's time must exceed that of torch before torch is preferred.
@@ -151,6 +152,9 @@ def _check_one(device: str, operator: str, backend: str, dtype: torch.dtype, rea
 
 def _cases(operator: str, batch: int = 1) -> tuple[list[Case], list[Case]]:
     """Small cases, and those of a network's stages."""
+    if operator == "residual_mlp":
+        small = [_half_block(*size) for size in ((1, 3, 5), (50, 33, 130), (209, 96, 384))]
+        return small, [_half_block(batch * side**2, c, 4 * c) for side, c in ((56, 96), (14, 384))]
     if operator == "linear_layer":
         sizes = (1, 3, 5), (130, 96, 384)
         return [_layer(*size) for size in sizes], [_layer(batch * 56**2, 96, 384)]
@@ -190,6 +194,31 @@ def _layer(rows: int, channels: int, out: int) -> Case:
             return torch.autograd.grad(run(*given), given, grad)
 
     return Case("linear_layer", f"{rows} rows, {channels} to {out}", run, gradients, tensors)
+
+
+def _half_block(rows: int, channels: int, hidden: int) -> Case:
+    """The second half of a fused block, with a projection and without a norm's weight."""
+    sizes = (channels, channels), (hidden, channels), (channels, hidden)
+    weights = [normal(3 + i, *size) * size[1] ** -0.5 for i, size in enumerate(sizes)]
+    tensors = normal(1, rows, channels), normal(2, rows, channels), *weights
+    panels = Kept()
+
+    def run(x: torch.Tensor, mixed: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        if choose("residual_mlp", x) == "native":
+            x, mixed, out = native.maps(x, mixed, torch.empty_like(x))
+            linears = tuple((weight, None) for weight in given)
+
+            def laid_out() -> Panels:
+                return Panels.of(x.dtype, linears, (None, None, 1e-5))
+
+            residual_mlp(x, mixed, panels.of(given, x.dtype, laid_out), out)
+            return out.to(given[0].dtype)
+        project, first, second = given
+        y = x + F.linear(mixed.relu(), project)
+        return y + F.linear(F.gelu(F.linear(F.layer_norm(y, y.shape[1:]), first)), second)
+
+    label = f"{rows} rows, {channels} channels, {hidden} hidden"
+    return Case("residual_mlp", label, run, None, tensors)
 
 
 def _milliseconds(cases: list[Case], backend: str, device: str, dtype: torch.dtype) -> float:

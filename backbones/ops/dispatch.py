@@ -39,6 +39,7 @@ OPERATORS = {
     "convolutional_attention": ("reference", "torch"),
     "linear": ("reference", "torch", "onednn"),
     "linear_layer": ("reference", "torch", "onednn"),
+    "residual_mlp": ("reference", "torch", "native"),
 }
 ENVIRONMENT = "DENSE_OPS"
 # Types of devices on which Triton is the default, for these operators: PyTorch's version is slow or
@@ -253,6 +254,8 @@ def explain(operator: str, device: torch.device | str, dtype: torch.dtype) -> tu
         dtype = dtype_under_autocast(dtype, "cpu")
         if (reason := _no_onednn(operator, device.type, dtype)) is not None:
             return "torch", reason
+    if operator == "residual_mlp" and (reason := _no_calls()) is not None:
+        return "torch", reason
     wanted, by = (_forced, "ops.force") if _forced is not None else _environment()
     if wanted == "triton" and wanted in known:
         reason = _no_triton_for(device.type, dtype)
@@ -292,7 +295,13 @@ def _on_cpu(operator: str, dtype: torch.dtype) -> tuple[str, str]:
     if (missing := native.missing()) is not None:
         return "torch", missing
     if operator == "depthwise_conv" and not torch.is_grad_enabled():
-        return "torch", "without gradients oneDNN's convolution is faster than C"
+        if dtype != torch.float32 or not verdicts.halved_by_mkl():
+            return "torch", "without gradients oneDNN's convolution is faster than C"
+    if operator == "residual_mlp":
+        if dtype not in (torch.float32, torch.bfloat16):
+            return "torch", "C is used for float32 and bfloat16"
+        if not verdicts.halved_by_mkl():
+            return "torch", "oneDNN's products are as fast on this processor"
     return _unless_refuted(operator, "native", dtype, "C, the fastest on a CPU")
 
 
@@ -330,6 +339,14 @@ def _instead_of_mkl(operator: str, dtype: torch.dtype) -> tuple[str, str]:
     if torch.get_num_threads() == 1:
         return "torch", "on one thread PyTorch does not give such convolutions to oneDNN"
     return _unless_refuted(operator, "onednn", dtype, "MKL is half as fast on this processor")
+
+
+def _no_calls() -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile chooses its own kernels"
+    if type(torch.empty(0, device="cpu")) is not Tensor:
+        return "under a mode of fake tensors nothing is computed"
+    return None
 
 
 def _no_onednn(operator: str, device: str, dtype: torch.dtype) -> str | None:

@@ -34,9 +34,9 @@ SECONDS = 300
 
 _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.c")
-    for name in ("depthwise", "inhomogeneous", "sliding", "windows")
+    for name in ("depthwise", "inhomogeneous", "mlp", "sliding", "windows")
 )
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("matrix.h", "product.h"))
+_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("factors", "matrix", "product"))
 # By the type of maps; sums are in float if maps have 16 bits.
 TYPES = {
     "float": ("-DREAL=float",),

@@ -68,6 +68,16 @@ def sums(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def reads(dtype: torch.dtype) -> bool:
+    """Whether there are C kernels for maps of ``dtype``; they may be compiled now."""
+    return missing() is None and _library(dtype) is not None
+
+
+def factor(dtype: torch.dtype) -> int:
+    """How many numbers of ``dtype`` the processor multiplies and adds up as one: 1 or 2."""
+    return _library(dtype).factor()
+
+
 def call(
     name: str,
     maps: Sequence[Tensor],

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from backbones.ops import __main__ as command
 from backbones.ops import cases, dispatch, native, reference, verdicts
@@ -250,6 +251,27 @@ def test_what_called_layers_are_compared_on():
                 torch.testing.assert_close(one.double(), other.detach(), rtol=0, atol=near)
 
 
+def test_what_the_half_of_a_block_is_compared_on():
+    small, stages = command._cases("residual_mlp", batch=2)
+    assert labels(small) == [
+        f"{rows} rows, {channels} channels, {hidden} hidden"
+        for rows, channels, hidden in ((1, 3, 5), (50, 33, 130), (209, 96, 384))
+    ]
+    assert labels(stages) == [
+        "6272 rows, 96 channels, 384 hidden",
+        "392 rows, 384 channels, 1536 hidden",
+    ]
+    for case in small:
+        x, mixed, project, first, second = case.tensors
+        assert case.operator == "residual_mlp" and case.backward is None
+        y = x + mixed.relu() @ project.T
+        true = y + F.gelu(F.layer_norm(y, y.shape[1:]) @ first.T) @ second.T
+        for backend in ("torch", *(["native"] if native.missing() is None else [])):
+            with forced_here(backend):
+                torch.testing.assert_close(case.run(*case.tensors), (true,))
+            assert case.error(backend, "cpu", torch.float32) < 1e-5
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_packed_weights_are_kept_for_a_case(packed, monkeypatch):
     given = []
@@ -334,10 +356,11 @@ def test_what_is_compared(gpu, interpreted, monkeypatch):
     monkeypatch.setattr(command, "explain", explain)
     halves = [torch.bfloat16, torch.float16]
     of_c = [torch.float64, torch.float32, *halves]
-    others = "linear", "linear_layer", "convolutional_attention"
+    others = "linear", "linear_layer", "convolutional_attention", "residual_mlp"
     own = [name for name in dispatch.OPERATORS if name not in others]
     expected = [("cpu", name, "native", dtype) for name in own for dtype in of_c]
     expected += [("cpu", name, "onednn", torch.float32) for name in others[:2]]
+    expected += [("cpu", "residual_mlp", "native", dtype) for dtype in of_c]
     if gpu or interpreted:
         device = "cuda:0" if gpu else "cpu"
         expected += [

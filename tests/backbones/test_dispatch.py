@@ -32,6 +32,7 @@ def plain(monkeypatch):
     monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
     monkeypatch.setattr(dispatch, "_broken", {})
     monkeypatch.setattr(verdicts, "known", lambda *given: None)
+    monkeypatch.setattr(verdicts, "halved_by_mkl", lambda: False)
     monkeypatch.setattr(dispatch, "_no_linear_pointwise", lambda dtype: None)
 
 
@@ -45,7 +46,8 @@ def verdict(use: bool, asked: list | None = None):
 
 
 def test_the_operators():
-    assert list(OPERATORS) == [*OWN, "convolutional_attention", "linear", "linear_layer"]
+    others = "convolutional_attention", "linear", "linear_layer", "residual_mlp"
+    assert list(OPERATORS) == [*OWN, *others]
     assert dispatch.ON_GPUS == tuple(ON_GPU) and dispatch.GPUS == ("cuda",)
 
 
