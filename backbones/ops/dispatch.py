@@ -295,14 +295,19 @@ def _on_cpu(operator: str, dtype: torch.dtype) -> tuple[str, str]:
     if (missing := native.missing()) is not None:
         return "torch", missing
     if operator == "depthwise_conv" and not torch.is_grad_enabled():
-        if dtype != torch.float32 or not verdicts.halved_by_mkl():
+        if dtype != torch.float32 or not _halved_by_mkl():
             return "torch", "without gradients oneDNN's convolution is faster than C"
     if operator == "residual_mlp":
         if dtype not in (torch.float32, torch.bfloat16):
             return "torch", "C is used for float32 and bfloat16"
-        if not verdicts.halved_by_mkl():
+        if not _halved_by_mkl():
             return "torch", "oneDNN's products are as fast on this processor"
     return _unless_refuted(operator, "native", dtype, "C, the fastest on a CPU")
+
+
+def _halved_by_mkl() -> bool:
+    # Compilers can neither ask nor gain from it.
+    return not torch.compiler.is_compiling() and verdicts.halved_by_mkl()
 
 
 def _unless_refuted(operator: str, backend: str, dtype: torch.dtype, why: str) -> tuple[str, str]:

@@ -101,7 +101,8 @@ int residual_mlp(const Map *x, const Map *mixed, Map *out, const REAL *project, 
                  const REAL *epsilon, I N, I C, I H, I threads) {
   I width = padded(C), K = halved(C), depth = halved(H), stride = width / PAIR;
   /* Even numbers, as a product's last row of an odd one may be rounded otherwise. */
-  I part = (N + 2 * threads - 1) / (2 * threads) * 2, steps = (part + TOGETHER - 1) / TOGETHER;
+  I part = (N + 2 * threads - 1) / (2 * threads) * 2;
+  I steps = most(1, (part + TOGETHER - 1) / TOGETHER);
   I step = (part + 2 * steps - 1) / (2 * steps) * 2;
   I size = step * (2 * width + 2 * HIDDEN) + width;
   REAL *space = allocate(threads * size * sizeof(REAL));

@@ -117,6 +117,12 @@ def test_a_map_may_take_the_result(name):
     assert torch.equal(out, expected)
 
 
+def test_no_rows():
+    """A window may lie wholly in the padding."""
+    given = Given((0, 8, 16), torch.float32)
+    assert given.run().shape == (0, 8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_gelu_is_the_exact_one_everywhere(dtype):
     # One channel and identities: the result is x + GELU(x).
