@@ -20,6 +20,7 @@ import torch
 from backbones.ops import cases as small
 from backbones.ops import library, native
 from backbones.ops.common import forced_here
+from tests.backbones import test_residual_mlp as halves
 from tests.support import OperatorCases, agrees, run_forked
 
 pytestmark = [
@@ -78,6 +79,9 @@ def compute(dtype: torch.dtype) -> None:
             torch.set_num_threads(threads)
             for case in itertools.islice(all_cases(), 0, None, step):
                 agrees(case, "native", dtype, TOLERANCES[dtype])
+            for size, projected in itertools.product(halves.SIZES, (True, False)):
+                given = halves.Given(size, dtype, projected)
+                halves.assert_near(given.run(), given.expected())
 
 
 def all_cases() -> Iterator[tuple]:
@@ -133,6 +137,12 @@ def run_out() -> None:
                 assert left.value == 0, name
                 got = got if start else [got]
                 torch.testing.assert_close(list(got), list(expected[start:][: len(got)]))
+        half = halves.Given((7, 20, 30), torch.float32)
+        left.value = 0
+        with pytest.raises(MemoryError, match="native residual_mlp: out of memory"):
+            half.run()
+        left.value = 1
+        halves.assert_near(half.run(), half.expected())
 
 
 def test_memory_that_runs_out_is_an_error():

@@ -14,7 +14,15 @@ OPTIONS = "tests/dense/test_options.py"
 LINES = ("tests/test_command_lines.py", "tests/dense/test_command_lines.py")
 CALLS = f"{B}/test_native_calls.py"
 DISPATCH = f"{B}/test_dispatch.py"
-IN_C = ("depthwise.c", "inhomogeneous.c", "matrix.h", "product.h", "sliding.c", "windows.c")
+IN_C = (
+    "depthwise.c",
+    "factors.h",
+    "inhomogeneous.c",
+    "matrix.h",
+    "product.h",
+    "sliding.c",
+    "windows.c",
+)
 BENCHMARK = "tests/dense/test_benchmark"
 BENCHMARKS = tuple(f"{BENCHMARK}{part}.py" for part in ("_plans", "", "_results"))
 BARS = "tests/dense/test_bars.py"
@@ -35,6 +43,8 @@ TESTS = {
     "backbones/ops/library": (f"{B}/test_library.py", DISPATCH),
     "backbones/ops/native": (*OPERATORS, f"{B}/test_library.py", DISPATCH),
     "backbones/ops/linear_layer": (f"{B}/test_linear_layer.py",),
+    "backbones/ops/mlp.c": (f"{B}/test_residual_mlp.py",),
+    "backbones/ops/residual_mlp": (f"{B}/test_residual_mlp.py", f"{B}/test_fused_parts.py"),
     "backbones/ops/linear": (f"{B}/test_linear.py", f"{B}/test_fusion.py"),
     **dict.fromkeys(
         (f"backbones/ops/{name}" for name in IN_C),
