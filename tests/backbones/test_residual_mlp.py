@@ -19,7 +19,15 @@ pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"{native.m
 # The largest error, as a part of the largest value.
 NEAR = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Rows, channels, hidden channels: less than one tile, vector or panel, odd, and several of each.
-SIZES = (1, 1, 1), (2, 8, 32), (7, 20, 30), (131, 33, 129), (209, 96, 384), (431, 70, 200)
+SIZES = (
+    (1, 1, 1),
+    (2, 8, 32),
+    (7, 20, 30),
+    (11, 300, 40),
+    (131, 33, 129),
+    (209, 96, 384),
+    (431, 70, 200),
+)
 
 
 def values(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
