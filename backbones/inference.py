@@ -156,9 +156,11 @@ class InferenceBlock(Block):
 
         ``project(relu(out))`` is added to x before, if given.
         """
+        layers = [] if project is None else [project]
+        layers += self.mlp.fc1, self.mlp.fc2
         if x.dtype == autocast_dtype(x) and by_native(x):
-            if project is None or is_plain(project, InferenceLinear):
-                return self._finished_in_c(x, project)
+            if all(is_plain(layer, InferenceLinear) for layer in layers):
+                return self._finished_in_c(x, layers)
         norm, first, second = self.norm2, _rows(self.mlp.fc1, x), _rows(self.mlp.fc2, x)
         before = None if project is None else _rows(project, x)
 
@@ -173,11 +175,8 @@ class InferenceBlock(Block):
         return finish
 
     def _finished_in_c(
-        self, x: Tensor, project: InferenceLinear | None
+        self, x: Tensor, layers: list[InferenceLinear]
     ) -> Callable[[Tensor, Tensor], None]:
-        layers = (
-            [self.mlp.fc1, self.mlp.fc2] if project is None else [project, *self.mlp.children()]
-        )
         linears = tuple((layer.weight_t, layer.bias) for layer in layers)
         norm = None
         if isinstance(self.norm2, nn.LayerNorm):
@@ -190,7 +189,7 @@ class InferenceBlock(Block):
         panels = self.panels.of(sources, (x.dtype, norm and norm[2]), laid_out)
 
         def finish(x: Tensor, out: Tensor) -> None:
-            residual_mlp(x.contiguous(), None if project is None else out, panels, out)
+            residual_mlp(x.contiguous(), out if len(layers) == 3 else None, panels, out)
 
         return finish
 

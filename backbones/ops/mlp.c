@@ -26,7 +26,7 @@ static const REAL P[] = {2.282550714e-08, 6.448980632e-06, 1.736979413e-04,
                          4.707448080e-03, 3.426380487e-02, 3.989421766e-01};
 static const REAL Q[] = {1.206891754e-06, 7.554613714e-05, 1.911597055e-03,
                          2.889424697e-02, 2.525518030e-01, 1};
-/* x * Phi(x): in float by the fraction, within 2e-7 * x, in double by the C library. */
+/* x * Phi(x): in float by the fraction, within 3e-7 * x, in double by the C library. */
 #define GELU(T)                                                                                   \
   INLINE T gelu_##T(T x) {                                                                        \
     if (sizeof(REAL) == 8) {                                                                      \
